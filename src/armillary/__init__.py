@@ -1,0 +1,1 @@
+"""Armillary: from text to a language model that its owner can trust."""

@@ -1,0 +1,1 @@
+"""What every room shares and nothing above it: settings, registries, errors, safe files."""

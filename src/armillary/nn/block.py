@@ -1,0 +1,203 @@
+"""A block: ordered residual branches, given as data, so that new arrangements need no new class.
+
+`{mixer, channel}` is short for two branches; `cross` adds one that looks at the encoder. Norm
+placement, parallel branches and residual scaling are settings of the block and its branches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from armillary.base.settings import Settings
+from armillary.nn.context import Context, Memory
+from armillary.nn.cost import Cost
+from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Mixer, MixerSettings, NormSettings, Place
+from armillary.nn.norms.rmsnorm import RMSNormSettings
+from armillary.nn.state import State
+
+Placement = Literal["pre", "post", "sandwich"]
+BlockState = dict[str, State]
+
+
+class BranchSettings(Settings):
+    """One residual branch: x + scale · f(norm(x)) (placement pre), or as `norm_at` says."""
+
+    name: str = Field(description="name of the branch, used in parameter and tap names")
+    mixer: MixerSettings | None = Field(None, description="a mixer, or")
+    channel: ChannelSettings | None = Field(None, description="a channel mixer")
+    look: Literal["self", "memory"] = Field("self", description="memory: keys and values come from the encoder")
+    norm: NormSettings = Field(RMSNormSettings(), description="norm of the branch")
+    norm_at: Placement = Field("pre", description="pre: before f; post: after the sum; sandwich: before and after f")
+    scale: float = Field(1.0, description="factor on the branch's result")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the result dropped in training")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> BranchSettings:
+        if (self.mixer is None) == (self.channel is None):
+            raise ValueError("a branch has either a mixer or a channel")
+        if self.look == "memory" and self.mixer is None:
+            raise ValueError("only a mixer can look at the memory")
+        if not self.name.isidentifier() or self.name in ("residual", "add_module"):
+            raise ValueError(f"'{self.name}' cannot name a branch: use letters, digits and _")
+        return self
+
+    def cost(self, place: Place, length: int, itemsize: int) -> Cost:
+        width = place.width
+        inner = self.mixer.cost(place, length, itemsize) if self.mixer else None
+        if inner is None:
+            assert self.channel is not None
+            inner = self.channel.cost(place, length, itemsize)
+        norms = 2 if self.norm_at == "sandwich" else 1
+        around = norms * self.norm.flops(width, length) + length * width * (1 if self.scale == 1.0 else 2)
+        return inner + Cost(around)
+
+
+class BlockSettings(Settings):
+    """A block in short form (mixer, cross, channel) or as a list of branches."""
+
+    mixer: MixerSettings | None = Field(None, description="short form: the mixer")
+    cross: MixerSettings | None = Field(None, description="short form: a mixer over the encoder's output")
+    channel: ChannelSettings | None = Field(None, description="short form: the channel mixer")
+    norm: NormSettings = Field(RMSNormSettings(), description="short form: norm of every branch")
+    norm_at: Placement = Field("pre", description="short form: pre, post or sandwich")
+    dropout: float = Field(0.0, ge=0, lt=1, description="short form: dropout of every branch")
+    branches: tuple[BranchSettings, ...] | None = Field(None, description="long form: the branches in order")
+    parallel: bool = Field(False, description="all branches read the block's input and are summed")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> BlockSettings:
+        short = (self.mixer, self.cross, self.channel)
+        if self.branches is not None and any(part is not None for part in short):
+            raise ValueError("give either branches or the short form (mixer, cross, channel), not both")
+        if self.branches is None and all(part is None for part in short):
+            raise ValueError("a block needs a mixer, a channel or branches")
+        names = [branch.name for branch in self.all()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"branch names repeat: {', '.join(names)}")
+        if self.parallel and any(branch.norm_at == "post" for branch in self.all()):
+            raise ValueError("parallel branches cannot have norm_at: post, which needs the sum of one branch")
+        return self
+
+    def all(self) -> tuple[BranchSettings, ...]:
+        """The branches, whichever form was given."""
+        if self.branches is not None:
+            return self.branches
+        parts: list[tuple[str, MixerSettings | None, ChannelSettings | None]] = [
+            ("mixer", self.mixer, None),
+            ("cross", self.cross, None),
+            ("channel", None, self.channel),
+        ]
+        return tuple(
+            BranchSettings(
+                name=name,
+                mixer=mixer,
+                channel=channel,
+                look="memory" if name == "cross" else "self",
+                norm=self.norm,
+                norm_at=self.norm_at,
+                dropout=self.dropout,
+            )
+            for name, mixer, channel in parts
+            if mixer is not None or channel is not None
+        )
+
+    def build(self, place: Place) -> Block:
+        return Block(self, place)
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        total = Cost()
+        for branch in self.all():
+            total = total + branch.cost(place, length, itemsize)
+        return total
+
+
+class Branch(nn.Module):
+    """One residual branch; `inner` is the mixer or channel mixer."""
+
+    def __init__(self, settings: BranchSettings, place: Place) -> None:
+        super().__init__()
+        self.name, self.path = settings.name, f"{place.path}.{settings.name}"
+        self.norm_at, self.scale, self.dropout = settings.norm_at, settings.scale, settings.dropout
+        self.looks_back = settings.look == "memory"
+        inner = dataclasses.replace(place.at(settings.name), cross=self.looks_back)
+        chosen = settings.mixer or settings.channel
+        assert chosen is not None
+        self.inner: Mixer | ChannelMixer = chosen.build(inner)
+        self.norm = settings.norm.build(place.width)
+        self.norm_after = settings.norm.build(place.width) if settings.norm_at == "sandwich" else None
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None, extending: bool = False) -> Tensor:
+        """The branch's contribution, before it is added to the residual stream."""
+        h = x if self.norm_at == "post" else self.norm(x)
+        if ctx.taps is not None:
+            h = ctx.taps(f"{self.path}.in", h)
+        if not self.looks_back and ctx.memory is not None:
+            ctx = dataclasses.replace(ctx, memory=None)
+        elif self.looks_back:
+            ctx = Context(memory=ctx.memory, side=ctx.side, taps=ctx.taps)
+        h = self.inner.extend(h, state, ctx) if extending else self.inner(h, ctx)
+        if self.norm_after is not None:
+            h = self.norm_after(h)
+        if self.scale != 1.0:
+            h = h * self.scale
+        if self.dropout and self.training:
+            h = F.dropout(h, self.dropout)
+        if ctx.taps is not None:
+            h = ctx.taps(f"{self.path}.out", h)
+        return h
+
+
+class Block(nn.Module):
+    """x [B, T, D] → [B, T, D]."""
+
+    def __init__(self, settings: BlockSettings, place: Place) -> None:
+        super().__init__()
+        self.path = place.path
+        self.parallel = settings.parallel
+        self.names = tuple(branch.name for branch in settings.all())
+        for branch in settings.all():
+            self.add_module(branch.name, Branch(branch, place))
+
+    def branches(self) -> list[Branch]:
+        return [self.get_submodule(name) for name in self.names]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self._run(x, ctx, None)
+
+    def extend(self, x: Tensor, state: BlockState, ctx: Context) -> Tensor:
+        return self._run(x, ctx, state)
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
+    ) -> BlockState:
+        states: BlockState = {}
+        for branch in self.branches():
+            looked = memory if branch.looks_back else None
+            state = branch.inner.init_state(batch, capacity, dtype, device, looked)
+            if state is not None:
+                states[branch.name] = state
+        return states
+
+    def _run(self, x: Tensor, ctx: Context, state: BlockState | None) -> Tensor:
+        if ctx.taps is not None:
+            x = ctx.taps(f"{self.path}.residual.pre", x)
+        start = x
+        last = self.names[-1]
+        for name in self.names:
+            branch: Branch = self._modules[name]  # type: ignore[assignment]
+            if ctx.taps is not None and name == last and len(self.names) > 1 and not self.parallel:
+                x = ctx.taps(f"{self.path}.residual.mid", x)
+            held = None if state is None else state.get(name)
+            h = branch(start if self.parallel else x, ctx, held, state is not None)
+            x = x + h
+            if branch.norm_at == "post":
+                x = branch.norm(x)
+        if ctx.taps is not None:
+            x = ctx.taps(f"{self.path}.residual.post", x)
+        return x

@@ -1,0 +1,55 @@
+"""The feed-forward network of two products (Vaswani et al. 2017, Attention Is All You Need)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from armillary.nn.activation import ACTIVATIONS, Activation
+from armillary.nn.context import Context
+from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
+
+
+@channels.register
+class FFNSettings(ChannelSettings):
+    """down(activation(up(x)))."""
+
+    kind: ClassVar[str] = "ffn"
+    source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
+    hidden: int | None = Field(None, gt=0, description="hidden features; by default 4 × width")
+    activation: Activation = Field("gelu", description="relu, gelu, gelu_tanh or silu")
+    bias: bool = Field(False, description="whether both products have biases")
+
+    def features(self, width: int) -> int:
+        return self.hidden or 4 * width
+
+    def build(self, place: Place) -> FFN:
+        return FFN(self, place)
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        hidden = self.features(place.width)
+        products = linear_flops(place.width, hidden, length, self.bias) + linear_flops(
+            hidden, place.width, length, self.bias
+        )
+        return Cost(products + length * hidden)
+
+
+class FFN(ChannelMixer):
+    """[B, T, D] → [B, T, D]."""
+
+    def __init__(self, settings: FFNSettings, place: Place) -> None:
+        super().__init__()
+        self.path = place.path
+        hidden = settings.features(place.width)
+        self.up = place.product(place.width, hidden, "up", settings.bias)
+        self.down = place.product(hidden, place.width, "down", settings.bias)
+        self.activation = ACTIVATIONS[settings.activation]
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        hidden = self.activation(self.up(x))
+        if ctx.taps is not None:
+            hidden = ctx.taps(f"{self.path}.hidden", hidden)
+        return self.down(hidden)  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""The gated feed-forward network (Shazeer 2020, GLU Variants Improve Transformer)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from armillary.nn.activation import ACTIVATIONS, Activation
+from armillary.nn.context import Context
+from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
+
+
+@channels.register
+class GatedSettings(ChannelSettings):
+    """down(activation(gate(x)) · up(x))."""
+
+    kind: ClassVar[str] = "gated"
+    source: ClassVar[str] = "Shazeer 2020, GLU Variants Improve Transformer"
+    hidden: int | None = Field(
+        None, gt=0, description="hidden features; by default 8/3 × width, rounded up to a multiple of 32"
+    )
+    activation: Activation = Field("silu", description="relu, gelu, gelu_tanh or silu")
+    bias: bool = Field(False, description="whether the three products have biases")
+
+    def features(self, width: int) -> int:
+        return self.hidden or -(-8 * width // (3 * 32)) * 32
+
+    def build(self, place: Place) -> Gated:
+        return Gated(self, place)
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        hidden = self.features(place.width)
+        products = 2 * linear_flops(place.width, hidden, length, self.bias) + linear_flops(
+            hidden, place.width, length, self.bias
+        )
+        return Cost(products + 2 * length * hidden)
+
+
+class Gated(ChannelMixer):
+    """[B, T, D] → [B, T, D]."""
+
+    def __init__(self, settings: GatedSettings, place: Place) -> None:
+        super().__init__()
+        self.path = place.path
+        hidden = settings.features(place.width)
+        self.gate = place.product(place.width, hidden, "gate", settings.bias)
+        self.up = place.product(place.width, hidden, "up", settings.bias)
+        self.down = place.product(hidden, place.width, "down", settings.bias)
+        self.activation = ACTIVATIONS[settings.activation]
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        hidden = self.activation(self.gate(x)) * self.up(x)
+        if ctx.taps is not None:
+            hidden = ctx.taps(f"{self.path}.hidden", hidden)
+        return self.down(hidden)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Heads, one a file: what is read off the last hidden states."""

@@ -1,0 +1,40 @@
+"""The classification head: one score per class for a whole sequence."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from armillary.nn.heads.base import HeadSettings, Pool, heads, pooled
+from armillary.nn.mechanism import Place
+
+
+@heads.register
+class ClassificationHeadSettings(HeadSettings):
+    """logits = pool(h) Wᵀ + b (Devlin et al. 2019, BERT)."""
+
+    kind: ClassVar[str] = "classification"
+    source: ClassVar[str] = "Devlin et al. 2019, BERT"
+    classes: int = Field(2, gt=1, description="how many classes")
+    labels: tuple[str, ...] | None = Field(None, description="their names")
+    pool: Pool = Field("mean", description="mean, first or last token")
+
+    def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> ClassificationHead:
+        return ClassificationHead(self, place)
+
+    def flops(self, width: int, vocabulary: int, length: int) -> float:
+        return 2.0 * width * self.classes + self.classes + width * length
+
+
+class ClassificationHead(nn.Module):
+    """h [B, T, D], padding [B, T] → [B, classes]."""
+
+    def __init__(self, settings: ClassificationHeadSettings, place: Place) -> None:
+        super().__init__()
+        self.pool = settings.pool
+        self.product = place.product(place.width, settings.classes, "head", True)
+
+    def forward(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.product(pooled(h, padding, self.pool))  # type: ignore[no-any-return]

@@ -1,0 +1,50 @@
+"""The language-model head: a score for every entry of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from armillary.nn.heads.base import HeadSettings, heads
+from armillary.nn.linear import Embedding, Linear
+from armillary.nn.mechanism import Place
+
+
+@heads.register
+class LanguageModelHeadSettings(HeadSettings):
+    """logits = h Wᵀ; W is the embedding when tied (Press & Wolf 2017, Using the Output Embedding)."""
+
+    kind: ClassVar[str] = "language_model"
+    source: ClassVar[str] = "Press & Wolf 2017, Using the Output Embedding to Improve Language Models"
+    tied: bool = Field(True, description="share the weight with the embedding")
+    bias: bool = Field(False, description="a bias per vocabulary entry")
+    softcap: float | None = Field(None, gt=0, description="logits become c·tanh(logit/c)")
+
+    def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> LanguageModelHead:
+        return LanguageModelHead(self, place, vocabulary, embedding)
+
+    def flops(self, width: int, vocabulary: int, length: int) -> float:
+        capped = 3.0 * vocabulary * length if self.softcap is not None else 0.0
+        return length * (2.0 * width * vocabulary + (vocabulary if self.bias else 0)) + capped
+
+
+class LanguageModelHead(nn.Module):
+    """h [..., D] → logits [..., V] in h's dtype."""
+
+    def __init__(
+        self, settings: LanguageModelHeadSettings, place: Place, vocabulary: int, embedding: nn.Module
+    ) -> None:
+        super().__init__()
+        self.tied = settings.tied
+        self.softcap = settings.softcap
+        self.product: Linear = place.product(place.width, vocabulary, "head", settings.bias)
+        if settings.tied:
+            assert isinstance(embedding, Embedding)
+            self.product.weight = embedding.weight
+
+    def forward(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
+        logits = self.product(h)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -1,0 +1,89 @@
+"""The one seam through which every trainable product is built.
+
+Adapters, quantisation and shard plans are rewrites of these settings, so nothing else in `nn`
+may hold a `torch.nn.Linear` or `torch.nn.Embedding`. Masters keep their own dtype; they are cast
+to the dtype of the activations at the point of use.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.base.registry import Registry
+from armillary.base.settings import Choice
+
+linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
+
+OUTPUT_ROLES = ("o", "down")  # products that write to the residual stream
+
+
+class LinearSettings(Choice):
+    """How one product is represented; the role (q, k, v, o, up, gate, down, head) picks the settings."""
+
+    choices: ClassVar[Registry[LinearSettings]] = linears
+
+    def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> nn.Module:
+        raise NotImplementedError
+
+
+@linears.register
+class DenseSettings(LinearSettings):
+    """A plain weight matrix."""
+
+    kind: ClassVar[str] = "dense"
+
+    def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
+        return Linear(inputs, outputs, role=role, bias=bias, depth=depth)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b for x [..., inputs]; W [outputs, inputs].
+
+    Starts from a normal distribution of variance 1/inputs; products that write to the residual
+    stream start smaller by √(2·depth), so that the stream's variance does not grow with depth
+    (Radford et al. 2019, Language Models are Unsupervised Multitask Learners).
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, role: str, bias: bool = False, depth: int = 1) -> None:
+        super().__init__()
+        self.role = role
+        self.inputs, self.outputs = inputs, outputs
+        self.deviation = inputs**-0.5 * ((2 * depth) ** -0.5 if role in OUTPUT_ROLES else 1.0)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.normal_(self.weight, std=self.deviation, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """Rows of a table: ids [...] int64 → [..., width]."""
+
+    def __init__(self, entries: int, width: int, *, role: str = "embed", deviation: float | None = None) -> None:
+        super().__init__()
+        self.role = role
+        self.entries, self.width = entries, width
+        self.deviation = width**-0.5 if deviation is None else deviation
+        self.weight = nn.Parameter(torch.empty(entries, width))
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.normal_(self.weight, std=self.deviation, generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.entries} × {self.width}, role={self.role}"

@@ -1,0 +1,119 @@
+"""Masks: composable predicates over (query, key) pairs, lowered to whatever the op wants.
+
+`rows(q, k)` answers for the query rows q [q] and key columns k [S] of one call, with a bool tensor
+that broadcasts to [B, H, q, S]; so an op can ask for a few rows at a time and T×T need not exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Mask:
+    """Base of all predicates; True means that the query may look at the key."""
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reach(self, stop: int, keys: int) -> int:
+        """No query row below `stop` looks at a key at or beyond this bound."""
+        return keys
+
+    def __and__(self, other: Mask) -> Mask:
+        return Both(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Either(self, other)
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Key s is visible to query t when s <= t + offset; offset counts the keys before the chunk
+    (one number, or [B] of them for ragged rows)."""
+
+    offset: int | Tensor = 0
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        if isinstance(self.offset, Tensor):
+            last = q[None] + self.offset[:, None]
+            return (k[None, None] <= last[:, :, None])[:, None]
+        return (k[None] <= q[:, None] + self.offset)[None, None]
+
+    def reach(self, stop: int, keys: int) -> int:
+        return keys if isinstance(self.offset, Tensor) else min(keys, stop + self.offset)
+
+
+@dataclass(frozen=True)
+class Prefix(Mask):
+    """Every query sees the first length[b] keys of its row (joined with `Causal` by |)."""
+
+    length: Tensor
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return (k[None] < self.length[:, None])[:, None, None]
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """Queries see keys of their own document; ids [B, T] and [B, S]."""
+
+    queries: Tensor
+    keys: Tensor
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return (self.queries[:, q, None] == self.keys[:, None, k])[:, None]
+
+
+@dataclass(frozen=True)
+class Keys(Mask):
+    """Only keys marked True in valid [B, S] are seen (padding)."""
+
+    valid: Tensor
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.valid[:, None, None, k]
+
+
+@dataclass(frozen=True)
+class Both(Mask):
+    """a ∧ b."""
+
+    a: Mask
+    b: Mask
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.a.rows(q, k) & self.b.rows(q, k)
+
+    def reach(self, stop: int, keys: int) -> int:
+        return min(self.a.reach(stop, keys), self.b.reach(stop, keys))
+
+
+@dataclass(frozen=True)
+class Either(Mask):
+    """a ∨ b."""
+
+    a: Mask
+    b: Mask
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.a.rows(q, k) | self.b.rows(q, k)
+
+    def reach(self, stop: int, keys: int) -> int:
+        return max(self.a.reach(stop, keys), self.b.reach(stop, keys))
+
+
+def both(a: Mask | None, b: Mask | None) -> Mask | None:
+    """a ∧ b, where None allows everything."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a & b
+
+
+def dense(mask: Mask | None, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """The whole predicate as bool, broadcastable to [B, H, T, S]; for oracles and pictures."""
+    if mask is None:
+        return None
+    return mask.rows(torch.arange(queries, device=device), torch.arange(keys, device=device))

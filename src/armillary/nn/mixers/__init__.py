@@ -1,0 +1,1 @@
+"""Mixers, one a file: they move information between positions."""

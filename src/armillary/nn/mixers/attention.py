@@ -1,0 +1,290 @@
+"""Dense softmax attention: multi-head, grouped- and multi-query, cross; causal, bidirectional, prefix.
+
+Vaswani et al. 2017, Attention Is All You Need; grouped queries: Ainslie et al. 2023, GQA; query and
+key norms: Henry et al. 2020, Query-Key Normalization for Transformers; soft-capped scores: Gemma
+Team 2024, Gemma 2; learned sinks: a logit per head that takes part in the softmax without a value
+(Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from armillary.base.errors import UnsupportedError
+from armillary.nn.context import Context, Memory
+from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.mask import Causal, Documents, Keys, Mask, Prefix, both
+from armillary.nn.mechanism import (
+    Capabilities,
+    Frozen,
+    Mixer,
+    MixerSettings,
+    NormSettings,
+    Place,
+    PositionSettings,
+    mixers,
+)
+from armillary.nn.ops.attend import Bias, attend
+from armillary.nn.state import FixedState, SpanState, State
+
+
+@mixers.register
+class AttentionSettings(MixerSettings):
+    """softmax(q kᵀ / √K + position) v over the tokens that the mask allows."""
+
+    kind: ClassVar[str] = "attention"
+    source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        causal=True, bidirectional=True, prefix=True, cross=True, state="span", rollback="truncate"
+    )
+    heads: int = Field(4, gt=0, description="query heads")
+    kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
+    head_width: int | None = Field(None, gt=0, description="features per head; by default width / heads")
+    position: PositionSettings | None = Field(None, description="where tokens stand: rope, alibi, t5, none")
+    norm: NormSettings | None = Field(None, description="norm of queries and keys, per head")
+    softcap: float | None = Field(None, gt=0, description="scores become c·tanh(score/c)")
+    sinks: bool = Field(False, description="a learned logit per head that takes attention and gives nothing")
+    scale: float | None = Field(None, gt=0, description="factor on the scores; by default 1/√head_width")
+    bias: bool = Field(False, description="biases on q, k and v")
+    out_bias: bool | None = Field(None, description="bias on the output product; by default as `bias`")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> AttentionSettings:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.position is not None and self.position.kind != "none" and not self.position.sites & {"rotate", "bias"}:
+            raise ValueError(f"'{self.position.kind}' acts on the embedding: put it under model.position")
+        return self
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads or self.heads
+
+    def features(self, width: int) -> int:
+        """Features per head."""
+        if self.head_width is None and width % self.heads:
+            raise UnsupportedError(
+                f"a width of {width} does not divide into {self.heads} heads",
+                hint="change width or heads, or set head_width",
+            )
+        return self.head_width or width // self.heads
+
+    def build(self, place: Place) -> Attention:
+        return Attention(self, place)
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        width, each = place.width, self.features(place.width)
+        query, key = self.heads * each, self.groups * each
+        out_bias = self.bias if self.out_bias is None else self.out_bias
+        flops = linear_flops(width, query, length, self.bias) + 2 * linear_flops(width, key, length, self.bias)
+        flops += linear_flops(query, width, length, out_bias)
+        pairs = float(self.heads * length * length)
+        flops += pairs * (4 * each + 6)  # two products, scale, softmax
+        if self.softcap is not None:
+            flops += 3 * pairs
+        if self.sinks:
+            flops += 5.0 * self.heads * length
+        if self.norm is not None:
+            flops += self.norm.flops(each, float(length * (self.heads + self.groups)))
+        if self.position is not None:
+            flops += self.position.cost(place, length, self.heads, self.groups, each).flops
+        tracked = self.position is not None and "bias" in self.position.sites
+        return Cost(flops, length * (2 * key * itemsize + (8 if tracked else 0)))
+
+
+class Attention(Mixer):
+    """x [B, T, D] → [B, T, D]; with cross, keys and values come from ctx.memory [B, S, D]."""
+
+    def __init__(self, settings: AttentionSettings, place: Place) -> None:
+        super().__init__(settings, place)
+        self.heads, self.groups = settings.heads, settings.groups
+        self.width = settings.features(place.width)
+        self.cross = place.cross
+        self.value_groups = self.groups
+        self.scale = settings.scale or self.width**-0.5
+        self.softcap = settings.softcap
+        out_bias = settings.bias if settings.out_bias is None else settings.out_bias
+        self.q = place.product(place.width, self.heads * self.width, "q", settings.bias)
+        self.k = place.product(place.width, self.groups * self.width, "k", settings.bias)
+        self.v = place.product(place.width, self.groups * self.width, "v", settings.bias)
+        self.o = place.product(self.heads * self.width, place.width, "o", out_bias)
+        sites = settings.position.sites if settings.position is not None else frozenset()
+        if place.cross and sites:
+            raise UnsupportedError("cross attention takes no positions", where=place.path, hint="set position: null")
+        self.position = (
+            settings.position.build(place.at("position"), self.heads, self.width)
+            if settings.position is not None and sites
+            else None
+        )
+        self.rotates, self.biases = "rotate" in sites, "bias" in sites
+        self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
+        self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    @property
+    def _crosses(self) -> bool:
+        return self.cross
+
+    def values(self, x: Tensor, ctx: Context) -> Tensor:
+        source = self._memory(ctx).hidden.to(x.dtype) if self.cross else x
+        return self.v(source).unflatten(-1, (self.groups, self.width))  # type: ignore[no-any-return]
+
+    def freeze(self, x: Tensor, ctx: Context) -> Frozen:
+        if self.cross:
+            memory = self._memory(ctx)
+            q, k = self._queries(x, ctx), self._keys(memory.hidden.to(x.dtype), ctx)
+            mask: Mask | None = None if memory.padding is None else Keys(memory.padding)
+            return Frozen({"q": q, "k": k, "mask": mask, "bias": None})
+        q, k = self._queries(x, ctx), self._keys(x, ctx)
+        if self.position is not None and self.rotates:
+            q, k = self.position.rotate(q, k, ctx.where(x))
+        if ctx.taps is not None:
+            q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
+        bias = self._bias(ctx.where(x), ctx.where(x)) if self.biases else None
+        return Frozen({"q": q, "k": k, "mask": self._mask(ctx), "bias": bias})
+
+    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
+        if frozen.weights is not None:
+            each = values.repeat_interleave(self.heads // self.groups, 2).transpose(1, 2)
+            return (frozen.weights.to(each.dtype) @ each).transpose(1, 2)
+        return self._attend(
+            frozen.parts["q"].transpose(1, 2),
+            frozen.parts["k"].transpose(1, 2),
+            values.transpose(1, 2),
+            frozen.parts["mask"],
+            frozen.parts["bias"],
+        )
+
+    def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
+        return self.o(mixed.flatten(2))  # type: ignore[no-any-return]
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
+    ) -> State:
+        if self.cross:
+            if memory is None:
+                raise UnsupportedError("cross attention needs a memory", where=self.path, hint="pass source=…")
+            hidden = memory.hidden
+            parts = {
+                "k": self._keys(hidden, Context()).transpose(1, 2),
+                "v": self.v(hidden).unflatten(-1, (self.groups, self.width)).transpose(1, 2),
+            }
+            if memory.padding is not None:
+                parts["padding"] = memory.padding
+            return FixedState(parts)
+        if self.order == "bidirectional":
+            raise UnsupportedError("a bidirectional mixer cannot be extended", where=self.path)
+        shape = (batch, self.groups, capacity, self.width)
+        # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
+        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        if self.biases:
+            tensors["positions"] = torch.zeros(batch, 1, capacity, dtype=torch.int64, device=device)
+        return SpanState(tensors)
+
+    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
+        self.accept(ctx, extending=True)
+        q = self._queries(x, ctx)
+        if isinstance(state, FixedState):
+            padding = state.tensors.get("padding")
+            seen = None if padding is None else Keys(padding)
+            return self._mixed(q, state.tensors["k"], state.tensors["v"], seen, None, x, ctx)
+        assert isinstance(state, SpanState)
+        k = self._keys(x, ctx)
+        if self.position is not None and self.rotates:
+            q, k = self.position.rotate(q, k, ctx.where(x))
+        v = self.v(x).unflatten(-1, (self.groups, self.width))
+        if ctx.taps is not None:
+            q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
+            v = ctx.taps(f"{self.path}.v", v)
+        parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
+        positions = ctx.where(x).expand(x.shape[0], -1)
+        if self.biases:
+            parts["positions"] = positions[:, None]
+        start, uniform = state.lengths, state.uniform
+        held = state.append(parts, ctx.lengths)
+        before: int | Tensor = start if uniform is None or state.uniform is None else uniform
+        mask = self._extend_mask(before, ctx, x)
+        bias = self._bias(positions, held["positions"][:, 0]) if self.biases else None
+        return self._mixed(q, held["k"], held["v"], mask, bias, x, ctx)
+
+    def _mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Bias | None, x: Tensor, ctx: Context
+    ) -> Tensor:
+        if ctx.taps is None:
+            return self.finish(self._attend(q.transpose(1, 2), k, v, mask, bias), x, ctx)
+        frozen = Frozen({"q": q, "k": k.transpose(1, 2), "mask": mask, "bias": bias})
+        values = v.transpose(1, 2)
+        mixed = self.mix(self._weights(frozen, values, ctx), values)
+        return self.finish(ctx.taps(f"{self.path}.mixed", mixed), x, ctx)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Bias | None) -> Tensor:
+        y, _ = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        return y.transpose(1, 2)
+
+    def _queries(self, x: Tensor, ctx: Context) -> Tensor:
+        q: Tensor = self.q(x).unflatten(-1, (self.heads, self.width))
+        return q if self.q_norm is None else self.q_norm(q)
+
+    def _keys(self, x: Tensor, ctx: Context) -> Tensor:
+        k: Tensor = self.k(x).unflatten(-1, (self.groups, self.width))
+        return k if self.k_norm is None else self.k_norm(k)
+
+    def _bias(self, q_pos: Tensor, k_pos: Tensor) -> Bias:
+        assert self.position is not None
+        return partial(_bias_rows, self.position, q_pos, k_pos)
+
+    def _memory(self, ctx: Context) -> Memory:
+        if ctx.memory is None:
+            raise UnsupportedError("cross attention needs a memory", where=self.path, hint="pass source=…")
+        return ctx.memory
+
+    def _mask(self, ctx: Context) -> Mask | None:
+        mask: Mask | None = None
+        if self.order == "causal":
+            mask = Causal()
+        elif self.order == "prefix":
+            mask = Causal() | Prefix(self._prefix(ctx))
+        mask = both(mask, ctx.mask)
+        if ctx.documents is not None:
+            mask = both(mask, Documents(ctx.documents, ctx.documents))
+        if ctx.padding is not None:
+            mask = both(mask, Keys(ctx.padding))
+        return mask
+
+    def _extend_mask(self, before: int | Tensor, ctx: Context, x: Tensor) -> Mask:
+        causal = Causal(before)
+        if self.order != "prefix":
+            return causal
+        prefix = self._prefix(ctx)
+        begun = torch.as_tensor(before, device=prefix.device)
+        count = torch.full_like(prefix, x.shape[1]) if ctx.lengths is None else ctx.lengths
+        split = (begun < prefix) & ((begun + count < prefix) | (begun > 0)) & (count > 0)
+        if bool(split.any()):
+            raise UnsupportedError(
+                "a prefix must come whole in one chunk, since its tokens see one another", where=self.path
+            )
+        # Slots beyond a row's tokens must stay unseen even when the prefix is the longest row's.
+        return causal | Prefix(torch.minimum(prefix, begun + count))
+
+    def _prefix(self, ctx: Context) -> Tensor:
+        if "prefix" not in ctx.side:
+            raise UnsupportedError(
+                "a prefix model needs the length of each row's prefix",
+                where=self.path,
+                hint='pass side={"prefix": lengths} with lengths [B]',
+            )
+        return ctx.side["prefix"]
+
+
+def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    bias: Tensor = position.bias(q_pos[:, rows], k_pos[:, columns])  # type: ignore[operator]
+    return bias

@@ -1,0 +1,165 @@
+"""Decay linear attention: retention (Sun et al. 2023, Retentive Network: A Successor to Transformer).
+
+Each head holds a matrix S that decays by a fixed factor: S ← γ·S + kᵀv, y = q S; the same numbers
+in parallel, in chunks and token by token. As published, heads decay at 1 − 2^(−5−h), q and k are
+rotated, k is scaled by 1/√K, and the output passes a norm per head and a swish gate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from armillary.base.errors import UnsupportedError
+from armillary.nn.activation import ACTIVATIONS
+from armillary.nn.context import Context, Memory
+from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.mechanism import (
+    Capabilities,
+    Frozen,
+    Mixer,
+    MixerSettings,
+    NormSettings,
+    Place,
+    PositionSettings,
+    mixers,
+)
+from armillary.nn.norms.rmsnorm import RMSNormSettings
+from armillary.nn.ops.decay import decay_attend
+from armillary.nn.positions.rope import RopeSettings
+from armillary.nn.state import FixedState, State
+
+
+@mixers.register
+class RetentionSettings(MixerSettings):
+    """norm(q S) · swish(g), S ← γ·S + kᵀv."""
+
+    kind: ClassVar[str] = "retention"
+    source: ClassVar[str] = "Sun et al. 2023, Retentive Network: A Successor to Transformer"
+    capabilities: ClassVar[Capabilities] = Capabilities(state="fixed", rollback="snapshot")
+    heads: int = Field(4, gt=0, description="heads, each with its own decay")
+    expand: float = Field(2.0, gt=0, description="width of the values relative to the model's")
+    position: PositionSettings | None = Field(RopeSettings(), description="how q and k turn: rope or none")
+    norm: NormSettings = Field(RMSNormSettings(), description="norm of each head's output")
+
+    def features(self, width: int) -> tuple[int, int]:
+        """Key and value features per head."""
+        values = int(width * self.expand)
+        if width % self.heads or values % self.heads:
+            raise UnsupportedError(
+                f"a width of {width} (values {values}) does not divide into {self.heads} heads",
+                hint="change width, heads or expand",
+            )
+        return width // self.heads, values // self.heads
+
+    def build(self, place: Place) -> Retention:
+        return Retention(self, place)
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        key, value = self.features(place.width)
+        width, values = place.width, self.heads * value
+        flops = 2 * linear_flops(width, width, length) + 2 * linear_flops(width, values, length)
+        flops += linear_flops(values, width, length)
+        # Per token and head: decay, outer product and sum of the state, then its product with q.
+        flops += length * self.heads * (5.0 * key * value + 1)
+        flops += length * (width + 2 * values) + self.norm.flops(value, length * self.heads)
+        if self.position is not None:
+            flops += self.position.cost(place, length, self.heads, self.heads, key).flops
+        return Cost(flops, 4.0 * self.heads * key * value)
+
+
+class Retention(Mixer):
+    """x [B, T, D] → [B, T, D]; its state is one float32 matrix [B, H, K, V]."""
+
+    def __init__(self, settings: RetentionSettings, place: Place) -> None:
+        super().__init__(settings, place)
+        self.heads = self.value_groups = settings.heads
+        self.key_width, self.value_width = settings.features(place.width)
+        values = self.heads * self.value_width
+        self.q = place.product(place.width, place.width, "q")
+        self.k = place.product(place.width, place.width, "k")
+        self.v = place.product(place.width, values, "v")
+        self.gate = place.product(place.width, values, "gate")
+        self.o = place.product(values, place.width, "o")
+        self.norm = settings.norm.build(self.value_width)
+        sites = settings.position.sites if settings.position is not None else frozenset()
+        if sites - {"rotate"}:
+            raise UnsupportedError("retention takes rotations only", where=place.path, hint="position: rope or none")
+        self.position = (
+            settings.position.build(place.at("position"), self.heads, self.key_width)
+            if settings.position is not None and sites
+            else None
+        )
+        self.swish = ACTIVATIONS["silu"]
+        self._log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(self.heads)]
+
+    def values(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.v(x).unflatten(-1, (self.heads, self.value_width))  # type: ignore[no-any-return]
+
+    def freeze(self, x: Tensor, ctx: Context) -> Frozen:
+        if ctx.mask is not None:
+            raise UnsupportedError("'retention' cannot take a mask from the objective", where=self.path)
+        q = self.q(x).unflatten(-1, (self.heads, self.key_width))
+        k = self.k(x).unflatten(-1, (self.heads, self.key_width)) * self.key_width**-0.5
+        if self.position is not None:
+            q, k = self.position.rotate(q, k, ctx.where(x))
+        if ctx.taps is not None:
+            q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
+        decay = torch.tensor(self._log_decay, dtype=torch.float32, device=x.device)
+        decay = decay.expand(1, x.shape[1], self.heads)
+        valid = ctx.padding
+        if ctx.lengths is not None:
+            valid = torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
+        if valid is not None:
+            # A token that is not there neither decays the state nor enters it.
+            decay = decay * valid[..., None]
+            k = k * valid[..., None, None].to(k.dtype)
+        return Frozen({"q": q, "k": k, "decay": decay, "documents": ctx.documents})
+
+    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
+        if frozen.weights is not None:
+            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
+        parts = frozen.parts
+        y, _ = decay_attend(parts["q"], parts["k"], values, parts["decay"], documents=parts["documents"])
+        return y
+
+    def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
+        return self.o(self.norm(mixed).flatten(2) * self.swish(self.gate(x)))  # type: ignore[no-any-return]
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
+    ) -> State:
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        shape = (batch, self.heads, self.key_width, self.value_width)
+        return FixedState({"matrix": torch.zeros(shape, dtype=kind, device=device)})
+
+    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
+        self.accept(ctx, extending=True)
+        assert isinstance(state, FixedState)
+        values = self.values(x, ctx)
+        if ctx.taps is not None:
+            values = ctx.taps(f"{self.path}.v", values)
+            if ctx.taps.edited(f"{self.path}.weights"):
+                raise UnsupportedError(
+                    "weights over tokens that only live in the state cannot be edited",
+                    where=self.path,
+                    hint="edit them in a whole forward call",
+                )
+            ctx.taps.lazy(f"{self.path}.weights", self._no_weights)
+        parts = self.freeze(x, ctx).parts
+        mixed, held = decay_attend(parts["q"], parts["k"], values, parts["decay"], state=state.tensors["matrix"])
+        state.put("matrix", held)
+        if ctx.taps is not None:
+            mixed = ctx.taps(f"{self.path}.mixed", mixed)
+        return self.finish(mixed, x, ctx)
+
+    def _no_weights(self) -> Tensor:
+        raise UnsupportedError(
+            "weights over tokens that only live in the state do not exist",
+            where=self.path,
+            hint="watch a whole forward call instead",
+        )

@@ -1,0 +1,464 @@
+"""The network: embedding, stack, final norm and head; decoder, encoder, encoder–decoder or prefix model.
+
+`hidden` and `head` are apart, so that losses are computed in chunks and full float32 logits never
+exist. Parameters keep their own dtype; activations flow in `dtype`, set by `compute`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from armillary.base.errors import InputError, SettingsError, UnsupportedError
+from armillary.nn.block import Block, BlockState
+from armillary.nn.context import Context, Memory
+from armillary.nn.cost import Cost
+from armillary.nn.heads.base import HeadSettings
+from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
+from armillary.nn.linear import Embedding, LinearSettings
+from armillary.nn.mask import Mask
+from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.norms.rmsnorm import RMSNormSettings
+from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
+from armillary.nn.stack import Stack, StackSettings, share
+from armillary.nn.state import State
+from armillary.nn.taps import Taps
+
+Form = Literal["decoder", "encoder", "encoder_decoder", "prefix"]
+_ORDER: dict[str, Order] = {
+    "decoder": "causal",
+    "encoder": "bidirectional",
+    "encoder_decoder": "causal",
+    "prefix": "prefix",
+}
+
+
+class ModelSettings(StackSettings):
+    """A whole network."""
+
+    form: Form = Field("decoder", description="decoder, encoder, encoder_decoder or prefix")
+    width: int = Field(256, gt=0, description="features of the residual stream")
+    vocabulary: int | None = Field(None, gt=0, description="entries of the embedding; by default the tokenizer's")
+    context: int = Field(1024, gt=0, description="longest sequence that tables of positions serve")
+    position: PositionSettings | None = Field(None, description="positions added to the embedding: learned, sinusoidal")
+    segments: int = Field(0, ge=0, description="how many segment embeddings (0: none)")
+    embed_scale: float = Field(1.0, gt=0, description="factor on the embedding")
+    embed_norm: NormSettings | None = Field(None, description="norm after the embedding")
+    norm: NormSettings | None = Field(RMSNormSettings(), description="norm after the last block")
+    head: HeadSettings = Field(LanguageModelHeadSettings(), description="what is read off the last hidden states")
+    encoder: StackSettings | None = Field(None, description="the encoder of an encoder_decoder")
+    linear: dict[str, LinearSettings] = Field({}, description="kind of product by role (q, k, v, o, up, …, or all)")
+
+    @model_validator(mode="after")
+    def _whole(self) -> ModelSettings:
+        if (self.form == "encoder_decoder") != (self.encoder is not None):
+            raise ValueError("form: encoder_decoder and encoder: {…} go together")
+        if self.position is not None and self.position.kind != "none" and "embed" not in self.position.sites:
+            raise ValueError(f"'{self.position.kind}' does not act on the embedding: put it under the mixer's position")
+        crosses = any(branch.look == "memory" for block in self.layers() for branch in block.all())
+        if self.form == "encoder_decoder" and not crosses:
+            raise ValueError("no block of the decoder looks at the encoder: add cross: {kind: attention} to a block")
+        if self.form != "encoder_decoder" and crosses:
+            raise ValueError("a block looks at an encoder's memory, but there is none: use form: encoder_decoder")
+        return self
+
+    def place(self) -> Place:
+        return Place(
+            width=self.width, depth=self.depth, order=_ORDER[self.form], length=self.context, linear=self.linear
+        )
+
+    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
+        """Forward FLOPs of one row of `length` tokens (for an encoder–decoder, on both sides) and the
+        bytes of its state."""
+        total = super().cost(place, length, itemsize)
+        around = 0.0
+        if self.embed_scale != 1.0:
+            around += length * self.width
+        for norm in (self.embed_norm, self.norm):
+            around += norm.flops(self.width, length) if norm is not None else 0.0
+        if self.position is not None:
+            around += self.position.cost(place, length, 0, 0, 0).flops
+        around += self.head.flops(self.width, self.vocabulary or 0, length)
+        if self.encoder is not None:
+            around += self.encoder.cost(place, length, itemsize).flops
+        return total + Cost(around)
+
+
+class NetworkState:
+    """The states of all blocks, and how many tokens each row has seen."""
+
+    def __init__(self, blocks: list[BlockState], lengths: Tensor, memory: Memory | None = None) -> None:
+        self.blocks, self.lengths, self.memory = blocks, lengths, memory
+        self.positions = lengths.clone()  # the next position of each row
+
+    @property
+    def batch(self) -> int:
+        return int(self.lengths.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for _, _, state in self._each())
+
+    def select(self, rows: Tensor) -> NetworkState:
+        return self._map(lambda state: state.select(rows), self.lengths[rows], self.positions[rows])
+
+    @classmethod
+    def join(cls, states: Sequence[NetworkState]) -> NetworkState:
+        first = states[0]
+        other = copy.copy(first)
+        other.blocks = [
+            {name: type(held).join([s.blocks[i][name] for s in states]) for name, held in block.items()}
+            for i, block in enumerate(first.blocks)
+        ]
+        other.lengths = torch.cat([s.lengths for s in states])
+        other.positions = torch.cat([s.positions for s in states])
+        return other
+
+    def snapshot(self) -> NetworkState:
+        return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone())
+
+    def restore(self, snapshot: NetworkState) -> None:
+        for index, name, state in self._each():
+            state.restore(snapshot.blocks[index][name])
+        self.lengths, self.positions = snapshot.lengths.clone(), snapshot.positions.clone()
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the tokens from lengths[b] on; raises, with nothing changed, where a state cannot."""
+        for _, _, state in self._each():
+            if state.kind not in ("span", "fixed") or (state.kind == "fixed" and not _constant(state)):
+                state.truncate(lengths)
+        kept = torch.minimum(self.lengths, lengths.to(self.lengths))
+        for _, _, state in self._each():
+            if state.kind == "span":
+                state.truncate(kept)
+        self.positions = self.positions - (self.lengths - kept)
+        self.lengths = kept
+
+    def to(self, device: torch.device | str) -> NetworkState:
+        return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device))
+
+    def _each(self) -> Iterator[tuple[int, str, State]]:
+        for index, block in enumerate(self.blocks):
+            for name, state in block.items():
+                yield index, name, state
+
+    def _map(self, change: Any, lengths: Tensor, positions: Tensor) -> NetworkState:
+        other = copy.copy(self)
+        other.blocks = [{name: change(state) for name, state in block.items()} for block in self.blocks]
+        other.lengths, other.positions = lengths, positions
+        return other
+
+
+def _constant(state: State) -> bool:
+    """An encoder's keys and values do not change with the tokens, so cutting them back is nothing."""
+    return "k" in state.tensors and "v" in state.tensors
+
+
+class Network(nn.Module):
+    """ids [B, T] int64 → what the head gives (logits [B, T, V] for a language model)."""
+
+    TAPS_OUTSIDE: ClassVar[tuple[str, ...]] = ("embed", "norm", "logits")
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        if settings.vocabulary is None:
+            raise SettingsError(
+                "the vocabulary is not known", path=("model", "vocabulary"), hint="give it, or train a tokenizer first"
+            )
+        self.settings = settings
+        self.dtype = torch.float32
+        place = settings.place()
+        self.embed = Embedding(settings.vocabulary, settings.width)
+        sites = settings.position.sites if settings.position is not None else frozenset()
+        self.position = settings.position.build(place.at("position")) if settings.position and sites else None
+        self.segment = Embedding(settings.segments, settings.width, role="segment") if settings.segments else None
+        self.embed_norm = settings.embed_norm.build(settings.width) if settings.embed_norm else None
+        if settings.encoder is not None:
+            inner = Place(
+                width=place.width, order="bidirectional", length=place.length, linear=place.linear, path="encoder"
+            )
+            self.encoder = Stack(settings.encoder, inner)
+            self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
+            self.blocks = Stack(settings, place.at("decoder"))
+        else:
+            self.blocks = Stack(settings, place)
+        self.norm = settings.norm.build(settings.width) if settings.norm else None
+        self.head = settings.head.build(place.at("head"), settings.vocabulary, self.embed)
+        self._shared = share(self, settings.share)
+        self.tie()
+        self._side = self._needed_side()
+
+    # -- parameters
+
+    def tie(self) -> None:
+        """Make shared parameters one object again (after a load or a move that copied them)."""
+        if isinstance(self.head, LanguageModelHead) and self.head.tied:
+            self.head.product.weight = self.embed.weight
+        for name, first in self._shared:
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, self.get_parameter(first))
+
+    def check_ties(self) -> None:
+        """Raise when parameters that the recipe ties have come apart."""
+        if isinstance(self.head, LanguageModelHead) and self.head.tied:
+            assert self.head.product.weight is self.embed.weight, "the head's weight is no longer the embedding's"
+        for name, first in self._shared:
+            assert self.get_parameter(name) is self.get_parameter(first), f"{name} is no longer {first}"
+
+    def tied_names(self) -> dict[str, str]:
+        """Names that are a second name of another parameter → that parameter's name."""
+        names = dict(self._shared)
+        if isinstance(self.head, LanguageModelHead) and self.head.tied:
+            names["head.product.weight"] = "embed.weight"
+        return names
+
+    def initialise(self, seed: int) -> None:
+        initialise(self, seed)
+
+    def compute(self, dtype: torch.dtype) -> Network:
+        """Let activations flow in `dtype`; parameters keep theirs."""
+        self.dtype = dtype
+        return self
+
+    def stacks(self) -> list[Stack]:
+        return [self.encoder, self.blocks] if self.settings.encoder is not None else [self.blocks]
+
+    def compile_blocks(self, **options: Any) -> None:
+        for stack in self.stacks():
+            stack.compile_blocks(**options)
+
+    def recompute_blocks(self, on: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        for stack in self.stacks():
+            stack.recompute = on
+
+    def mixers(self) -> list[Mixer]:
+        return [module for module in self.modules() if isinstance(module, Mixer)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    # -- whole sequences
+
+    def forward(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """See `hidden` for the inputs; returns what the head gives."""
+        h = self.hidden(ids, **inputs)
+        out: Tensor = self.head(h, inputs.get("padding"))
+        taps = inputs.get("taps")
+        return out if taps is None else taps("logits", out)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        source: Tensor | None = None,
+        source_padding: Tensor | None = None,
+        padding: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        side: Mapping[str, Tensor] | None = None,
+        mask: Mask | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """The last hidden states [B, T, D], after the final norm.
+
+        ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
+        True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
+        default counted from 0 in each document; segments: [B, T]; side: named tensors that the
+        mechanisms ask for; mask: a predicate from the objective. Raises InputError or
+        UnsupportedError for what the network cannot honour.
+        """
+        self._check_ids(ids, "ids")
+        side = dict(side or {})
+        self._check_side(side)
+        if positions is None and (documents is not None or padding is not None):
+            positions = _counted(ids, documents, padding)
+        memory = self._memory(source, source_padding, taps)
+        ctx = Context(
+            positions=positions,
+            documents=documents,
+            padding=padding,
+            mask=mask,
+            memory=memory,
+            ids=ids,
+            side=side,
+            taps=taps,
+        )
+        x = self.blocks(self._embedded(ids, segments, ctx, taps), ctx)
+        return self._closed(x, taps)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Weighted sum of the targets' negative log-likelihoods in nats, a float32 scalar.
+
+        hidden: [B, T, D]; targets: [B, T] int64; weights: [B, T] or None = ones.
+        """
+        product, softcap = self._scores()
+        return linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            product.weight,
+            targets.reshape(-1),
+            weights=None if weights is None else weights.reshape(-1),
+            bias=product.bias,
+            softcap=softcap,
+        )
+
+    def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target in nats, [B, T] float32, without gradients."""
+        product, softcap = self._scores()
+        flat = token_nll(
+            hidden.reshape(-1, hidden.shape[-1]),
+            product.weight,
+            targets.reshape(-1),
+            bias=product.bias,
+            softcap=softcap,
+        )
+        return flat.view(targets.shape)
+
+    # -- chunks
+
+    def init_state(
+        self,
+        batch: int,
+        capacity: int | None = None,
+        *,
+        source: Tensor | None = None,
+        source_padding: Tensor | None = None,
+    ) -> NetworkState:
+        """An empty state for `batch` rows with room for `capacity` tokens (it grows beyond that).
+
+        An encoder–decoder encodes its source here, once.
+        """
+        if self.settings.form == "encoder":
+            raise UnsupportedError("an encoder sees whole sequences: it has no state", hint="call the model instead")
+        memory = self._memory(source, source_padding, None)
+        room = capacity if capacity is not None else 64
+        blocks = self.blocks.init_state(batch, room, self.dtype, self.device, memory)
+        return NetworkState(blocks, torch.zeros(batch, dtype=torch.int64, device=self.device), memory)
+
+    def extend(
+        self,
+        ids: Tensor,
+        state: NetworkState,
+        *,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        side: Mapping[str, Tensor] | None = None,
+        last: bool = False,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Logits of the next chunk; the state moves on in place.
+
+        ids: [B, T ≥ 1]; lengths: [B] valid tokens of each row (0 allowed), None = all; last=True
+        gives only each row's last valid token, [B, 1, V].
+        """
+        self._check_ids(ids, "ids")
+        if ids.shape[0] != state.batch:
+            raise InputError(f"the chunk has {ids.shape[0]} rows, the state {state.batch}")
+        side = dict(side or {})
+        self._check_side(side)
+        count = ids.shape[1]
+        if positions is None:
+            positions = state.positions[:, None] + torch.arange(count, device=ids.device)
+        ctx = Context(positions=positions, lengths=lengths, memory=state.memory, ids=ids, side=side, taps=taps)
+        x = self.blocks.extend(self._embedded(ids, segments, ctx, taps), state.blocks, ctx)
+        added = torch.full_like(state.lengths, count) if lengths is None else lengths.to(state.lengths)
+        state.lengths = state.lengths + added
+        state.positions = state.positions + added
+        if last:
+            if lengths is None:
+                x = x[:, -1:]
+            else:
+                x = x[torch.arange(len(x), device=x.device), (added - 1).clamp(min=0)][:, None]
+        out: Tensor = self.head(self._closed(x, taps))
+        return out if taps is None else taps("logits", out)
+
+    # -- parts
+
+    def _embedded(self, ids: Tensor, segments: Tensor | None, ctx: Context, taps: Taps | None) -> Tensor:
+        x = self.embed(ids).to(self.dtype)
+        if self.settings.embed_scale != 1.0:
+            x = x * torch.tensor(self.settings.embed_scale, dtype=self.dtype, device=x.device)
+        if self.position is not None:
+            x = x + self.position.embed(ctx.where(ids)).to(self.dtype)
+        if segments is not None and self.segment is None:
+            raise InputError("this network has no segments", hint="set model.segments")
+        if self.segment is not None:
+            given = torch.zeros_like(ids) if segments is None else segments
+            x = x + self.segment(given).to(self.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return x if taps is None else taps("embed", x)
+
+    def _closed(self, x: Tensor, taps: Taps | None) -> Tensor:
+        x = x if self.norm is None else self.norm(x)
+        return x if taps is None else taps("norm", x)
+
+    def _memory(self, source: Tensor | None, padding: Tensor | None, taps: Taps | None) -> Memory | None:
+        if self.settings.encoder is None:
+            if source is not None:
+                raise InputError("this network has no encoder, so it takes no source")
+            return None
+        if source is None:
+            raise InputError("an encoder–decoder needs a source", hint="pass source=ids [B, S]")
+        self._check_ids(source, "source")
+        positions = None if padding is None else _counted(source, None, padding)
+        ctx = Context(positions=positions, padding=padding, ids=source, taps=taps)
+        x = self.encoder(self._embedded(source, None, ctx, None), ctx)
+        return Memory(x if self.encoder_norm is None else self.encoder_norm(x), padding)
+
+    def _scores(self) -> tuple[Any, float | None]:
+        if not isinstance(self.head, LanguageModelHead):
+            raise UnsupportedError("this network has no language-model head", hint="set model.head: language_model")
+        return self.head.product, self.head.softcap
+
+    def _check_ids(self, ids: Tensor, name: str) -> None:
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise InputError(
+                f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}",
+                hint="pass int64 ids of shape [batch, time]",
+            )
+
+    def _needed_side(self) -> frozenset[str]:
+        needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
+        return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
+
+    def _check_side(self, side: Mapping[str, Tensor]) -> None:
+        for name in side:
+            if name not in self._side:
+                raise InputError(f"no mechanism here needs the side tensor '{name}'")
+        for name in self._side:
+            if name not in side:
+                raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=f'pass side={{"{name}": …}}')
+
+
+def _counted(ids: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Positions [B, T] that start at 0 in every document and pass over padding."""
+    steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if padding is not None:
+        steps = (padding.long().cumsum(1) - 1).clamp(min=0)
+    if documents is None:
+        return steps
+    new = torch.ones_like(documents, dtype=torch.bool)
+    new[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return steps - torch.where(new, steps, 0).cummax(1).values
+
+
+def build(settings: ModelSettings, *, device: str = "cpu", seed: int = 0) -> Network:
+    """A network with fresh weights drawn from `seed`; on device "meta" it has shapes only."""
+    with torch.device(device):
+        network = Network(settings)
+    if device != "meta":
+        network.initialise(seed)
+    network.check_ties()
+    return network
+
+
+__all__ = ["Block", "Form", "ModelSettings", "Network", "NetworkState", "build"]

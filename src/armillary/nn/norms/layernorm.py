@@ -1,0 +1,51 @@
+"""LayerNorm (Ba, Kiros & Hinton 2016, Layer Normalization)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from armillary.nn.mechanism import NormSettings, norms
+
+
+@norms.register
+class LayerNormSettings(NormSettings):
+    """(x − mean) / deviation · w + b."""
+
+    kind: ClassVar[str] = "layernorm"
+    source: ClassVar[str] = "Ba, Kiros & Hinton 2016, Layer Normalization"
+    epsilon: float = Field(1e-5, gt=0, description="added to the variance")
+    bias: bool = Field(True, description="whether b is there")
+
+    def build(self, width: int) -> LayerNorm:
+        return LayerNorm(width, self.epsilon, self.bias)
+
+    def flops(self, width: int, tokens: float) -> float:
+        return tokens * ((6 + int(self.bias)) * width + 2)
+
+
+class LayerNorm(nn.Module):
+    """[..., D] → [..., D]."""
+
+    def __init__(self, width: int, epsilon: float, bias: bool) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + self.epsilon)
+        out = centred * scale * self.weight.to(wide.dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(wide.dtype)
+        return out.to(x.dtype)

@@ -1,0 +1,179 @@
+"""States: what a mechanism carries from chunk to chunk, owned by the mechanism that made it.
+
+Kinds: span (grows with tokens), window (bounded), fixed (constant), scored (lossy). Without
+gradients storage is written in place; with gradients tensors are replaced. A row whose chunk is
+empty, and tokens beyond a row's length, leave the state bit-identical.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import UnsupportedError
+
+
+class State:
+    """Tensors with the batch as their first axis."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def select(self, rows: Tensor) -> Self:
+        """A new state that holds the given rows (repeats allowed: beams)."""
+        return self._with({name: t.index_select(0, rows) for name, t in self.tensors.items()})
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        """One state whose batch is the states' batches one after another."""
+        return states[0]._with({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
+
+    def snapshot(self) -> Self:
+        """A copy that later calls do not touch; give it back to `restore`."""
+        return self._with({name: t.clone() for name, t in self.tensors.items()})
+
+    def restore(self, snapshot: Self) -> None:
+        self.tensors = {name: t.clone() for name, t in snapshot.tensors.items()}
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the tokens from lengths[b] on; only where the past can be cut (span)."""
+        raise UnsupportedError(f"a {self.kind} state cannot be truncated", hint="take a snapshot before and restore it")
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._with({name: t.to(device) for name, t in self.tensors.items()})
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> Self:
+        other = copy.copy(self)
+        other.tensors = dict(tensors)
+        return other
+
+
+class FixedState(State):
+    """Tensors of constant size (recurrent matrices, an encoder's keys and values)."""
+
+    kind: ClassVar[str] = "fixed"
+
+    def put(self, name: str, value: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.tensors[name] = value
+        else:
+            self.tensors[name].copy_(value)
+
+
+class SpanState(State):
+    """Tensors that grow by one entry per token along axis 2: [B, G, capacity, …].
+
+    lengths: [B] tokens held by each row; `uniform` is their common value as a Python number, or
+    None once rows differ, so that the common case needs no look at the data.
+    """
+
+    kind: ClassVar[str] = "span"
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        first = next(iter(self.tensors.values()))
+        self.lengths = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+        self.uniform: int | None = 0
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.tensors.values())).shape[2]
+
+    @property
+    def longest(self) -> int:
+        return self.uniform if self.uniform is not None else int(self.lengths.max())
+
+    def append(self, parts: Mapping[str, Tensor], lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """Add parts [B, G, T, …] after each row's tokens; returns the views [B, G, longest, …].
+
+        lengths: [B] valid tokens of each row's chunk; None means all T.
+        """
+        count = next(iter(parts.values())).shape[2]
+        if lengths is not None and self.uniform is not None and bool((lengths == count).all()):
+            lengths = None
+        if lengths is None and self.uniform is not None:
+            start, stop = self.uniform, self.uniform + count
+            self._reserve(stop)
+            for name, part in parts.items():
+                if torch.is_grad_enabled():
+                    self.tensors[name] = torch.cat([self.tensors[name][:, :, :start], part], 2)
+                else:
+                    self.tensors[name][:, :, start:stop] = part
+            self.uniform = stop
+            self.lengths = self.lengths + count
+        else:
+            valid = self._valid(lengths, count)
+            rows, tokens = valid.nonzero(as_tuple=True)
+            slots = self.lengths[rows] + tokens
+            added = valid.sum(1)
+            self._reserve(int((self.lengths + added).max()))
+            for name, part in parts.items():
+                target = self.tensors[name].clone() if torch.is_grad_enabled() else self.tensors[name]
+                target[rows, :, slots] = part[rows, :, tokens].to(target.dtype)
+                self.tensors[name] = target
+            self.lengths = self.lengths + added
+            self.uniform = None
+        longest = self.longest
+        return {name: t[:, :, :longest] for name, t in self.tensors.items()}
+
+    def truncate(self, lengths: Tensor) -> None:
+        self._set_lengths(torch.minimum(self.lengths, lengths.to(self.lengths)))
+
+    def select(self, rows: Tensor) -> Self:
+        other = super().select(rows)
+        other._set_lengths(self.lengths[rows])
+        return other
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        capacity = max(state.capacity for state in states)
+        for state in states:
+            state._reserve(capacity)
+        joined = super().join(states)
+        joined._set_lengths(torch.cat([state.lengths for state in states]))
+        return joined
+
+    def restore(self, snapshot: Self) -> None:
+        super().restore(snapshot)
+        self._set_lengths(snapshot.lengths)
+
+    def to(self, device: torch.device | str) -> Self:
+        other = super().to(device)
+        other.lengths = self.lengths.to(device)
+        return other
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths.clone()
+        same = bool((lengths == lengths[0]).all())
+        self.uniform = int(lengths[0]) if same else None
+
+    def _valid(self, lengths: Tensor | None, count: int) -> Tensor:
+        steps = torch.arange(count, device=self.lengths.device)
+        if lengths is None:
+            return torch.ones(len(self.lengths), count, dtype=torch.bool, device=steps.device)
+        return steps[None] < lengths[:, None]
+
+    def _reserve(self, capacity: int) -> None:
+        held = self.capacity
+        if capacity <= held:
+            return
+        # Doubling keeps growth linear in total; a caller that knows its length asks for it at once.
+        wanted = max(capacity, 2 * held)
+        for name, t in self.tensors.items():
+            grown = t.new_zeros(*t.shape[:2], wanted, *t.shape[3:])
+            grown[:, :, :held] = t
+            self.tensors[name] = grown

@@ -7,7 +7,7 @@ exist. Parameters keep their own dtype; activations flow in `dtype`, set by `com
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -244,6 +244,17 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    def taps(self) -> list[str]:
+        """The names of all taps of this network, from a pass over tensors without storage."""
+        with torch.device("meta"):
+            twin = Network(self.settings)
+        names = _Names()
+        ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+        source = ids if self.settings.form == "encoder_decoder" else None
+        side = {name: torch.zeros(1, dtype=torch.int64, device="meta") for name in self._side}
+        twin(ids, source=source, side=side, taps=names)
+        return names.found
+
     # -- whole sequences
 
     def forward(self, ids: Tensor, **inputs: Any) -> Tensor:
@@ -437,6 +448,21 @@ class Network(nn.Module):
         for name in self._side:
             if name not in side:
                 raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=f'pass side={{"{name}": …}}')
+
+
+class _Names(Taps):
+    """Collects the names of the places that a call passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        self.found.append(name)
+        return value
+
+    def lazy(self, name: str, make: Callable[[], Tensor]) -> None:
+        self.found.append(name)
 
 
 def _counted(ids: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:

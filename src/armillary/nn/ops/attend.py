@@ -1,7 +1,7 @@
 """Softmax attention: one op for every mask, bias and variant.
 
-The plain form is the definition. The fast form takes the fused kernel where the request allows it,
-a folded pair of products for a few queries (decoding), and otherwise walks over blocks of query
+The plain form is the definition. The fast form takes a fused kernel where the request allows it
+(on a CPU our own, see `blocked`), a folded pair of products for a few queries (decoding), and otherwise walks over blocks of query
 rows, so that no T×T tensor outlives a block, in the backward pass either (Dao et al. 2022,
 FlashAttention; Rabe & Staats 2021, Self-attention Does Not Need O(n²) Memory).
 """
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.nn.mask import Causal, Mask, dense
 from armillary.nn.ops import plain
+from armillary.nn.ops.blocked import attend_blocked
 
 Bias = Callable[[Tensor, Tensor], Tensor]  # rows of queries [q], columns of keys [S] → [B or 1, H or 1, q, S]
 BLOCK = 512  # query rows at a time
@@ -52,10 +53,11 @@ def attend(
     if fusable and queries <= FEW and not torch.is_grad_enabled():
         return _few(q, k, v, mask, scale), None
     if fusable and v.shape[-1] == q.shape[-1]:
-        if mask is None:
-            return _fused(q, k, v, None, False, scale), None
-        if isinstance(mask, Causal) and not isinstance(mask.offset, Tensor) and mask.offset == 0 and queries == keys:
-            return _fused(q, k, v, None, True, scale), None
+        simple = isinstance(mask, Causal) and not isinstance(mask.offset, Tensor) and mask.offset == 0
+        if mask is None or (simple and queries == keys):
+            if q.device.type == "cpu" and q.dtype != torch.float64:
+                return attend_blocked(q, k, v, causal=mask is not None, scale=scale), None
+            return _fused(q, k, v, None, mask is not None, scale), None
     pieces = []
     mass: Tensor | None = None
     for start in range(0, queries, BLOCK):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armillary.native.rows import cross_entropy_rows_
 from armillary.nn.ops import plain
 
 ELEMENTS = 1 << 22  # logits held at once
@@ -87,29 +88,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         cast = weight.to(hidden.dtype)
-        wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        wants_weight = ctx.needs_input_grad[1]
         wants_bias = bias is not None and ctx.needs_input_grad[4]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         step = max(1, ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             part = slice(start, start + step)
-            rows, goal = hidden[part], targets[part]
-            logits = _logits(rows, cast, bias, softcap)
-            share = weights[part].float()
-            peak = logits.amax(-1, keepdim=True)
-            slope = None if softcap is None else 1 - (logits / softcap) ** 2
-            picked = logits.gather(1, goal[:, None])
-            logits.sub_(peak).exp_()
-            norm = logits.sum(-1, keepdim=True)
-            total += ((norm.log() + peak - picked)[:, 0] * share).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
-                continue
-            # d loss / d logits = (softmax − one-hot) · weight, written over the exponentials
-            logits.mul_(share[:, None] / norm)
-            logits.scatter_add_(1, goal[:, None], -share[:, None])
+            rows, goal, share = hidden[part], targets[part], weights[part]
+            logits = F.linear(rows, cast, None if bias is None else bias.to(hidden.dtype))
+            slope = None
+            if softcap is not None:
+                logits = torch.tanh(logits.float() / softcap)
+                slope = 1 - logits**2
+                logits = logits * softcap
+            losses = cross_entropy_rows_(logits, goal, share)
+            total += (losses * share).sum()
             if slope is not None:
                 logits.mul_(slope)
             delta = logits.to(hidden.dtype)
@@ -118,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += delta.t() @ rows
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
+                grad_bias += delta.sum(0, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total

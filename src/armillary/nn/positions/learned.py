@@ -40,7 +40,7 @@ class LearnedPosition(Position):
         self.table = Embedding(length, width, role="position", deviation=deviation)
 
     def embed(self, positions: Tensor) -> Tensor:
-        if positions.numel() and not positions.is_meta:
+        if type(positions) is Tensor and positions.numel() and not positions.is_meta:
             last = int(positions.max())
             if last >= self.length:
                 raise InputError(

@@ -74,33 +74,33 @@ class RopeSettings(PositionSettings):
         angles = length * (3 * width // 2)
         return Cost(angles + length * (heads + kv_heads) * 3 * width)
 
-    def frequencies(self, width: int) -> tuple[Tensor, float]:
-        """Angle per position for each of width/2 pairs [width/2], and the factor on q and k."""
+    def frequencies(self, width: int) -> tuple[list[float], float]:
+        """Angle per position for each of width/2 pairs, and the factor on q and k."""
         base, scaling = self.base, self.scaling
         if scaling is not None and scaling.kind == "ntk":
             base = base * scaling.factor ** (width / (width - 2))
-        speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        factor = 1.0
+        speed = [base ** (-feature / width) for feature in range(0, width, 2)]
         if scaling is None or scaling.kind == "ntk":
-            pass
-        elif scaling.kind == "linear":
-            speed = speed / scaling.factor
-        elif scaling.kind == "llama3":
-            turns = scaling.trained_length * speed / (2 * math.pi)
-            kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
-            speed = kept * speed + (1 - kept) * speed / scaling.factor
-        else:
-            index = torch.arange(width // 2, dtype=torch.float64)
+            return speed, 1.0
+        if scaling.kind == "linear":
+            return [s / scaling.factor for s in speed], 1.0
+        if scaling.kind == "llama3":
+            turns = [scaling.trained_length * s / (2 * math.pi) for s in speed]
+            kept = [_clamped((t - scaling.low) / (scaling.high - scaling.low)) for t in turns]
+            return [k * s + (1 - k) * s / scaling.factor for k, s in zip(kept, speed, strict=True)], 1.0
 
-            def pair_of(turns: float) -> float:
-                return width * math.log(scaling.trained_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+        def pair_of(turns: float) -> float:
+            return width * math.log(scaling.trained_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-            first = max(math.floor(pair_of(scaling.beta_fast)), 0)
-            last = min(math.ceil(pair_of(scaling.beta_slow)), width - 1)
-            stretched = ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
-            speed = stretched * speed / scaling.factor + (1 - stretched) * speed
-            factor = scaling.temperature or (0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0)
-        return speed.float(), factor
+        first = max(math.floor(pair_of(scaling.beta_fast)), 0)
+        last = min(math.ceil(pair_of(scaling.beta_slow)), width - 1)
+        stretched = [_clamped((pair - first) / max(last - first, 1e-3)) for pair in range(width // 2)]
+        speed = [k * s / scaling.factor + (1 - k) * s for k, s in zip(stretched, speed, strict=True)]
+        return speed, scaling.temperature or (0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0)
+
+
+def _clamped(x: float) -> float:
+    return min(1.0, max(0.0, x))
 
 
 class Rope(Position):
@@ -114,7 +114,7 @@ class Rope(Position):
         self.interleaved = settings.pairing == "interleaved"
         speed, self.factor = settings.frequencies(width)
         # Not a buffer: casting the weights to bf16, or building on the meta device, must leave it alone.
-        self.speed = torch.tensor(speed.tolist(), dtype=torch.float32, device="cpu")
+        self.speed = torch.tensor(speed, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -124,7 +124,7 @@ class Rope(Position):
         return self
 
     def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[..., None].float() * self.speed  # [B or 1, T, width/2]
+        angles = positions[..., None].float() * self.speed.to(q.device)  # [B or 1, T, width/2]
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         if self.factor != 1.0:
             cos, sin = cos * self.factor, sin * self.factor

@@ -38,7 +38,7 @@ class SinusoidalPosition(Position):
 
     def __init__(self, width: int, base: float) -> None:
         super().__init__()
-        self._speed = (base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)).tolist()
+        self._speed = [base ** (-feature / width) for feature in range(0, width, 2)]
 
     def embed(self, positions: Tensor) -> Tensor:
         angles = positions[..., None].float() * torch.tensor(self._speed, device=positions.device)

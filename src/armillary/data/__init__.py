@@ -1,0 +1,1 @@
+"""From files to batches: readers, prepared corpora of token shards, sample order, and the loader."""

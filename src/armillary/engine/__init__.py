@@ -1,0 +1,1 @@
+"""Generation: from a network and its state to tokens."""

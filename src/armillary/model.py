@@ -1,0 +1,300 @@
+"""The model that a user holds: a network with its tokenizer, and everything people do with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.base.errors import InputError, UnsupportedError, nearest
+from armillary.base.settings import Choice, parse
+from armillary.checkpoints import load as load_checkpoint
+from armillary.checkpoints import save as save_checkpoint
+from armillary.engine.generate import Completion, Completions, Piece, generate, stream
+from armillary.engine.sampling import Sampling
+from armillary.nn import network as networks
+from armillary.nn.describe import Description, describe
+from armillary.nn.heads.base import heads, pooled
+from armillary.nn.heads.classification import ClassificationHeadSettings
+from armillary.nn.heads.embedding import EmbeddingHeadSettings
+from armillary.nn.mechanism import channels, mixers, norms, positions
+from armillary.nn.network import ModelSettings, Network, NetworkState
+from armillary.nn.taps import Edit, Seen, Taps
+from armillary.objectives import objectives
+from armillary.recipe import Recipe
+from armillary.text import Tokenizer
+
+# Watches and edits in force, per thread and task; taken up by calls of the model they belong to.
+_taps: ContextVar[tuple[tuple[int, Taps], ...]] = ContextVar("taps", default=())
+
+Prompt = str | Sequence[str] | Sequence[int] | Tensor
+
+
+class Model(nn.Module):
+    """A network and what surrounds it.
+
+    network: the bare network; tokenizer: None for a model that only knows ids; recipe: how it was
+    made, when known.
+    """
+
+    def __init__(self, network: Network, tokenizer: Tokenizer | None = None, recipe: Recipe | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self._tokenizer = tokenizer
+        self.recipe = recipe
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises UnsupportedError when the model has none."""
+        if self._tokenizer is None:
+            raise UnsupportedError("this model has no tokenizer", hint="call it on token ids")
+        return self._tokenizer
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self.network.settings
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    # -- numbers
+
+    def forward(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """ids [B, T] int64 → logits [B, T, V] (or what the head gives); inputs as in `Network.hidden`."""
+        return self.network(ids, **self._tapped(inputs))  # type: ignore[no-any-return]
+
+    def hidden(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """ids [B, T] → the last hidden states [B, T, D]."""
+        return self.network.hidden(ids, **self._tapped(inputs))
+
+    def init_state(self, batch: int, capacity: int | None = None, **inputs: Any) -> NetworkState:
+        """An empty state for `batch` rows; an encoder–decoder takes source=ids and encodes it here."""
+        return self.network.init_state(batch, capacity, **inputs)
+
+    def extend(self, ids: Tensor, state: NetworkState, **inputs: Any) -> Tensor:
+        """Logits [B, T, V] of the next chunk: the same numbers as one whole call, whatever the chunks."""
+        return self.network.extend(ids, state, **self._tapped(inputs))
+
+    # -- text
+
+    @overload
+    def generate(self, prompt: str | Tensor, *, stream: bool = False, **options: Any) -> Any: ...
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[int], *, stream: bool = False, **options: Any) -> Any: ...
+    def generate(self, prompt: Prompt, *, stream: bool = False, **options: Any) -> Any:
+        """Complete a prompt.
+
+        prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
+        (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed).
+        Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
+        stream=True yields pieces of text (for several prompts: Piece, with its row).
+        """
+        sampling = Sampling.of(options)
+        starts, single = self._prompts(prompt)
+        return self._complete(starts, single, sampling, stream)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> Any:
+        """Answer a conversation ([{"role": "user", "content": …}, …]) through the chat template."""
+        sampling = Sampling.of(options)
+        return self._complete([self.tokenizer.encode_chat(list(messages))], True, sampling, stream)
+
+    def embed(self, texts: str | Sequence[str], *, pool: str = "mean", normalise: bool = False) -> Tensor:
+        """One vector per text, [N, D] float32 ([D] for one text): the pooled last hidden states.
+
+        pool: mean, first or last; a model with an embedding head uses its own pooling.
+        """
+        if pool not in ("mean", "first", "last"):
+            raise InputError(f"pool is '{pool}'", hint="use mean, first or last")
+        ids, padding = self._padded(texts)
+        with torch.no_grad():
+            h = self.hidden(ids, padding=padding)
+            if isinstance(self.settings.head, EmbeddingHeadSettings):
+                vectors: Tensor = self.network.head(h, padding).float()
+            else:
+                vectors = pooled(h, padding, pool).float()
+        vectors = F.normalize(vectors, dim=-1) if normalise else vectors
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def classify(self, texts: str | Sequence[str], labels: Sequence[str] | None = None) -> Any:
+        """Probabilities of classes, {label: probability} per text.
+
+        A model with a classification head uses it. A language model needs `labels` and compares how
+        likely each is, per byte, as the continuation of the text.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        head = self.settings.head
+        if isinstance(head, ClassificationHeadSettings):
+            if labels is not None:
+                raise InputError("this model has its own classes; leave labels out")
+            names = list(head.labels or [str(i) for i in range(head.classes)])
+            ids, padding = self._padded(many)
+            with torch.no_grad():
+                scores = self(ids, padding=padding).float()
+        else:
+            if not labels:
+                raise InputError("a language model needs the labels to choose from", hint='pass labels=["…", "…"]')
+            names = list(labels)
+            scores = torch.tensor([[self._fit(text, label) for label in names] for text in many])
+        found = [dict(zip(names, row.tolist(), strict=True)) for row in torch.softmax(scores, -1)]
+        return found[0] if isinstance(texts, str) else found
+
+    def score(self, text: str) -> tuple[list[int], list[float]]:
+        """The tokens of a text and the log-probability of each, in nats, given those before it."""
+        ids = self._begun(self.tokenizer.encode(text))
+        if len(ids) < 2:
+            raise InputError("a text needs at least one token to be scored")
+        row = torch.tensor([ids], device=self.device)
+        with torch.no_grad():
+            nll = self.network.token_nll(self.hidden(row[:, :-1]), row[:, 1:])
+        return ids[1:], (-nll[0]).tolist()
+
+    # -- looking inside
+
+    def describe(self, *, length: int | None = None, batch: int = 1) -> Description:
+        """Parameters, FLOPs, state bytes and training memory, as data."""
+        return describe(self.settings, length=length, batch=batch, bf16=self.network.dtype == torch.bfloat16)
+
+    def taps(self) -> list[str]:
+        """Every place that can be watched or edited."""
+        return self.network.taps()
+
+    @contextlib.contextmanager
+    def watch(self, *patterns: str) -> Iterator[Seen]:
+        """Record what passes the named places, for calls inside the block: name → tensor.
+
+        Patterns are shell-style: `blocks.*.mixer.weights`. Raises InputError when one matches nothing.
+        """
+        self._known(patterns)
+        taps = Taps(watch=patterns)
+        with self._with(taps):
+            yield taps.seen
+
+    @contextlib.contextmanager
+    def edit(self, pattern: str, change: Edit) -> Iterator[None]:
+        """Replace what passes the named places by change(tensor), for calls inside the block."""
+        self._known((pattern,))
+        with self._with(Taps(edits=[(pattern, change)])):
+            yield
+
+    # -- parts
+
+    def _tapped(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        mine = [taps for owner, taps in _taps.get() if owner == id(self)]
+        if not mine:
+            return inputs
+        joined = mine[0]
+        for taps in mine[1:]:
+            joined = joined.joined(taps)
+        return inputs | {"taps": joined}
+
+    @contextlib.contextmanager
+    def _with(self, taps: Taps) -> Iterator[None]:
+        token = _taps.set((*_taps.get(), (id(self), taps)))
+        try:
+            yield
+        finally:
+            _taps.reset(token)
+
+    def _known(self, patterns: Sequence[str]) -> None:
+        names = self.taps()
+        for pattern in patterns:
+            probe = Taps(watch=[pattern])
+            if not any(probe.watches(name) for name in names):
+                raise InputError(f"no tap matches '{pattern}'", hint=nearest(pattern, names))
+
+    def _prompts(self, prompt: Prompt) -> tuple[list[list[int]], bool]:
+        if isinstance(prompt, Tensor):
+            if prompt.dim() not in (1, 2):
+                raise InputError(f"a prompt of shape {tuple(prompt.shape)}", hint="pass ids [T] or [B, T]")
+            return (prompt if prompt.dim() == 2 else prompt[None]).tolist(), prompt.dim() == 1
+        if isinstance(prompt, str):
+            return [self._begun(self.tokenizer.encode(prompt))], True
+        items = list(prompt)
+        if items and all(isinstance(item, str) for item in items):
+            return [self._begun(self.tokenizer.encode(str(item))) for item in items], False
+        if items and all(isinstance(item, int) for item in items):
+            return [[int(item) for item in items]], True
+        raise InputError("a prompt is text, a list of texts, or token ids")
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Documents begin with a boundary token, so prompts do too."""
+        begin = self.tokenizer.begin
+        return ids if begin is None else [begin, *ids]
+
+    def _complete(self, starts: list[list[int]], single: bool, sampling: Sampling, streaming: bool) -> Any:
+        taps = self._tapped({}).get("taps")
+        if streaming:
+            pieces = stream(self.network, self.tokenizer, starts, sampling, taps=taps)
+            return (piece.text for piece in pieces) if single else pieces
+        done = generate(self.network, self.tokenizer, starts, sampling, taps=taps)
+        return done[0] if single else done
+
+    def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        many = [texts] if isinstance(texts, str) else list(texts)
+        rows = [self._begun(ids) for ids in self.tokenizer.encode_batch(many)]
+        if not rows or not all(rows):
+            raise InputError("there is an empty text", hint="give at least one token of text")
+        longest = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        padding = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            padding[index, : len(row)] = True
+        return ids.to(self.device), padding.to(self.device)
+
+    def _fit(self, text: str, label: str) -> float:
+        before, _ = self.score(text) if text else ([], [])
+        ids, logprobs = self.score(text + label)
+        # The tokens that the label adds; a merge across the seam counts as the label's.
+        same = 0
+        while same < min(len(before), len(ids)) and before[same] == ids[same]:
+            same += 1
+        return sum(logprobs[same:]) / max(1, len(label.encode("utf-8")))
+
+
+def build(settings: ModelSettings | Mapping[str, Any], *, seed: int = 0, device: str = "cpu") -> Model:
+    """An untrained model; model.vocabulary must be set, for there is no tokenizer."""
+    return Model(networks.build(parse(ModelSettings, settings, ("model",)), seed=seed, device=device))
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
+) -> Model:
+    """A model from a run folder, a checkpoint folder in the native or an open layout, or a hub name.
+
+    device: auto, cpu, cuda, …; dtype: auto (as stored), float32, bf16, float16; revision: of a hub
+    name. Raises CheckpointError naming what is missing, extra or wrongly shaped.
+    """
+    if quantize is not None:
+        raise UnsupportedError(f"quantize='{quantize}': no quantised weights yet", hint="leave it out")
+    loaded = load_checkpoint(path, device=device, dtype=dtype, revision=revision)
+    return Model(loaded.network.eval(), loaded.tokenizer, loaded.recipe).eval()
+
+
+def save(model: Model, folder: str | Path, layout: str = "native") -> None:
+    """Write a model folder; layout: native, or open (the layout that other tools read)."""
+    save_checkpoint(Path(folder), model.network, model._tokenizer, model.recipe, layout=layout)
+
+
+def mechanisms(role: str) -> dict[str, type[Choice]]:
+    """Everything registered for a role (mixer, channel, position, norm, head, objective): name → settings
+    class, with `.source` and, for mixers, `.capabilities`."""
+    known = {r.role: r for r in (mixers, channels, positions, norms, heads, objectives)}
+    if role not in known:
+        raise InputError(f"there is no role '{role}'", hint=nearest(role, known))
+    return dict(known[role])
+
+
+__all__ = ["Completion", "Completions", "Model", "Piece", "build", "load", "mechanisms", "save"]

@@ -1,0 +1,108 @@
+"""Builds the C library on the machine it runs on, and loads it through ctypes.
+
+It is compiled once per source, compiler and processor, in about a second, into the user's cache
+(ARMILLARY_CACHE, else XDG_CACHE_HOME/armillary), for exactly this processor. Set
+ARMILLARY_NATIVE=0 to do without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+
+
+def compiler() -> str | None:
+    """The C compiler to use: $CC, cc, gcc or clang."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None (said once) when it cannot be built here."""
+    if os.environ.get("ARMILLARY_NATIVE") == "0":
+        return None
+    chosen = compiler()
+    if chosen is None:
+        warnings.warn("no C compiler found: plain PyTorch runs in place of the native kernels", stacklevel=2)
+        return None
+    target = _cache() / f"kernels-{_key(chosen)}.so"
+    if not target.exists():
+        problem = _build(chosen, target)
+        if problem is not None:
+            warnings.warn(f"the native kernels did not build, plain PyTorch runs instead: {problem}", stacklevel=2)
+            return None
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        warnings.warn(f"the native kernels do not load, plain PyTorch runs instead: {error}", stacklevel=2)
+        return None
+
+
+def available() -> bool:
+    """Whether the native kernels are there."""
+    return library() is not None
+
+
+def _cache() -> Path:
+    root = os.environ.get("ARMILLARY_CACHE")
+    if root is None:
+        root = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "armillary")
+    folder = Path(root) / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="armillary-"))
+    return folder
+
+
+def _key(chosen: str) -> str:
+    """Changes with the source, the flags, the compiler and the processor's abilities."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest.update(" ".join((chosen, *FLAGS, platform.machine(), *_openmp())).encode())
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        lines = processor.read_text(errors="replace").splitlines()
+        digest.update(next((line for line in lines if line.startswith(("flags", "Features"))), "").encode())
+    return digest.hexdigest()[:16]
+
+
+def _openmp() -> tuple[str, ...]:
+    """Link against the OpenMP runtime that PyTorch brought, so that there is one pool of threads."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return ()
+    base = Path(spec.origin).parent
+    for folder in (base / "lib", base.parent / "torch.libs"):
+        for file in sorted(folder.glob("libgomp*.so*")):
+            return (f"-L{folder}", f"-l:{file.name}", f"-Wl,-rpath,{folder}", "-Wl,--as-needed")
+    return ()
+
+
+def _build(chosen: str, target: Path) -> str | None:
+    """Compile into place; returns what went wrong, or None."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        command = [*chosen.split(), *FLAGS, str(SOURCE), "-o", str(made), *_openmp(), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        if done.returncode != 0:
+            return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        os.replace(made, target)
+    return None

@@ -1,0 +1,126 @@
+"""The row kernels as functions over tensors, each beside its plain PyTorch form.
+
+`fits` says whether a tensor can go to the C library; otherwise callers use the plain form.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.native.library import library
+
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_ARGUMENTS: dict[str, list[Any]] = {
+    "softmax_rows": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_int, c_float],
+    "softmax_rows_backward": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int, c_float],
+    "cross_entropy_rows": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "few_rows_product": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
+}
+_functions: dict[tuple[str, torch.dtype], Any] = {}
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the C library is there and takes this tensor's type and place."""
+    return x.device.type == "cpu" and x.dtype in _SUFFIX and library() is not None
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    found = _functions.get((name, dtype))
+    if found is None:
+        loaded = library()
+        assert loaded is not None
+        found = getattr(loaded, f"{name}_{_SUFFIX[dtype]}")
+        found.argtypes, found.restype = _ARGUMENTS[name], None
+        _functions[name, dtype] = found
+    return found
+
+
+def softmax_rows_(scores: Tensor, size: int, start: int, causal: bool, scale: float) -> Tensor:
+    """softmax(scores · scale) over the last axis, in place; scores [rows, S] contiguous.
+
+    Rows come in groups of `size`; with causal, row r of a group sees its first start + r + 1 columns.
+    """
+    if not fits(scores):
+        return softmax_rows_plain_(scores, size, start, causal, scale)
+    rows, columns = scores.shape
+    call = _function("softmax_rows", scores.dtype)
+    call(scores.data_ptr(), rows, columns, size, start, int(causal), scale)
+    return scores
+
+
+def softmax_rows_plain_(scores: Tensor, size: int, start: int, causal: bool, scale: float) -> Tensor:
+    """The plain form of `softmax_rows_`."""
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    wide = wide * scale
+    if causal:
+        future = torch.ones(size, scores.shape[1], dtype=torch.bool, device=scores.device).triu_(start + 1)
+        wide.view(-1, size, scores.shape[1]).masked_fill_(future, -torch.inf)
+    return scores.copy_(torch.softmax(wide, -1))
+
+
+def softmax_rows_backward_(
+    weights: Tensor, slopes: Tensor, size: int, start: int, causal: bool, scale: float
+) -> Tensor:
+    """Gradient of the scores from the gradient `slopes` of the weights, in place on `slopes`."""
+    if not fits(slopes):
+        return softmax_rows_backward_plain_(weights, slopes, scale)
+    rows, columns = slopes.shape
+    call = _function("softmax_rows_backward", slopes.dtype)
+    call(weights.data_ptr(), slopes.data_ptr(), rows, columns, size, start, int(causal), scale)
+    return slopes
+
+
+def softmax_rows_backward_plain_(weights: Tensor, slopes: Tensor, scale: float) -> Tensor:
+    """The plain form of `softmax_rows_backward_`; weights of 0 give 0 whatever the mask was."""
+    kind = torch.float64 if slopes.dtype == torch.float64 else torch.float32
+    return slopes.copy_(torch._softmax_backward_data(slopes.to(kind), weights.to(kind), -1, kind) * scale)
+
+
+def cross_entropy_rows_(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """Losses [rows] in nats, unweighted; `logits` [rows, V] become the gradient of Σ shares·losses."""
+    if not fits(logits):
+        return cross_entropy_rows_plain_(logits, targets, shares)
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32)
+    targets, shares = targets.contiguous(), shares.float().contiguous()
+    if rows and (int(targets.min()) < 0 or int(targets.max()) >= columns):
+        raise IndexError(f"a target lies outside the {columns} columns")
+    call = _function("cross_entropy_rows", logits.dtype)
+    call(logits.data_ptr(), targets.data_ptr(), shares.data_ptr(), losses.data_ptr(), rows, columns)
+    return losses
+
+
+def cross_entropy_rows_plain_(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """The plain form of `cross_entropy_rows_`."""
+    wide = logits.float()
+    peak = wide.amax(-1, keepdim=True)
+    picked = wide.gather(1, targets[:, None])
+    wide = wide.sub_(peak).exp_() if wide is not logits else (wide - peak).exp_()
+    total = wide.sum(-1, keepdim=True)
+    losses = (total.log() + peak - picked)[:, 0]
+    wide.mul_(shares.float()[:, None] / total)
+    wide.scatter_add_(1, targets[:, None], -shares.float()[:, None])
+    logits.copy_(wide)
+    return losses
+
+
+def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, K] Wᵀ → [rows, N] in x's dtype, reading W [N, K] (float32 or bf16) once."""
+    rows, inner = x.shape
+    wide = x.float().contiguous()
+    out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
+    call = _function("few_rows_product", weight.dtype)
+    call(wide.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, inner, weight.shape[0])
+    return out.to(x.dtype)
+
+
+def read_all(x: Tensor) -> float:
+    """Reads a float32 tensor once: the floor that memory bandwidth sets (benchmarks)."""
+    loaded = library()
+    assert loaded is not None
+    loaded.read_all.argtypes, loaded.read_all.restype = [c_void_p, c_int64], c_float
+    return float(loaded.read_all(x.data_ptr(), x.numel()))

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -282,46 +283,52 @@ def test_help_imports_nothing_heavy() -> None:
 # Documentation.
 
 FENCE = re.compile(
-    r"^(?:<!-- run(?P<run>:[^\n]*?)? -->\n)?```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<indent> *)(?:<!-- (?P<mark>run|save)(?:: *(?P<words>[^\n]*?))? -->\n(?P=indent))?"
+    r"```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
 )
-MARK = re.compile(r"^<!-- run\b", re.MULTILINE)
+MARK = re.compile(r"^ *<!-- (?:run|save)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One block that a page marks to be run: its line, its language, its commands."""
+    """A block that a page marks: its line, the commands to run, or the file to write it to."""
 
     line: int
-    language: str
-    commands: tuple[str, ...]
+    commands: tuple[str, ...] = ()
+    file: str | None = None
+    body: str = ""
 
 
 def marked(page: str) -> list[Shown]:
-    """The blocks to run: those right below `<!-- run -->` or `<!-- run: words -->`.
+    """The blocks right below `<!-- run -->`, `<!-- run: words -->` or `<!-- save: file -->`.
 
     In `console` blocks the lines that start with `$ ` are commands and the rest is what they print;
-    in `bash` blocks every line is a command; a `python` block is one program. The words of the
-    comment are added to every command of its block: overrides that make it small enough to test.
+    in `bash` blocks every line is a command; a `python` block is one program. The words of a `run`
+    are added to every command of its block: overrides that make it small enough to test.
     """
     blocks = []
     for match in FENCE.finditer(page):
-        if not MARK.match(match.group(0)):
-            continue
-        language, body = match["language"], match["body"]
-        extra = (match["run"] or "").removeprefix(":").strip()
-        joined = re.sub(r"\\\n\s*", "", body).splitlines()
-        if language == "console":
-            lines = [line[2:] for line in joined if line.startswith("$ ")]
-        elif language == "bash":
-            lines = [line for line in joined if line.strip() and not line.startswith("#")]
-        elif language == "python":
-            lines = [f"python -c {shlex.quote(body)}"]
-        else:
-            raise ValueError(f"a marked block must be console, bash or python, not {language}")
-        if not lines:
-            raise ValueError("a marked block without a command")
-        commands = tuple(f"{_without_comment(line)} {extra}".strip() if extra else line for line in lines)
-        blocks.append(Shown(page.count("\n", 0, match.start()) + 1, language, commands))
+        language, words = match["language"], match["words"] or ""
+        body = textwrap.dedent(match["body"])
+        line = page.count("\n", 0, match.start()) + 1
+        if match["mark"] == "save":
+            blocks.append(Shown(line, file=words, body=body))
+        elif match["mark"] == "run":
+            joined = re.sub(r"\\\n\s*", "", body).splitlines()
+            if language == "console":
+                commands = [text[2:] for text in joined if text.startswith("$ ")]
+            elif language == "bash":
+                commands = [text for text in joined if text.strip() and not text.startswith("#")]
+            elif language == "python":
+                commands = [f"python -c {shlex.quote(body)}"]
+            else:
+                raise ValueError(f"a block to run must be console, bash or python, not {language}")
+            if not commands:
+                raise ValueError(f"line {line}: a block to run without a command")
+            if words:
+                commands = [f"{_without_comment(command)} {words}" for command in commands]
+            blocks.append(Shown(line, tuple(commands)))
     return blocks
 
 
@@ -334,10 +341,12 @@ def test_marked_blocks_are_read() -> None:
     page = (
         "<!-- run: a=1 -->\n```console\n$ armillary show x   # a remark\nprinted\n$ echo \\\n    hi\n```\n"
         "```bash\nnot run\n```\n"
+        "1. in a list\n\n   <!-- save: a.txt -->\n   ```text\n   hi\n     there\n   ```\n"
         "<!-- run -->\n```python\nprint('ö')\n```\n"
     )
-    first, second = marked(page)
+    first, saved, second = marked(page)
     assert first.commands == ("armillary show x a=1", "echo hi a=1")
+    assert (saved.file, saved.body) == ("a.txt", "hi\n  there\n")
     assert shlex.split(second.commands[0]) == ["python", "-c", "print('ö')\n"]
     with pytest.raises(ValueError, match="must be"):
         marked("<!-- run -->\n```yaml\na: 1\n```\n")
@@ -372,6 +381,8 @@ def test_shown_commands_work(page: Path, tmp_path: Path) -> None:
     home.mkdir()
     environment = _environment(HOME=str(home), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     for block in marked(page.read_text(encoding="utf-8")):
+        if block.file is not None:
+            (tmp_path / block.file).write_text(block.body, encoding="utf-8")
         for command in block.commands:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command],

@@ -219,8 +219,9 @@ class Model(nn.Module):
         items = list(prompt)
         if items and all(isinstance(item, str) for item in items):
             return [self._begun(self.tokenizer.encode(str(item))) for item in items], False
-        if items and all(isinstance(item, int) for item in items):
-            return [[int(item) for item in items]], True
+        numbers = [item for item in items if isinstance(item, int)]
+        if items and len(numbers) == len(items):
+            return [numbers], True
         raise InputError("a prompt is text, a list of texts, or token ids")
 
     def _begun(self, ids: list[int]) -> list[int]:

@@ -77,7 +77,8 @@ $(VENV)/.dev: extra = [dev]
 
 $(VENV)/.base $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(PIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "Armillary needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+	    found=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo "not there"); \
+	    echo "Armillary needs Python 3.11 or newer; '$(PYTHON)' is $$found." >&2; \
 	    echo "  Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "'$(PYTHON)' cannot make virtual environments." >&2; \

@@ -127,14 +127,15 @@ def test_uniform_is_eight_bits() -> None:
 def test_lzma_copies_from_the_training_text() -> None:
     noise = random.Random(0).randbytes(20_000)
     known, new = noise[5_000:9_000], random.Random(1).randbytes(4_000)
-    assert primed_lzma([noise], [known]) < 0.2
+    # noise is copied in pieces of at most 273 bytes, each naming its distance
+    assert primed_lzma([noise], [known]) < 1
     assert 7.5 < primed_lzma([noise], [new]) < 8.5
 
 
 def test_lzma_dictionary_reaches_the_oldest_training_byte() -> None:
     # farther back than the 8 MiB dictionary of the preset
     old = random.Random(0).randbytes(4_000)
-    assert primed_lzma([old, b"\0" * (9 << 20)], [old]) < 0.2
+    assert primed_lzma([old, b"\0" * (9 << 20)], [old]) < 1
 
 
 def test_baselines_in_order_of_strength() -> None:

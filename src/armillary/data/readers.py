@@ -8,17 +8,18 @@ a structure and breaks it (JSONL, Parquet, a saved dataset) is a DataError with 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import json
 import os
-import re
 import stat
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,20 +102,22 @@ class Reader:
         return digest.hexdigest(), total
 
     def documents(self) -> Iterator[tuple[bytes, str]]:
-        self.consumed, self.empty, self.skipped = 0, 0, Skipped()
         text_limit = self._text_limit()
         record_limit = self.max_document or LONGEST_DOCUMENT
+        self.consumed, self.empty, self.skipped = 0, 0, Skipped()
         for file in self.files():
             before = self.consumed
-            if file.kind == "text":
-                found = self._text(file, text_limit)
-            else:
-                found = self._records(file, record_limit)
-            for data, name in found:
-                if data.isspace() or not data:
-                    self.empty += 1
-                else:
-                    yield data, name
+            found = self._text(file, text_limit) if file.kind == "text" else self._records(file, record_limit)
+            try:
+                for data, name in found:
+                    if data.isspace() or not data:
+                        self.empty += 1
+                    else:
+                        yield data, name
+            except PermissionError:
+                self.skipped.add(file.name, "no permission")
+            except OSError as error:
+                raise DataError(f"this file cannot be read: {error.strerror}", where=str(file.path)) from error
             self.consumed = before + file.size
 
     def _is_dataset(self) -> bool:
@@ -164,17 +167,14 @@ class Reader:
         return SourceFile(path, name, kind, status.st_size, status.st_mtime_ns)
 
     def _text(self, file: SourceFile, limit: int) -> Iterator[tuple[bytes, str]]:
-        try:
-            with open(file.path, "rb") as handle:
-                if reason := _unreadable(handle):
-                    self.skipped.add(file.name, reason)
-                    return
-                handle.seek(len(BOM) if handle.read(len(BOM)) == BOM else 0)
-                for number, piece in enumerate(cut(iter(lambda: handle.read(BLOCK), b""), limit)):
-                    self.consumed += len(piece)
-                    yield piece, f"{file.name}#{number}" if number else file.name
-        except PermissionError:
-            self.skipped.add(file.name, "no permission")
+        with open(file.path, "rb") as handle:
+            if reason := _unreadable(handle):
+                self.skipped.add(file.name, reason)
+                return
+            handle.seek(len(BOM) if handle.read(len(BOM)) == BOM else 0)
+            for number, piece in enumerate(cut(iter(lambda: handle.read(BLOCK), b""), limit)):
+                self.consumed += len(piece)
+                yield piece, f"{file.name}#{number}" if number else file.name
 
     def _records(self, file: SourceFile, limit: int) -> Iterator[tuple[bytes, str]]:
         read = {"jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}[file.kind]
@@ -192,14 +192,13 @@ class Reader:
             with open(file.path, "rb") as raw:
                 zipped = raw.read(2) == b"\x1f\x8b"
                 raw.seek(0)
-                lines: IO[bytes] = gzip.open(raw) if zipped else raw
-                for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
-                    if number % 256 == 0:
-                        self.consumed = start + raw.tell()
-                    if number == 1:
-                        line = line.removeprefix(BOM)
-                    if not line.isspace():
-                        record = self._record(line, file, number)
+                with gzip.open(raw) if zipped else contextlib.nullcontext(raw) as lines:
+                    for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE), b""), 1):
+                        if number % 256 == 0:
+                            self.consumed = start + raw.tell()
+                        if number == 1:
+                            line = line.removeprefix(BOM)
+                        record = None if line.isspace() else self._record(line, file, number)
                         if record is not None:
                             yield record, f"{file.name}:{number}"
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -229,7 +228,8 @@ class Reader:
             self.empty += 1
             return None
         if not isinstance(value, str):
-            raise DataError(f"'{key}' is not text but {type(value).__name__}", where=where, hint=_field_hint("", record))
+            kind = type(value).__name__
+            raise DataError(f"'{key}' is not text but {kind}", where=where, hint=_field_hint("", record))
         return value
 
     def _parquet(self, file: SourceFile) -> Iterator[tuple[str | bytes, str]]:
@@ -245,6 +245,8 @@ class Reader:
                     yield from self._column(batch.column(0), file, row)
                     row += batch.num_rows
                     self.consumed = start + file.size * row // total
+        except PermissionError:
+            raise
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"this is not a readable Parquet file: {error}", where=str(file.path)) from error
 
@@ -258,6 +260,8 @@ class Reader:
                     self._check_column(batch.schema, file)
                     yield from self._column(batch.column(self.settings.field), file, row)
                     row += batch.num_rows
+        except PermissionError:
+            raise
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"this is not a readable Arrow file: {error}", where=str(file.path)) from error
 
@@ -267,7 +271,7 @@ class Reader:
             raise DataError(f"there is no column '{name}'", where=str(file.path), hint=_field_hint(name, schema.names))
         kind = schema.field(name).type
         kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
+        if str(kind) not in ("string", "large_string", "string_view"):
             raise DataError(
                 f"column '{name}' is not text but {kind}", where=str(file.path), hint=_field_hint("", schema.names)
             )
@@ -451,6 +455,6 @@ def _pyarrow() -> Any:
     except ImportError:
         raise DataError(
             "Parquet files and saved datasets are read with `pyarrow`, which is not installed",
-            hint="pip install pyarrow",
+            hint="pip install 'armillary[parquet]'",
         ) from None
     return pyarrow

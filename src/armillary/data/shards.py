@@ -86,7 +86,7 @@ def check_content(folder: Path, shard: Shard) -> None:
 
 
 def rebuild(folder: Path) -> str:
-    return f"delete {folder} and prepare the data again; the same sources give the same shards"
+    return f"delete {folder / 'manifest.json'} and prepare the data again; the same sources give the same shards"
 
 
 class ShardWriter:
@@ -99,7 +99,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._partial = folder / f".{name}.partial"
         with explained("writing", self._partial):
-            self._file: IO[bytes] = open(self._partial, "wb", buffering=2**20)
+            self._file: IO[bytes] = open(self._partial, "wb", buffering=2**20)  # noqa: SIM115 (until `close`)
 
     def add(self, tokens: Tokens, source_bytes: int) -> None:
         """Append one document: its tokens [T] and the UTF-8 length of its text."""

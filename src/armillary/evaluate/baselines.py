@@ -111,8 +111,9 @@ class ByteNgram:
 
     def distribution(self, history: bytes) -> Floats:
         """Probabilities of the 256 bytes that may follow `history`, a document's beginning."""
-        last = self._codes([history + b"\0"])[-1:] >> SYMBOL_SHIFT << SYMBOL_SHIFT
-        return self._probabilities(last + np.arange(1, BYTES + 1, dtype=np.uint64))
+        ending_in_zero = self._codes([history + b"\0"])[-1:]
+        following: Codes = np.add(ending_in_zero, np.arange(BYTES, dtype=np.uint64))
+        return self._probabilities(following)
 
     def _codes(self, texts: Iterable[bytes]) -> Codes:
         """One code per byte: the symbol and the order - 1 before it, the oldest in the highest bits."""
@@ -124,7 +125,8 @@ class ByteNgram:
         codes = symbols.astype(np.uint64)
         for back in range(1, self.order):
             codes[back:] |= symbols[:-back].astype(np.uint64) << np.uint64(SYMBOL_BITS * back)
-        return codes[symbols != START]
+        inside: Codes = codes[symbols != START]
+        return inside
 
     def _probabilities(self, codes: Codes) -> Floats:
         if not self._levels:

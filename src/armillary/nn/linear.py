@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from armillary.base.registry import Registry
 from armillary.base.settings import Choice
+from armillary.native.rows import few_rows_product, fits
+from armillary.nn.ops import plain
 
 linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
 
+FEW_ROWS = 4  # up to here one pass over the weights beats the matrix kernels of a CPU
 OUTPUT_ROLES = ("o", "down")  # products that write to the residual stream
 
 
@@ -63,7 +66,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._few(x):
+            y = few_rows_product(x.reshape(-1, self.inputs), self.weight).view(*x.shape[:-1], self.outputs)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def _few(self, x: Tensor) -> bool:
+        """Decoding: so few rows that reading the weight once is all the work."""
+        return not plain() and x.numel() <= FEW_ROWS * self.inputs and type(self.weight.data) is Tensor and fits(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"

@@ -20,6 +20,7 @@ from armillary.base.registry import Registry
 from armillary.base.settings import Choice
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
+from armillary.nn.example import Example, Limit
 from armillary.nn.linear import DenseSettings, LinearSettings
 from armillary.nn.state import State
 
@@ -61,9 +62,10 @@ class Place:
 class Capabilities:
     """What a mixer can honour; declared abilities are tested, undeclared ones must raise.
 
-    packed: documents side by side in one row; padding: rows with padded tokens; rollback: how its
-    state goes back; chunking: whether any chunking gives the same numbers; sight: whether its
-    token-to-token matrix is exact; side: the named tensors that it needs.
+    packed: documents side by side in one row; padding: rows with padded tokens; mask: a predicate
+    from the objective; rollback: how its state goes back; chunking: whether any chunking gives the
+    same numbers; sight: whether it has an exact token-to-token matrix; side: the named tensors that
+    it needs.
     """
 
     causal: bool = True
@@ -72,6 +74,7 @@ class Capabilities:
     cross: bool = False
     packed: bool = True
     padding: bool = True
+    mask: bool = False
     state: Literal["span", "window", "fixed", "scored"] = "span"
     rollback: Literal["truncate", "snapshot"] = "snapshot"
     chunking: bool = True
@@ -79,7 +82,21 @@ class Capabilities:
     side: tuple[str, ...] = ()
 
 
-class MixerSettings(Choice):
+class MechanismSettings(Choice):
+    """Settings of any mechanism; the conformance suite tries it as these two methods say."""
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        """The variants to hold to the laws; by default the one without settings."""
+        return [Example("default", cls())]
+
+    @classmethod
+    def limits(cls) -> list[Limit]:
+        """Settings at which the mechanism becomes something known."""
+        return []
+
+
+class MixerSettings(MechanismSettings):
     """Settings of a mixer: `build` makes the module, `cost` says what it takes."""
 
     choices: ClassVar[Registry[MixerSettings]] = mixers
@@ -94,7 +111,7 @@ class MixerSettings(Choice):
         raise NotImplementedError
 
 
-class ChannelSettings(Choice):
+class ChannelSettings(MechanismSettings):
     """Settings of a channel mixer."""
 
     choices: ClassVar[Registry[ChannelSettings]] = channels
@@ -110,7 +127,7 @@ class ChannelSettings(Choice):
         return parameters
 
 
-class PositionSettings(Choice):
+class PositionSettings(MechanismSettings):
     """Settings of a position; `sites` names where it acts: embed, rotate, bias, decay."""
 
     choices: ClassVar[Registry[PositionSettings]] = positions
@@ -124,7 +141,7 @@ class PositionSettings(Choice):
         return Cost()
 
 
-class NormSettings(Choice):
+class NormSettings(MechanismSettings):
     """Settings of a norm over the last axis."""
 
     choices: ClassVar[Registry[NormSettings]] = norms
@@ -189,6 +206,7 @@ class Mixer(nn.Module):
         self.capabilities = can
         self.path = place.path
         self.order = place.order
+        self.cross = place.cross
         if place.cross and not can.cross:
             raise UnsupportedError(f"'{self.kind}' cannot look at a memory (cross)", where=place.path)
         if not place.cross and not getattr(can, place.order):
@@ -204,6 +222,12 @@ class Mixer(nn.Module):
             raise UnsupportedError(f"'{self.kind}' cannot keep packed documents apart", where=self.path)
         if ctx.padding is not None and not can.padding:
             raise UnsupportedError(f"'{self.kind}' cannot leave padded tokens out", where=self.path)
+        if ctx.mask is not None and not can.mask:
+            raise UnsupportedError(f"'{self.kind}' cannot take a mask from the objective", where=self.path)
+        if self.cross and (ctx.documents is not None or ctx.mask is not None):
+            raise UnsupportedError("a memory has no documents and takes no mask from the objective", where=self.path)
+        if not self.cross and ctx.memory is not None:
+            raise UnsupportedError(f"'{self.kind}' was not built to look at a memory", where=self.path)
         for name in can.side:
             if name not in ctx.side:
                 raise UnsupportedError(f"'{self.kind}' needs the side tensor '{name}'", where=self.path)
@@ -240,7 +264,9 @@ class Mixer(nn.Module):
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         """The tensor in which the mix is linear, [B, S, G, K]."""
-        raise UnsupportedError(f"'{self.kind}' is not linear in a value tensor", where=self.path)
+        raise UnsupportedError(
+            f"'{self.kind}' is not linear in a value tensor", where=self.path, hint="its sight is `jacobian`"
+        )
 
     def freeze(self, x: Tensor, ctx: Context) -> Frozen:
         raise UnsupportedError(f"'{self.kind}' is not linear in a value tensor", where=self.path)
@@ -254,8 +280,22 @@ class Mixer(nn.Module):
 
     def sight(self, x: Tensor, ctx: Context) -> Tensor:
         """The token-to-token matrix [B, groups, T, S] that acted on the values."""
-        source = ctx.memory.hidden if ctx.memory is not None and self._crosses else x
-        return self.matrix(self.freeze(x, ctx), source.shape[0], source.shape[1], x)
+        self.accept(ctx)
+        values = self.values(x, ctx)
+        return self.matrix(self.freeze(x, ctx), *values.shape[:2], x)
+
+    def jacobian(self, x: Tensor, ctx: Context) -> Tensor:
+        """The exact derivative [B, T, D, S, D] of every output by every token mixed in (those of the
+        memory for a cross mixer); the sight of mixers that are linear in no value tensor."""
+        with torch.enable_grad():
+            source = (ctx.memory.hidden if self.cross and ctx.memory is not None else x).detach().requires_grad_()
+            if self.cross and ctx.memory is not None:
+                y = self(x, ctx.replace(memory=dataclasses.replace(ctx.memory, hidden=source)))
+            else:
+                y = self(source, ctx)
+            outputs = y.sum(0)  # rows of a batch do not meet, so one pass serves them all
+            slopes = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in outputs.flatten()]
+        return torch.stack(slopes, 1).unflatten(1, tuple(outputs.shape))
 
     def matrix(self, frozen: Frozen, batch: int, source: int, like: Tensor) -> Tensor:
         """`mix` on one-hot positions, some columns at a time, so that the production op is what is read."""
@@ -267,10 +307,6 @@ class Mixer(nn.Module):
             values = hot[None, :, None].expand(batch, source, self.value_groups, stop - start)
             columns.append(self.mix(frozen, values))
         return torch.cat(columns, -1).transpose(1, 2)
-
-    @property
-    def _crosses(self) -> bool:
-        return False
 
     def _weights(self, frozen: Frozen, values: Tensor, ctx: Context) -> Frozen:
         assert ctx.taps is not None

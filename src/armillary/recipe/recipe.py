@@ -26,7 +26,7 @@ from armillary.recipe.migrate import SCHEMA_VERSION
 from armillary.recipe.source import Node
 from armillary.recipe.training import TrainingSettings
 from armillary.recipe.write import to_yaml
-from armillary.text.tokenizer import TokenizerSettings
+from armillary.text.tokenizer import STANDARD, TokenizerSettings
 
 
 class Recipe(Settings):
@@ -58,9 +58,11 @@ class Recipe(Settings):
                 hint=f"set model.context={self.training.context}, or make the sequences shorter",
             )
         vocabulary, size = self.model.vocabulary, self.tokenizer.size
-        if vocabulary is not None and self.tokenizer.kind != "byte" and vocabulary < size:
+        if self.tokenizer.kind == "byte":
+            size = 256 + len({*STANDARD, *self.tokenizer.special})
+        if vocabulary is not None and vocabulary < size:
             raise SettingsError(
-                f"a vocabulary of {vocabulary} is smaller than tokenizer.size: {size}",
+                f"a vocabulary of {vocabulary} is smaller than the tokenizer's, {size}",
                 path=("model", "vocabulary"),
                 hint="leave it out, and it comes from the tokenizer",
             )

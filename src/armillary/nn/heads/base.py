@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from armillary.base.registry import Registry
-from armillary.base.settings import Choice
-from armillary.nn.mechanism import Place
+from armillary.nn.mechanism import MechanismSettings, Place
 
 heads: Registry[HeadSettings] = Registry("head", "armillary.nn.heads", default="language_model")
 
 Pool = Literal["mean", "first", "last"]
 
 
-class HeadSettings(Choice):
+class HeadSettings(MechanismSettings):
     """What the network gives out."""
 
     choices: ClassVar[Registry[HeadSettings]] = heads

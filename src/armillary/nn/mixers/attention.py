@@ -40,7 +40,7 @@ class AttentionSettings(MixerSettings):
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        causal=True, bidirectional=True, prefix=True, cross=True, state="span", rollback="truncate"
+        bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
     )
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
@@ -104,7 +104,6 @@ class Attention(Mixer):
         super().__init__(settings, place)
         self.heads, self.groups = settings.heads, settings.groups
         self.width = settings.features(place.width)
-        self.cross = place.cross
         self.value_groups = self.groups
         self.scale = settings.scale or self.width**-0.5
         self.softcap = settings.softcap
@@ -129,10 +128,6 @@ class Attention(Mixer):
     def reset(self, generator: torch.Generator | None) -> None:
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
-
-    @property
-    def _crosses(self) -> bool:
-        return self.cross
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         source = self._memory(ctx).hidden.to(x.dtype) if self.cross else x

@@ -101,8 +101,6 @@ class Retention(Mixer):
         return self.v(x).unflatten(-1, (self.heads, self.value_width))  # type: ignore[no-any-return]
 
     def freeze(self, x: Tensor, ctx: Context) -> Frozen:
-        if ctx.mask is not None:
-            raise UnsupportedError("'retention' cannot take a mask from the objective", where=self.path)
         q = self.q(x).unflatten(-1, (self.heads, self.key_width))
         k = self.k(x).unflatten(-1, (self.heads, self.key_width)) * self.key_width**-0.5
         if self.position is not None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from armillary.native.rows import softmax_rows_, softmax_rows_backward_
 
-ROWS = 64  # query rows at a time: scores of a block stay in the cache
+ROWS = 128  # query rows at a time: scores of a block stay in the cache
 
 
 def attend_blocked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:

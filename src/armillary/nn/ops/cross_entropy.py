@@ -15,7 +15,7 @@ from torch import Tensor
 from armillary.native.rows import cross_entropy_rows_
 from armillary.nn.ops import plain
 
-ELEMENTS = 1 << 22  # logits held at once
+ELEMENTS = 1 << 23  # logits held at once
 
 
 def linear_cross_entropy(
@@ -124,11 +124,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = grads[0]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        # Each gradient is used once, so it is scaled where it lies.
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(grad.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(grad).to(weight_dtype),
             None,
             None,
-            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad).to(bias_dtype),
             None,
         )

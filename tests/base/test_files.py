@@ -69,9 +69,14 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "run"
     with new_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(RuntimeError, match="midway"), new_folder(target) as folder:
-        (folder / "a").write_text("new")
-        raise RuntimeError("midway")
+
+    def fails_midway() -> None:
+        with new_folder(target) as folder:
+            (folder / "a").write_text("new")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fails_midway()
     assert (target / "a").read_text() == "old" and names(tmp_path) == ["run"]
 
 

@@ -53,9 +53,7 @@ def test_modules_of_the_package_are_imported_on_the_first_look_up(
     (package / "__init__.py").write_text(
         "from armillary.base.registry import Registry\nthings = Registry('thing', 'somethings')\n"
     )
-    (package / "one.py").write_text(
-        "from somethings import things\n@things.register\nclass One:\n    kind = 'one'\n"
-    )
+    (package / "one.py").write_text("from somethings import things\n@things.register\nclass One:\n    kind = 'one'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         import somethings

@@ -151,6 +151,12 @@ def test_a_value_that_does_not_close_is_explained(text: str) -> None:
     assert caught.value.where == "override 'x'"
 
 
+def test_a_number_that_is_too_long_is_refused() -> None:
+    for text in ("9" * 5000, f"[{'9' * 5000}]"):
+        with pytest.raises(SettingsError, match="too many digits"):
+            read_value(text, "override 'x'")
+
+
 def test_data_becomes_nodes_and_back() -> None:
     data = {"a": {"b": [1, {"c": None}], "3": "x"}}
     assert from_data(data).plain() == data

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -60,10 +61,14 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
-            importlib.import_module(f"{self.package}.{module.name}")
+        self._discovered = True  # before the imports: a module may look a name up while it is imported
+        try:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                importlib.import_module(f"{self.package}.{module.name}")
+        except BaseException:
+            self._discovered = False  # the next look-up says the same, not "unknown"
+            raise
 
 
 def load_file(path: str | Path) -> None:
@@ -77,4 +82,10 @@ def load_file(path: str | Path) -> None:
     spec = importlib.util.spec_from_file_location(f"armillary_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is not a Python file")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # annotations of settings are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise

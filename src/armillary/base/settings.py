@@ -30,7 +30,7 @@ from armillary.base.registry import Registry
 
 S = TypeVar("S", bound="Settings")
 _ANY = "x-any-of-registry"
-_WORDS = (("valid tuple", "list"), ("valid list", "list"), ("valid dictionary", "mapping"), ("valid string", "text"))
+_WORDS = (("valid tuple", "list"), ("valid list", "list"), ("valid dictionary", "mapping"), ("a valid string", "text"))
 
 
 class Settings(BaseModel):
@@ -320,6 +320,8 @@ def _explained(error: ValidationError, cls: type[Settings], data: Mapping[str, A
     words = _literals(cls.model_fields[path[0]].annotation) if path and path[0] in cls.model_fields else []
     close = difflib.get_close_matches(first["input"], words, n=1) if isinstance(first["input"], str) else []
     hint = f"did you mean '{close[0]}'?" if close else None
+    if first["type"] == "string_type" and isinstance(first["input"], (bool, int, float)):
+        hint = "quotes make it text"
     return SettingsError(f"{message}, found {first['input']!r}", path=path, hint=hint)
 
 

@@ -87,8 +87,8 @@ def prepare(
                 tokenizer = _learn(tokenizer_settings, sample, report)
             del sample
             tokenizer.save(target)
-            journal = _Journal.begin(target, key, tokenizer, threshold)
-        tokenizer = Tokenizer.load(target)
+            journal = _Journal.begin(target, key, Tokenizer.load(target), threshold)
+        tokenizer = Tokenizer.load(target)  # the very one that the corpus will be read with
         manifest = _tokenise(settings, readers, tokenizer, journal, total, report)
         if _survey(readers)[0] != digest:
             raise DataError(

@@ -292,18 +292,18 @@ def cut(blocks: Iterable[bytes], limit: int) -> Iterator[bytes]:
     """Cut UTF-8 text, given in blocks, into pieces of at most `limit` bytes (limit >= 4).
 
     Pieces end after a blank line where there is one in their second half, else after a line, else after
-    a space, else between two characters; joined they give the text back.
+    a space, else between two characters; joined they give the text back. No text is one empty piece.
     """
-    waiting = b""
+    waiting, whole = b"", True
     for block in blocks:
         waiting += block
         start = 0
         while len(waiting) - start > limit:
             stop = _cut_at(waiting, start, start + limit)
             yield waiting[start:stop]
-            start = stop
+            start, whole = stop, False
         waiting = waiting[start:]
-    if waiting:
+    if waiting or whole:
         yield waiting
 
 

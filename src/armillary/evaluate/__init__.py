@@ -1,1 +1,74 @@
-"""Held-out measurements: how well a model predicts text it was not trained on, and against what."""
+"""Held-out measurements: how well a model predicts text it was not trained on, and against what.
+
+    from armillary.evaluate import evaluate, write_report
+
+    result = evaluate(model, "runs/demo", baselines=True)
+    print(result.bits_per_byte)
+
+The package can be called like `evaluate` itself: where `armillary.evaluate` names the package, because
+something imported it, and not the function, the call does the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+# not lazy: the function bears its module's name, and whoever imports that module would hide it
+from armillary.evaluate.baselines import Baseline, baselines
+
+if TYPE_CHECKING:
+    from armillary.evaluate.card import write_card
+    from armillary.evaluate.environment import environment, peak_memory
+    from armillary.evaluate.intervals import Interval
+    from armillary.evaluate.measure import Evaluation, corpus_folder, evaluate
+    from armillary.evaluate.perplexity import DocumentScore, score_documents
+    from armillary.evaluate.report import write_report
+    from armillary.evaluate.throughput import Throughput
+
+_WHERE = {
+    "DocumentScore": "perplexity",
+    "Evaluation": "measure",
+    "Interval": "intervals",
+    "Throughput": "throughput",
+    "corpus_folder": "measure",
+    "evaluate": "measure",
+    "peak_memory": "environment",
+    "score_documents": "perplexity",
+    "write_card": "card",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Baseline",
+    "DocumentScore",
+    "Evaluation",
+    "Interval",
+    "Throughput",
+    "baselines",
+    "corpus_folder",
+    "environment",
+    "evaluate",
+    "peak_memory",
+    "score_documents",
+    "write_card",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'armillary.evaluate' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"armillary.evaluate.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _Callable(ModuleType):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return __getattr__("evaluate")(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,14 @@ from armillary.recipe.training import TrainingSettings
 from armillary.recipe.write import to_yaml
 from armillary.text.tokenizer import STANDARD, TokenizerSettings
 
+_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,127}\Z")
+
 
 class Recipe(Settings):
     """A whole model and run. Every key has a default."""
 
     schema_version: int = Field(SCHEMA_VERSION, description="of the keys in this file; older ones are understood")
-    name: str = Field(
-        "recipe",
-        pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$",
-        description="what the run and its card are called; by default the name of the file",
-    )
+    name: str = Field("recipe", description="what the run and its card are called; by default the name of the file")
     seed: int = Field(0, ge=0, lt=2**63, description="of the first weights, the order of the data, and samples")
     data: DataSettings = Field(DataSettings(), description="what is read, and what is held out")
     tokenizer: TokenizerSettings = Field(TokenizerSettings(), description="how text becomes tokens")
@@ -51,6 +50,9 @@ class Recipe(Settings):
                 f"this Armillary writes schema version {SCHEMA_VERSION}, found {self.schema_version}",
                 path=("schema_version",),
             )
+        if not _NAME.match(self.name):
+            hint = "no /, \\ or line breaks, and no dot in front"
+            raise SettingsError(f"'{self.name}' cannot name a folder", path=("name",), hint=hint)
         if self.training.context > self.model.context:
             raise SettingsError(
                 f"sequences of {self.training.context} tokens are longer than model.context: {self.model.context}",
@@ -119,8 +121,8 @@ class Recipe(Settings):
 def _suggestion(path: tuple[str, ...], hint: str | None) -> str | None:
     """A better hint for an unknown key: `extends`, or the same key where it does belong."""
     key = path[-1]
-    if len(path) == 1 and (close := nearest(key, ["extends"])).startswith("did"):
-        return close
+    if len(path) == 1:
+        hint = nearest(key, [*Recipe.model_fields, "extends"])
     if hint is not None and hint.startswith("known"):
         found = [".".join(place) for place in _keys(Recipe().to_data()) if place[-1] == key]
         if found:

@@ -118,7 +118,7 @@ def read_value(text: str, name: str) -> Node:
     """One value given on its own, as in an override: a YAML scalar, a quoted text or a flow `[…]`, `{…}`."""
     text = text.strip()
     if not text.startswith(("[", "{", '"', "'")):
-        return Node(scalar(text), name)
+        return Node(_scalar(text, name), name)
     try:
         root = _compose(text, name)
     except SettingsError as error:
@@ -142,6 +142,13 @@ def scalar(text: str) -> bool | int | float | str | None:
     if _SPECIAL.match(text):
         return float(text.replace(".", "", 1))
     return text
+
+
+def _scalar(text: str, place: str) -> Any:
+    try:
+        return scalar(text)
+    except ValueError:  # Python refuses to read thousands of digits
+        raise SettingsError("this number has too many digits", where=place) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -236,10 +243,7 @@ class _Builder:
             return float(node.value)
         if node.tag != _TAG + written:
             raise self.refused(node, place)
-        try:
-            return scalar(node.value)
-        except ValueError:
-            raise SettingsError("this number has too many digits", where=place) from None
+        return _scalar(node.value, place)
 
     def refused(self, node: yaml.Node, place: str) -> SettingsError:
         tag = str(node.tag).replace(_TAG, "!!")

@@ -270,9 +270,8 @@ def train_tokenizer(
     }
     if settings.chat_template is not None:
         config["chat_template"] = settings.chat_template
-    # Scores lose a digit when first written: settle them now, so that a saved tokenizer is this one.
-    for _ in range(3):
-        inner = tokenizers.Tokenizer.from_str(inner.to_str())
+    if settings.kind == "unigram":
+        inner = _settled(inner, seen.letters)
     return Tokenizer(inner, config)
 
 
@@ -286,16 +285,36 @@ def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, float]
     return tokens / max(1, words), tokens / max(1, size)
 
 
+def _settled(inner: tokenizers.Tokenizer, seen: set[int]) -> tokenizers.Tokenizer:
+    """The same unigram model with scores that do not depend on the order in which threads summed.
+
+    The library's sums differ in the last digits from run to run, and letters that the text lacks
+    get scores by chance: round the first, and put the others below everything alike.
+    """
+    layout = json.loads(inner.to_str())
+    absent = {letter for letter, byte in _byte_letters().items() if byte not in seen}
+    scores = {token: round(score, 6) for token, score in layout["model"]["vocab"] if token not in absent}
+    special = {token["content"] for token in layout["added_tokens"]}
+    lowest = round(min(score for token, score in scores.items() if token not in special) - 10, 6)
+    first = [[token, score] for token, score in layout["model"]["vocab"] if token in special]
+    rest = [[token, score] for token, score in scores.items() if token not in special]
+    rest += [[token, lowest] for token in absent]
+    layout["model"]["vocab"] = first + sorted(rest, key=lambda entry: (-entry[1], entry[0]))
+    return tokenizers.Tokenizer.from_str(json.dumps(layout))
+
+
 class _Counted:
     """Texts in batches (the library learns faster from those), counted on the way."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.characters = texts, 0
+        self.letters: set[int] = set()  # byte values that occur
 
     def batches(self) -> Iterator[list[str]]:
         batch: list[str] = []
         for text in self.texts:
             self.characters += len(_checked(text))
+            self.letters |= set(text.encode("utf-8"))
             batch.append(text)
             if len(batch) == _BATCH:
                 yield batch

@@ -10,6 +10,7 @@ from torch import Tensor
 from armillary.nn.activation import ACTIVATIONS, Activation
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.example import Example
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
 
 
@@ -25,6 +26,10 @@ class FFNSettings(ChannelSettings):
 
     def features(self, width: int) -> int:
         return self.hidden or 4 * width
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("default", cls()), Example("biased", cls(hidden=24, activation="relu", bias=True))]
 
     def build(self, place: Place) -> FFN:
         return FFN(self, place)

@@ -10,6 +10,7 @@ from torch import Tensor
 from armillary.nn.activation import ACTIVATIONS, Activation
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.example import Example
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
 
 
@@ -27,6 +28,10 @@ class GatedSettings(ChannelSettings):
 
     def features(self, width: int) -> int:
         return self.hidden or -(-8 * width // (3 * 32)) * 32
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("default", cls()), Example("biased", cls(hidden=24, activation="gelu_tanh", bias=True))]
 
     def build(self, place: Place) -> Gated:
         return Gated(self, place)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings, Pool, heads, pooled
 from armillary.nn.mechanism import Place
 
@@ -20,6 +21,10 @@ class ClassificationHeadSettings(HeadSettings):
     classes: int = Field(2, gt=1, description="how many classes")
     labels: tuple[str, ...] | None = Field(None, description="their names")
     pool: Pool = Field("mean", description="mean, first or last token")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example(pool, cls(classes=3, pool=pool)) for pool in get_args(Pool)]
 
     def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> ClassificationHead:
         return ClassificationHead(self, place)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings, Pool, heads, pooled
 from armillary.nn.mechanism import Place
 
@@ -20,6 +21,10 @@ class EmbeddingHeadSettings(HeadSettings):
     source: ClassVar[str] = "Reimers & Gurevych 2019, Sentence-BERT"
     pool: Pool = Field("mean", description="mean, first or last token")
     normalise: bool = Field(True, description="scale to unit length")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("unit", cls()), Example("last", cls(pool="last", normalise=False))]
 
     def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> EmbeddingHead:
         return EmbeddingHead(self)

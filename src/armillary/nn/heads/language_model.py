@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings, heads
 from armillary.nn.linear import Embedding, Linear
 from armillary.nn.mechanism import Place
@@ -22,6 +23,10 @@ class LanguageModelHeadSettings(HeadSettings):
     tied: bool = Field(True, description="share the weight with the embedding")
     bias: bool = Field(False, description="a bias per vocabulary entry")
     softcap: float | None = Field(None, gt=0, description="logits become c·tanh(logit/c)")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("tied", cls()), Example("capped", cls(tied=False, bias=True, softcap=3.0))]
 
     def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> LanguageModelHead:
         return LanguageModelHead(self, place, vocabulary, embedding)

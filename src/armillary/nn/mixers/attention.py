@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.example import Example, Limit
 from armillary.nn.mask import Causal, Documents, Keys, Mask, Prefix, both
 from armillary.nn.mechanism import (
     Capabilities,
@@ -29,7 +30,9 @@ from armillary.nn.mechanism import (
     PositionSettings,
     mixers,
 )
+from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, attend
+from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.state import FixedState, SpanState, State
 
 
@@ -40,7 +43,7 @@ class AttentionSettings(MixerSettings):
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
+        causal=True, bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
     )
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
@@ -60,6 +63,29 @@ class AttentionSettings(MixerSettings):
         if self.position is not None and self.position.kind != "none" and not self.position.sites & {"rotate", "bias"}:
             raise ValueError(f"'{self.position.kind}' acts on the embedding: put it under model.position")
         return self
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        rope, rms = RopeSettings(), RMSNormSettings()
+        return [
+            Example("multi_head", cls(position=rope)),
+            Example("grouped", cls(kv_heads=2, position=rope), compiled=True),
+            Example("multi_query", cls(kv_heads=1, position=rope)),
+            Example("softcap", cls(softcap=2.0), compiled=True),
+            Example("sinks", cls(kv_heads=2, sinks=True)),
+            Example("qk_norm", cls(position=rope, norm=rms)),
+            Example("wide_biased", cls(head_width=6, bias=True, scale=0.3)),
+            Example("bidirectional", cls(position=rope), {"order": "bidirectional"}),
+            Example("prefix", cls(position=rope), {"order": "prefix"}),
+            Example("cross", cls(kv_heads=2), {"cross": True}),
+        ]
+
+    @classmethod
+    def limits(cls) -> list[Limit]:
+        return [
+            Limit("textbook", Example("one_head", cls(heads=1)), _textbook),
+            Limit("softcap", Example("high_cap", cls(softcap=1e4)), Example("no_cap", cls())),
+        ]
 
     @property
     def groups(self) -> int:
@@ -283,3 +309,11 @@ class Attention(Mixer):
 def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     bias: Tensor = position.bias(q_pos[:, rows], k_pos[:, columns])  # type: ignore[operator]
     return bias
+
+
+def _textbook(mixer: Attention, x: Tensor, ctx: Context) -> Tensor:
+    """softmax(q kᵀ / √K) v Wᵒ of one causal head, as equation (1) of the paper writes it."""
+    q, k, v = (x @ product.weight.t() for product in (mixer.q, mixer.k, mixer.v))
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(1, 2) / mixer.width**0.5).masked_fill(later, -torch.inf)
+    return torch.softmax(scores, -1) @ v @ mixer.o.weight.t()

@@ -18,6 +18,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.activation import ACTIVATIONS
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
+from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import (
     Capabilities,
     Frozen,
@@ -28,8 +29,10 @@ from armillary.nn.mechanism import (
     PositionSettings,
     mixers,
 )
+from armillary.nn.norms.layernorm import LayerNormSettings
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.decay import decay_attend
+from armillary.nn.positions.none import NoPositionSettings
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.state import FixedState, State
 
@@ -45,6 +48,17 @@ class RetentionSettings(MixerSettings):
     expand: float = Field(2.0, gt=0, description="width of the values relative to the model's")
     position: PositionSettings | None = Field(RopeSettings(), description="how q and k turn: rope or none")
     norm: NormSettings = Field(RMSNormSettings(), description="norm of each head's output")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [
+            Example("published", cls(heads=2), compiled=True),
+            Example("plain", cls(heads=4, expand=1.0, position=NoPositionSettings(), norm=LayerNormSettings())),
+        ]
+
+    @classmethod
+    def limits(cls) -> list[Limit]:
+        return [Limit("parallel", Example("one_head", cls(heads=1, position=NoPositionSettings())), _parallel)]
 
     def features(self, width: int) -> tuple[int, int]:
         """Key and value features per head."""
@@ -161,3 +175,13 @@ class Retention(Mixer):
             where=self.path,
             hint="watch a whole forward call instead",
         )
+
+
+def _parallel(mixer: Retention, x: Tensor, ctx: Context) -> Tensor:
+    """(q kᵀ / √K ⊙ D) v with D[n, m] = γ^(n−m), the paper's parallel form of its first head."""
+    q, k, v = (x @ product.weight.t() for product in (mixer.q, mixer.k, mixer.v))
+    steps = torch.arange(x.shape[1])
+    decay = ((1 - 2**-5) ** (steps[:, None] - steps)).tril()
+    mixed = (q @ k.transpose(1, 2) / mixer.key_width**0.5 * decay) @ v
+    gate = x @ mixer.gate.weight.t()
+    return (mixer.norm(mixed) * gate * torch.sigmoid(gate)) @ mixer.o.weight.t()  # type: ignore[no-any-return]

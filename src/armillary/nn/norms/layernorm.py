@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from armillary.nn.example import Example
 from armillary.nn.mechanism import NormSettings, norms
 
 
@@ -19,6 +20,10 @@ class LayerNormSettings(NormSettings):
     source: ClassVar[str] = "Ba, Kiros & Hinton 2016, Layer Normalization"
     epsilon: float = Field(1e-5, gt=0, description="added to the variance")
     bias: bool = Field(True, description="whether b is there")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("biased", cls()), Example("unbiased", cls(bias=False))]
 
     def build(self, width: int) -> LayerNorm:
         return LayerNorm(width, self.epsilon, self.bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from armillary.nn.cost import Cost
+from armillary.nn.example import Example
 from armillary.nn.mechanism import Place, Position, PositionSettings, positions
 
 
@@ -19,6 +20,10 @@ class AlibiSettings(PositionSettings):
     kind: ClassVar[str] = "alibi"
     source: ClassVar[str] = "Press, Smith & Lewis 2022, Train Short, Test Long"
     sites: ClassVar[frozenset[str]] = frozenset({"bias"})
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("causal", cls()), Example("both_sides", cls(), {"order": "bidirectional"})]
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> Alibi:
         return Alibi(heads)

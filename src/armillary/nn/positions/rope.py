@@ -19,6 +19,7 @@ from torch import Tensor
 from armillary.base.errors import UnsupportedError
 from armillary.base.settings import Settings
 from armillary.nn.cost import Cost
+from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Place, Position, PositionSettings, positions
 
 
@@ -55,6 +56,27 @@ class RopeSettings(PositionSettings):
             raise ValueError("scaling.low must be below scaling.high")
         return self
 
+    @classmethod
+    def examples(cls) -> list[Example]:
+        short = {"trained_length": 16}
+        return [
+            Example("half", cls()),
+            Example("interleaved", cls(pairing="interleaved", base=500.0)),
+            Example("half_of_each_head", cls(fraction=0.5)),
+            Example("linear", cls(scaling=RopeScaling(kind="linear", factor=4.0))),
+            Example("ntk", cls(scaling=RopeScaling(kind="ntk", factor=4.0))),
+            Example("llama3", cls(scaling=RopeScaling(kind="llama3", factor=4.0, **short))),
+            Example("yarn", cls(scaling=RopeScaling(kind="yarn", factor=4.0, beta_fast=2.0, **short))),
+        ]
+
+    @classmethod
+    def limits(cls) -> list[Limit]:
+        kinds: list[Literal["linear", "ntk", "llama3", "yarn"]] = ["linear", "ntk", "llama3", "yarn"]
+        plain = Example("plain", cls())
+        return [
+            Limit(kind, Example(kind, cls(scaling=RopeScaling(kind=kind, factor=1.0))), plain) for kind in kinds
+        ]
+
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> Rope:
         return Rope(self, self.turning(head_width, place.path))
 
@@ -67,6 +89,8 @@ class RopeSettings(PositionSettings):
                 where=where or None,
                 hint="make heads × fraction give an even number of features",
             )
+        if width == 2 and self.scaling is not None and self.scaling.kind == "ntk":
+            raise UnsupportedError("ntk scaling needs more than one pair of features", where=where or None)
         return width
 
     def cost(self, place: Place, length: int, heads: int, kv_heads: int, head_width: int) -> Cost:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from armillary.nn.cost import Cost
+from armillary.nn.example import Example
 from armillary.nn.linear import Embedding
 from armillary.nn.mechanism import Place, Position, PositionSettings, positions
 
@@ -31,6 +32,11 @@ class T5PositionSettings(PositionSettings):
         if self.farthest <= self.buckets // 2:
             raise ValueError("farthest must be above buckets/2, where logarithmic buckets begin")
         return self
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        near = cls(buckets=8, farthest=12)
+        return [Example("causal", near), Example("both_sides", near, {"order": "bidirectional"})]
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> T5Position:
         return T5Position(self, heads, both_sides=place.order != "causal")

@@ -1,0 +1,126 @@
+"""What the benchmarks share: the shape, the two models, interleaved timing, floors, and the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch starts its threads
+
+import torch
+
+WIDTH, DEPTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 512, 8, 8, 4, 1408, 16384
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+def ours(dtype: torch.dtype, *, masters: torch.dtype = torch.float32) -> Any:
+    """Our network: weights in `masters`, activations in `dtype`."""
+    from armillary.base.settings import parse
+    from armillary.nn.network import ModelSettings, build
+
+    settings = parse(
+        ModelSettings,
+        {
+            "width": WIDTH,
+            "depth": DEPTH,
+            "vocabulary": VOCABULARY,
+            "context": 2048,
+            "block": {
+                "mixer": {"kind": "attention", "heads": HEADS, "kv_heads": KV_HEADS, "position": "rope"},
+                "channel": {"kind": "gated", "hidden": HIDDEN},
+            },
+        },
+    )
+    return build(settings).to(masters).compute(dtype)
+
+
+def theirs(dtype: torch.dtype) -> Any:
+    """The same shape in `transformers`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        intermediate_size=HIDDEN,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def interleaved(calls: dict[str, Callable[[], float]], repeats: int = 5) -> dict[str, list[float]]:
+    """Each call gives a figure (tokens/s, say); they take turns, after one round that is not counted."""
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            found[name].append(call())
+    return found
+
+
+def ratio(found: dict[str, list[float]], a: str, b: str) -> float:
+    """Median of the pairwise ratios: machines drift, neighbours in time do not."""
+    return statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a large product, the best of several."""
+    a, b = torch.ones(2048, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    best = 0.0
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_rss() -> int:
+    """Bytes of the largest resident set so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(name: str, figures: dict[str, Any], reach: dict[str, tuple[float, str]]) -> None:
+    """Print a benchmark's figures against what they should reach, and append them to the results.
+
+    reach: figure → (value, "min" or "max").
+    """
+    print(f"\n{name}")
+    for key, value in figures.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        goal = ""
+        if key in reach:
+            bound, kind = reach[key]
+            met = value >= bound if kind == "min" else value <= bound
+            goal = f"   {'reached' if met else 'MISSED'}: {'≥' if kind == 'min' else '≤'} {bound}"
+        print(f"  {key:<42} {text}{goal}")
+    record = {
+        "benchmark": name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "figures": figures,
+        "reach": {key: {"bound": bound, "kind": kind} for key, (bound, kind) in reach.items()},
+    }
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,229 @@
+"""Commands about models: evaluate, generate, chat, embed, classify, export, import."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from armillary.cli.shared import AsJson, Device, Dtype, Folder, amount, emit, note, open_model, read_text, table
+
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that make up p.")]
+MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+
+
+def evaluate(
+    model: Folder,
+    data: Annotated[str | None, typer.Option(help="Text to measure on; by default the run's held-out files.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Measure the simple baselines beside it.")] = False,
+    limit: Annotated[int | None, typer.Option(help="At most this many documents.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: AsJson = False,
+) -> None:
+    """Bits per byte and perplexity with 95% intervals, and throughput.
+
+    Example: armillary evaluate runs/demo --baselines
+    """
+    from armillary.base.errors import InputError
+    from armillary.evaluate import evaluate as measure
+
+    held = data
+    if held is None:
+        if not (Path(model) / "recipe.yaml").is_file() or not (Path(model) / "data").is_dir():
+            raise InputError(f"{model} has no held-out text of its own", hint="name some with --data FILE")
+        held = model
+    found = measure(open_model(model, device, dtype), held, baselines=baselines, limit=limit)
+    if json:
+        emit(found.to_data())
+        return
+    show_evaluation(found)
+
+
+def show_evaluation(found: Any) -> None:
+    """The measured figures as a table."""
+    bits = found.bits_per_byte
+    rows = [
+        ("bits per byte", f"{bits.value:.4f}", f"[{bits.low:.4f}, {bits.high:.4f}]", "this model, held-out"),
+    ]
+    rows += [("", f"{one.bits_per_byte:.4f}", "", one.name) for one in found.baselines]
+    table(rows)
+    table(
+        [
+            ("perplexity", f"{found.perplexity.value:.2f} per token"),
+            ("measured on", f"{found.documents} documents, {amount(found.bytes, 'B')}"),
+            ("throughput", f"{found.tokens_per_second:,.0f} tokens/s, peak memory {amount(found.peak_memory, 'B')}"),
+        ]
+    )
+
+
+def generate(
+    model: Folder,
+    prompt: Annotated[str | None, typer.Argument(help="The text to go on from; - or nothing reads a pipe.")] = None,
+    tokens: Tokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: AsJson = False,
+) -> None:
+    """Let a model write on from a prompt.
+
+    Example: armillary generate runs/demo "def main(" --tokens 64
+    """
+    text = read_text(prompt)
+    opened = open_model(model, device, dtype)
+    options: dict[str, Any] = {
+        "max_new_tokens": tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    if json:
+        done = opened.generate(text, **options)
+        fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": done.finish}
+        emit({"prompt": text, **fields})
+        return
+    sys.stdout.write(text)
+    for piece in opened.generate(text, stream=True, **options):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def chat(
+    model: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    tokens: Tokens = 256,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a model through its chat template; an empty line or Ctrl-D ends it.
+
+    Example: armillary chat runs/demo --system "Answer briefly."
+    """
+    opened = open_model(model, device, dtype)
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    opened.tokenizer.chat([*messages, {"role": "user", "content": ""}])  # refuse now what has no template
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        messages.append({"role": "user", "content": said})
+        answer = ""
+        for piece in opened.chat(messages, stream=True, max_new_tokens=tokens, temperature=temperature, seed=seed):
+            answer += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def embed(
+    model: Folder,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none reads lines from a pipe.")] = None,
+    pool: Annotated[str, typer.Option(help="mean, first or last.")] = "mean",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """One vector per text, as JSON lines.
+
+    Example: armillary embed runs/demo "a first text" "another"
+    """
+    import json as codec
+
+    many = texts or [line for line in read_text(None).splitlines() if line]
+    for text, vector in zip(many, open_model(model, device, dtype).embed(many, pool=pool), strict=True):
+        print(codec.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False))
+
+
+def classify(
+    model: Folder,
+    text: Annotated[str, typer.Argument(help="The text.")],
+    label: Annotated[list[str] | None, typer.Option(help="A label to choose from; repeat it.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: AsJson = False,
+) -> None:
+    """Which class a text belongs to, with probabilities.
+
+    Example: armillary classify runs/demo "import os" --label " # python" --label " // C"
+    """
+    found = open_model(model, device, dtype).classify(text, label)
+    if json:
+        emit(found)
+        return
+    table((name, f"{share:.3f}") for name, share in sorted(found.items(), key=lambda item: -item[1]))
+
+
+def export(
+    model: Folder,
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    layout: Annotated[str, typer.Option(help="open: what other tools read; native: ours.")] = "open",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a model in the common open layout (or ours).
+
+    Example: armillary export runs/demo exported
+    """
+    _rewrite(model, folder, layout, force, dtype)
+
+
+def import_(
+    model: Annotated[str, typer.Argument(help="A folder in an open layout, or a hub name.", metavar="MODEL")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Turn an open checkpoint into one of ours, checked tensor by tensor.
+
+    Example: armillary import downloads/some-llama models/mine
+    """
+    _rewrite(model, folder, "native", force, dtype, revision)
+
+
+def _rewrite(
+    model: str, folder: Path, layout: str, force: bool, dtype: str, revision: str | None = None
+) -> None:
+    from armillary.base.errors import InputError
+    from armillary.model import save
+
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise InputError(f"{folder} is already there", hint="choose another name, or add --force")
+    save(open_model(model, "cpu", dtype, revision), folder, layout=layout)
+    note(f"wrote {folder}\nnext: armillary generate {folder} \"…\"")
+
+
+COMMANDS = {
+    "evaluate": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "embed": embed,
+    "classify": classify,
+    "export": export,
+    "import": import_,
+}

@@ -1,0 +1,147 @@
+"""Commands about recipes: new, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from armillary.cli.shared import AsJson, Overrides, amount, clock, emit, is_folder, note, table
+
+
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    overrides: Overrides = None,
+    base: Annotated[str, typer.Option("--from", help="The recipe to start from: a name or a file.")] = "quick",
+    schema: Annotated[bool, typer.Option("--schema", help="Write the JSON Schema for editors instead.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a recipe in which every line is explained.
+
+    Example: armillary new my.yaml model.width=384
+    """
+    import json
+
+    from armillary.base.errors import InputError
+    from armillary.base.files import write_atomic
+    from armillary.recipe import Recipe
+
+    if file.exists() and not force:
+        raise InputError(f"{file} is already there", hint="choose another name, or add --force")
+    if schema:
+        write_atomic(file, json.dumps(Recipe.schema_for_editors(), indent=2))
+        note(f"wrote {file}")
+        return
+    recipe = Recipe.load(base, *(overrides or []))
+    write_atomic(file, recipe.to_yaml(comments=True))
+    note(f"wrote {file}\nnext: armillary show {file}\n      armillary train {file}")
+
+
+def show(
+    target: Annotated[str, typer.Argument(help="A recipe (name or file), or a model folder.", metavar="RECIPE")],
+    overrides: Overrides = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row; by default the training context.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole recipe, defaults too.")] = False,
+    json: AsJson = False,
+) -> None:
+    """What a recipe or model takes, before anything runs: parameters, FLOPs, state, memory.
+
+    Example: armillary show quick model.width=512 --length 2048
+    """
+    from armillary.nn.describe import describe
+    from armillary.recipe import Recipe
+
+    vocabulary_known = True
+    if is_folder(target) and not overrides:
+        from armillary.checkpoints import load
+
+        loaded = load(target, device="meta")
+        recipe, settings = loaded.recipe, loaded.network.settings
+    else:
+        recipe = Recipe.load(target, *(overrides or []))
+        settings = recipe.model
+        if settings.vocabulary is None:
+            vocabulary_known = False
+            size = 262 + len(recipe.tokenizer.special) if recipe.tokenizer.kind == "byte" else recipe.tokenizer.size
+            settings = settings.derive(vocabulary=size)
+    training = recipe.training if recipe is not None else None
+    tokens = length or (training.context if training is not None else settings.context)
+    rows = (training.micro_batch or training.batch) if training is not None else 1
+    bf16 = training is None or training.precision == "bf16"
+    found = describe(
+        settings,
+        length=tokens,
+        batch=rows,
+        bf16=bf16,
+        recompute=training is not None and training.recompute == "blocks",
+    )
+    data: dict[str, Any] = {
+        "name": recipe.name if recipe is not None else target,
+        "form": settings.form,
+        "blocks": list(found.blocks),
+        "parameters": found.parameters,
+        "active_parameters": found.active,
+        "embedding_parameters": found.embedding,
+        "length": tokens,
+        "flops_per_token": found.flops_per_token,
+        "state_bytes": found.state_bytes,
+    }
+    if training is not None:
+        total = training.steps * training.batch * training.context
+        data |= {
+            "micro_batch": rows,
+            "training_memory_bytes": found.training_bytes,
+            "training_tokens": total,
+            "training_flops": 3 * found.flops_per_token * total,
+        }
+        data["estimated_training_seconds"] = data["training_flops"] / _flops_per_second(bf16)
+    if json:
+        emit(data)
+        return
+    if full and recipe is not None:
+        print(recipe.to_yaml())
+    lines = [
+        ("model", f"{data['name']} ({settings.form}, width {settings.width}, depth {settings.depth})"),
+        ("blocks", _runs(found.blocks)),
+        ("parameters", f"{amount(found.parameters)} ({amount(found.active)} active, {amount(found.embedding)} embedding)"),
+        ("vocabulary", f"{settings.vocabulary}{'' if vocabulary_known else ' (from tokenizer.size)'}"),
+        ("FLOPs per token", f"{amount(found.flops_per_token)} forward at {tokens} tokens"),
+        ("state", f"{amount(found.state_bytes, 'B')} per row after {tokens} tokens"),
+    ]
+    if training is not None:
+        lines += [
+            ("training memory", f"about {amount(found.training_bytes, 'B')} with {rows} rows of {tokens} tokens"),
+            ("training", f"{amount(data['training_tokens'])} tokens, {amount(data['training_flops'])} FLOPs"),
+            ("time here", f"about {clock(data['estimated_training_seconds'])} (from a measured product, half used)"),
+        ]
+    table(lines)
+
+
+def _runs(blocks: tuple[str, ...]) -> str:
+    """['a', 'b', 'a', 'b'] as '2 × (a, b)'."""
+    for size in range(1, len(blocks) + 1):
+        if len(blocks) % size == 0 and blocks == blocks[:size] * (len(blocks) // size):
+            inner = ", ".join(blocks[:size])
+            return f"{len(blocks) // size} × ({inner})"
+    return ", ".join(blocks)
+
+
+def _flops_per_second(bf16: bool) -> float:
+    """What half of a measured matrix product's speed gives: training reaches about that on a CPU."""
+    import time
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 0.5 * 2 * 1024**3 / best
+
+
+COMMANDS = {"new": new, "show": show}

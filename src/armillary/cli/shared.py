@@ -1,0 +1,80 @@
+"""What the commands share: options, tables, progress, and where a name leads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from armillary.model import Model
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, for example model.width=512.", metavar="[KEY=VALUE]...")
+]
+Folder = Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.", metavar="MODEL")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bf16, float16.")]
+
+
+def emit(data: Any) -> None:
+    """Print JSON."""
+    print(json.dumps(data, ensure_ascii=False, indent=2, default=str))
+
+
+def table(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows as two or more aligned columns."""
+    lines = [list(row) for row in rows]
+    if not lines:
+        return
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
+
+
+def note(text: str) -> None:
+    """A remark beside the result, on the error stream, so that a pipe gets the result alone."""
+    print(text, file=sys.stderr)
+
+
+def amount(value: float, unit: str = "") -> str:
+    """12_345_678 → '12.3 M'."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+def clock(seconds: float) -> str:
+    """75 → '1:15'."""
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def open_model(name: str, device: str, dtype: str, revision: str | None = None) -> Model:
+    """The model that a command was pointed at."""
+    from armillary.model import load
+
+    return load(name, device=device, dtype=dtype, revision=revision)
+
+
+def read_text(argument: str | None) -> str:
+    """The argument, or standard input for `-` or when nothing was given."""
+    from armillary.base.errors import InputError
+
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise InputError("no text was given", hint="write it behind the model, or pipe it in")
+    return sys.stdin.read()
+
+
+def is_folder(name: str) -> bool:
+    return Path(name).is_dir()

@@ -1,0 +1,178 @@
+"""Laws of the contract: recipes, builds without storage, and refusing what was not declared."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import SettingsError
+from armillary.base.settings import json_schema, parse
+from armillary.nn.context import Context, Memory
+from armillary.nn.mask import Mask
+from armillary.nn.mechanism import MechanismSettings, Mixer, Place, Position, PositionSettings
+from armillary.testing.cases import SOURCE, WIDTH, Case, Trial
+from armillary.testing.compare import near, refuses, require, same
+
+
+def recipe(case: Case) -> None:
+    """Settings become plain data and back, with defaults and without, and the JSON Schema knows them."""
+    settings: MechanismSettings = case.example.settings
+    base: type[Any] = next(c for c in type(settings).__mro__ if "choices" in vars(c))
+    for defaults in (True, False):
+        data = json.loads(json.dumps(settings.to_data(defaults=defaults)))
+        require(parse(base, data) == settings, f"read back from {data} the settings differ")
+    data = settings.to_data()
+    require(data.get("kind") == case.name, f"the data calls itself {data.get('kind')!r}")
+    try:
+        parse(base, {**data, "no_such_key": 1})
+    except SettingsError:
+        pass
+    else:
+        require(False, "an unknown key was accepted")
+    require(type(settings).source != "", "settings name no source (authors, year, title)")
+    for name, field in type(settings).model_fields.items():
+        require(bool(field.description), f"the key '{name}' has no description")
+    schema = json_schema(type(settings))
+    require(set(schema["properties"]) == set(data), "the JSON Schema and the data have different keys")
+    _validate(data, schema)
+
+
+def _validate(data: dict[str, Any], schema: dict[str, Any]) -> None:
+    try:
+        import jsonschema  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        return  # the validator is no dependency; where it is there, it is asked
+    jsonschema.validate(json.loads(json.dumps(data)), schema)
+
+
+def meta(case: Case) -> None:
+    """Built and called without storage: the same names, shapes and types as for real."""
+    real = case.build()
+    with torch.device("meta"):
+        shape = case.bare()
+    ours = {name: (tuple(p.shape), p.dtype) for name, p in shape.state_dict().items()}
+    wanted = {name: (tuple(p.shape), p.dtype) for name, p in real.state_dict().items()}
+    require(ours == wanted, f"parameters differ: {sorted(set(ours.items()) ^ set(wanted.items()))}")
+    stored = [name for name, p in [*shape.named_parameters(), *shape.named_buffers()] if not p.is_meta]
+    require(not stored, f"with storage on the meta device: {', '.join(stored)}")
+    trial = Trial(case)
+    expected = trial.whole()
+    memory = None if trial.memory is None else Memory(trial.memory.hidden.to("meta"))
+    side = {name: tensor.to("meta") for name, tensor in trial.side.items()}
+    y = shape(trial.x.to("meta"), Context(memory=memory, side=side))
+    require((y.shape, y.dtype) == (expected.shape, expected.dtype), "a call without storage gives another shape")
+
+
+class _Hidden(Mask):
+    """Nobody sees key 1, except its own query."""
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return ((k[None] != 1) | (q[:, None] == k[None]))[None, None]
+
+
+def unsupported(case: Case) -> None:
+    """What was not declared raises; what cannot be asked of any mixer raises too."""
+    settings, can = case.settings, case.can
+    for order in ("causal", "bidirectional", "prefix"):
+        if not getattr(can, order):
+            refuses(lambda order=order: settings.build(Place(WIDTH, order=order)), f"order {order}")  # type: ignore
+    if not can.cross:
+        refuses(lambda: settings.build(Place(WIDTH, cross=True)), "looking at a memory")  # type: ignore[attr-defined]
+    trial = Trial(case)
+    with torch.no_grad():
+        refuses(lambda: trial.whole(lengths=torch.tensor([12, 3, 2])), "lengths in forward")
+        for name in trial.side:
+            rest = {other: tensor for other, tensor in trial.side.items() if other != name}
+            refuses(lambda rest=rest: trial.whole(side=rest), f"a missing side tensor '{name}'")  # type: ignore[misc]
+        for name in can.side:
+            require(name in trial.side, f"the side tensor '{name}' is declared but the example does not make it")
+        if case.cross:
+            refuses(lambda: trial.whole(memory=None), "cross without a memory")
+            refuses(lambda: trial.module.init_state(3, 4, torch.float32, "cpu", None), "a state without its memory")
+        else:
+            memory = Memory(torch.zeros(3, SOURCE, WIDTH))
+            refuses(lambda: trial.whole(memory=memory), "a memory given to a mixer that does not look at one")
+        _masked(trial)
+        if not case.extends:
+            refuses(lambda: trial.state(), "a state for a mixer that sees both ways")
+            return
+        extras = {
+            "documents": torch.zeros(3, 2, dtype=torch.int64),
+            "padding": torch.ones(3, 2, dtype=torch.bool),
+            "mask": _Hidden(),
+        }
+        for name, value in extras.items():
+            call = lambda name=name, value=value: trial.extend(trial.state(), trial.x[:, :4], 0, **{name: value})  # noqa: E731
+            refuses(call, f"{name} in extend")
+        if case.order == "prefix":
+            trial.side = {"prefix": torch.tensor([4, 4, 4])}
+            state = trial.state()
+            refuses(lambda: trial.fill(state, 2), "a prefix in two chunks")
+
+
+def _masked(trial: Trial) -> None:
+    if trial.case.cross or not trial.case.can.mask:
+        refuses(lambda: trial.whole(mask=_Hidden()), "a mask from the objective")
+        return
+    for length in (20, 6):
+        other = Trial(trial.case, length=length)
+        base = other.whole(mask=_Hidden())
+        x = other.x.clone()
+        x[:, 1] = 40 * other.noise(*x[:, 1].shape)
+        change = (other.whole(x, mask=_Hidden()) - base).abs().amax((0, 2))
+        require(float(change[1]) > 0, "a token does not see itself")
+        change[1] = 0
+        require(float(change.max()) <= 1e-6, f"a key hidden by the objective's mask changed outputs by {change.max()}")
+        require(bool((other.whole() != base).any()), "the objective's mask changes nothing")
+
+
+def sites(case: Case) -> None:
+    """A position acts at the sites that it names, for any positions, and refuses the others."""
+    settings = case.example.settings
+    assert isinstance(settings, PositionSettings)
+    heads, width, length = 2, 8, 6
+    with torch.device("cpu"):
+        position: Position = settings.build(case.place(), heads, width)
+    if any(True for _ in position.parameters()):
+        from armillary.nn.mechanism import initialise
+
+        initialise(position, 1)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, length, heads, width, generator=generator)
+    k = torch.randn(2, length, 1, width, generator=generator)
+    rows = torch.stack([torch.arange(length) + 3, torch.arange(length)])
+    calls: dict[str, Any] = {
+        "embed": lambda p: (position.embed(p),),
+        "rotate": lambda p: position.rotate(q[: len(p)], k[: len(p)], p),
+        "bias": lambda p: (position.bias(p, p),),
+        "decay": lambda p: (position.decay(p),),
+    }
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "embed": ((1, length, WIDTH),),
+        "rotate": (q[:1].shape, k[:1].shape),
+        "bias": ((1, heads, length, length),),
+        "decay": ((1, length, heads),),
+    }
+    require(type(position).sites == settings.sites, "module and settings name different sites")
+    require(settings.sites <= set(calls), f"unknown sites: {', '.join(settings.sites - set(calls))}")
+    for site, call in calls.items():
+        if site not in settings.sites:
+            refuses(lambda call=call: call(rows), f"the site '{site}'")  # type: ignore[misc]
+            continue
+        both = call(rows)
+        for row in range(2):
+            q, k = q.roll(-1, 0) if row else q, k.roll(-1, 0) if row else k
+            one = call(rows[row : row + 1])
+            for found, all_rows, shape in zip(one, both, shapes[site], strict=True):
+                require(tuple(found.shape) == tuple(shape), f"'{site}' gives {tuple(found.shape)}, expected {shape}")
+                same(found, all_rows[row : row + 1], f"'{site}' of one row among others")
+        if site != "bias":
+            part = call(rows[:1])
+            require(bool(part[0].isfinite().all()), f"'{site}' is not finite")
+    if "rotate" in settings.sites:
+        turned = position.rotate(q, k, rows)
+        again = position.rotate(q, k, rows)
+        near(turned[0], again[0], "the same rotation twice", 0)

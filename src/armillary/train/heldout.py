@@ -1,0 +1,96 @@
+"""The held-out text during training: a fixed part of it, packed into windows like the training text.
+
+This follows the run cheaply; the full measurement, per document and with intervals, is `evaluate`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from armillary.data.batch import Batch
+from armillary.data.order import Permutation
+from armillary.data.shards import TokenStore
+from armillary.objectives.base import Objective, Prepared
+from armillary.train.distributed import World
+from armillary.nn.network import Network
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """ids: [N, T] windows of held-out text; documents: [N, T] or None; tokens_per_byte: of that text."""
+
+    ids: torch.Tensor
+    documents: torch.Tensor | None
+    tokens_per_byte: float
+
+    @classmethod
+    def take(cls, store: TokenStore, *, window: int, tokens: int, isolate: bool, seed: int) -> HeldOut | None:
+        """Whole documents in a random but fixed order until there are `tokens`; None when they do not
+        fill one window. Neighbouring windows share a token, so that each is predicted once."""
+        if not len(store):
+            return None
+        order = Permutation(len(store), seed=seed, epoch=0)
+        parts: list[np.ndarray] = []
+        numbers: list[np.ndarray] = []
+        read, size = 0, 0
+        for place in range(len(store)):
+            number = int(order(place))
+            part = np.asarray(store.document(number)).astype(np.int64)
+            parts.append(part)
+            numbers.append(np.full(len(part), number))
+            read += len(part)
+            size += int(store.document_bytes[number])
+            if read >= max(tokens, window):
+                break
+        if read < window or not size:
+            return None
+        count = max(1, min(tokens // (window - 1), (read - 1) // (window - 1)))
+        places = np.arange(count)[:, None] * (window - 1) + np.arange(window)
+        ids = torch.from_numpy(np.concatenate(parts)[places])
+        documents = torch.from_numpy(np.concatenate(numbers)[places]) if isolate else None
+        return cls(ids, documents, read / size)
+
+    @torch.no_grad()
+    def loss(self, network: Network, objective: Objective, *, batch: int, seed: int, world: World) -> float:
+        """Mean nats of the targets; the same questions every time. Processes share the windows."""
+        generator = torch.Generator().manual_seed(seed)
+        was_training = network.training
+        network.eval()
+        total = torch.zeros(2, device=network.device)
+        rows = max(1, batch) * world.size
+        try:
+            # Compiled blocks would be compiled again for evaluation, which costs more than it saves.
+            with torch.compiler.set_stance("force_eager"):
+                for start in range(0, len(self.ids), rows):
+                    end = start + rows
+                    documents = None if self.documents is None else self.documents[start:end]
+                    prepared = objective.prepare(Batch(self.ids[start:end], documents), generator)
+                    found = objective.loss(network, _share(prepared, world, network.device))
+                    total += torch.stack([found.sum.float(), found.weight.to(network.device).float()])
+        finally:
+            network.train(was_training)
+        world.add(total)
+        nats, weight = total.tolist()
+        return nats / weight if weight else math.nan
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """nats per token → bits per byte of the text that the tokens stand for."""
+    return loss / math.log(2) * tokens_per_byte
+
+
+def _share(prepared: Prepared, world: World, device: torch.device) -> Prepared:
+    """This process's rows; one that has none left computes the first row with weight 0, because
+    every process must take part in gathering the parameters."""
+    from armillary.train.trainer import take
+
+    rows = len(prepared.ids)
+    own = torch.arange(world.rank, rows, world.size)
+    if len(own):
+        return take(prepared, own, rows, device)
+    first = take(prepared, torch.zeros(1, dtype=torch.int64), rows, device)
+    return Prepared(first.ids, first.targets, torch.zeros_like(first.weights), first.inputs)

@@ -1,0 +1,146 @@
+"""Tokenizers: exact round trips, nothing smuggled in, clear refusals, foreign files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from armillary.base.errors import TokenizerError
+from armillary.text import Tokenizer, TokenizerSettings, fertility, train_tokenizer
+
+TEXTS = [f"def function_{i}(value):\n    return value + {i}  # héllo wörld\n" for i in range(200)]
+TOKENIZERS = {
+    kind: train_tokenizer(TokenizerSettings(kind=kind, size=280), TEXTS) for kind in ("bpe", "unigram", "byte")
+}
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from(["<|end|>", "<|mask|>", "<|user|>", "é", "😀", "\x00", " ", "\n", "\r\n", "日本", "́"])
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(text=ANY_TEXT)
+def test_any_text_comes_back(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special.values())
+    assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_streaming_joins_to_decode(kind: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.size - 1), max_size=30))
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    # The oracle: Python's own decoding of the bytes with everything at once.
+    whole = b"".join(tokenizer.token_bytes(i) for i in ids if not tokenizer.is_special(i))
+    assert tokenizer.decode(ids) == whole.decode("utf-8", errors="replace")
+
+
+def test_no_part_of_a_character_is_streamed() -> None:
+    tokenizer = TOKENIZERS["byte"]
+    stream = tokenizer.stream()
+    assert [stream.push(i) for i in tokenizer.encode("é😀")] == ["", "é", "", "", "", "😀"]
+
+
+def test_special_tokens_only_when_asked() -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    assert tokenizer.encode("<|end|>", special=True) == [tokenizer.eos]
+    assert tokenizer.eos not in tokenizer.encode("<|end|>")
+    assert tokenizer.decode([tokenizer.special["<|user|>"], *tokenizer.encode("x")]) == "x"
+    assert tokenizer.decode([tokenizer.special["<|user|>"]], special=True) == "<|user|>"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_training_is_deterministic_and_survives_saving(kind: str, tmp_path) -> None:
+    again = train_tokenizer(TokenizerSettings(kind=kind, size=280), TEXTS)
+    assert again.fingerprint == TOKENIZERS[kind].fingerprint
+    again.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == again.fingerprint
+    assert (loaded.begin, loaded.eos, loaded.pad, loaded.size) == (again.begin, again.eos, again.pad, again.size)
+    assert loaded.begin == again.eos
+    assert loaded.encode(TEXTS[3]) == again.encode(TEXTS[3])
+
+
+def test_sizes() -> None:
+    assert TOKENIZERS["bpe"].size == TOKENIZERS["unigram"].size == 280
+    assert TOKENIZERS["byte"].size == 262
+    words, per_byte = fertility(TOKENIZERS["byte"], ["ab cd"])
+    assert (words, per_byte) == (2.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "texts", "message"),
+    [
+        (TokenizerSettings(size=100), TEXTS, "at least 262"),
+        (TokenizerSettings(size=300), [], "no text"),
+        (TokenizerSettings(size=300), ["", ""], "no text"),
+        (TokenizerSettings(size=100_000), TEXTS, "tokenizer.size="),
+        (TokenizerSettings(size=300), ["a\ud800"], "U\\+D800"),
+    ],
+)
+def test_refusals(settings_: TokenizerSettings, texts: list[str], message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        train_tokenizer(settings_, texts)
+
+
+def test_lone_surrogates_are_refused() -> None:
+    with pytest.raises(TokenizerError, match="surrogate"):
+        TOKENIZERS["bpe"].encode("ok \udc80")
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    with pytest.raises(TokenizerError, match="outside the vocabulary of 262"):
+        TOKENIZERS["byte"].decode([5000])
+
+
+def test_missing_and_broken_files(tmp_path) -> None:
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    TOKENIZERS["byte"].save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{]")
+    with pytest.raises(TokenizerError, match="not valid JSON"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_byte_fallback_tokenizer(tmp_path) -> None:
+    """The layout of LLaMA 2: ▁ for spaces, <0xNN> for bytes, a prepended space that decoding strips."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": 3 + i for i in range(256)}
+    for token in ("▁", "a", "b", "▁a", "ab", "▁ab"):
+        vocab[token] = len(vocab)
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    inner = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.begin) == (1, 2, 1)
+    for text in ("ab a", "é😀ab"):
+        ids = tokenizer.encode(text)
+        assert ids == inner.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == inner.decode(ids) == text  # the library's own decoder is the oracle
+        stream = tokenizer.stream()
+        assert "".join(stream.push(i) for i in ids) + stream.finish() == text
+    assert tokenizer.token_bytes(vocab["<0xC3>"]) == b"\xc3"
+    with pytest.raises(TokenizerError, match="no chat template"):
+        tokenizer.chat([{"role": "user", "content": "x"}])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch starts its threads
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does, before PyTorch starts its threads
 
 import torch
 

@@ -60,7 +60,11 @@ def test_neighbours_do_not_stay_together() -> None:
 def test_the_order_is_the_same_in_every_version() -> None:
     """Written down when the order was defined: a change would break the resuming of every run."""
     assert Permutation(10, seed=0, epoch=0)(np.arange(10)).tolist() == [1, 8, 2, 5, 9, 4, 6, 7, 0, 3]
-    assert Permutation(10**12, seed=12345, epoch=6, stream=2)([0, 1, 10**12 - 1]).tolist() == [441917041385, 990965476720, 247489742438]
+    assert Permutation(10**12, seed=12345, epoch=6, stream=2)([0, 1, 10**12 - 1]).tolist() == [
+        441917041385,
+        990965476720,
+        247489742438,
+    ]
 
 
 def test_positions_outside_are_refused() -> None:

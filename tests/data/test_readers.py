@@ -105,7 +105,7 @@ def test_binary_and_misencoded_files_are_named_skipped_and_counted(tmp_path: Pat
     assert reader.skipped.names == [
         "a.bin: binary (it holds NUL bytes)",
         "b.txt: not valid UTF-8",
-        "d.txt: not valid UTF-8",
+        "d.txt: binary (it holds NUL bytes)",
         "e.txt: not valid UTF-8",
     ]
     assert len(list(reader.documents())) == 2 and reader.skipped.count == 4  # counted anew, not on top
@@ -351,9 +351,7 @@ def damage_arrow(folder: Path) -> None:
         (damage_arrow, "not a readable Arrow file"),
     ],
 )
-def test_damaged_datasets_are_named(
-    tmp_path: Path, arrow: Arrow, damage: Callable[[Path], None], message: str
-) -> None:
+def test_damaged_datasets_are_named(tmp_path: Path, arrow: Arrow, damage: Callable[[Path], None], message: str) -> None:
     save_dataset(arrow, tmp_path / "set", [["a"]])
     damage(tmp_path / "set")
     with pytest.raises(DataError, match=message) as caught:

@@ -17,9 +17,11 @@ from armillary.data.shards import ShardWriter, TokenStore, width_for
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, per_shard=st.integers(1, 5), data=st.data())
-def test_stores_read_like_lists(make_store: Any, documents: list[list[int]], per_shard: int, data: st.DataObject) -> None:
+def test_stores_read_like_lists(
+    make_store: Any, documents: list[list[int]], per_shard: int, data: st.DataObject
+) -> None:
     store = make_store(documents, per_shard)
     stream = [id for document in documents for id in document]
     owners = [number for number, document in enumerate(documents) for _ in document]
@@ -43,7 +45,12 @@ def test_large_vocabularies_take_four_bytes(make_store: Any) -> None:
 
 def test_places_outside_are_refused(make_store: Any) -> None:
     store = make_store([[1, 2], [3]])
-    for ask in (lambda: store.document(2), lambda: store.document(-1), lambda: store.read(0, 4), lambda: store.read(2, 1)):
+    for ask in (
+        lambda: store.document(2),
+        lambda: store.document(-1),
+        lambda: store.read(0, 4),
+        lambda: store.read(2, 1),
+    ):
         with pytest.raises(IndexError):
             ask()
 

@@ -36,7 +36,8 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 JOURNAL = "progress.jsonl"
 LOCK = ".lock"
-OURS = re.compile(r"^\.?(train|heldout)-\d+-\d+\.(bin|idx|partial)(\..*)?$|^\.?progress\.jsonl(\..*)?$")
+SHARDS = re.compile(r"^(train|heldout)-\d+-\d+\.(bin|idx)$")
+ASIDE = re.compile(r"^\.((train|heldout)-\d+-\d+|progress|manifest|tokenizer|tokenizer_config)\..+$")  # not yet renamed
 HASHES = 2**64
 BATCH_BYTES = 2**19  # text given to a worker at a time
 BATCH_DOCUMENTS = 1024
@@ -80,8 +81,8 @@ def prepare(
         with explained("writing", target):
             target.mkdir(exist_ok=True)
         journal = _Journal.resume(target, key)
+        _clean(target, shards=journal is None)
         if journal is None:
-            _clean(target)
             threshold, sample = _first_readings(settings, readers, total, report, learn=tokenizer is None)
             if tokenizer is None:
                 tokenizer = _learn(tokenizer_settings, sample, report)
@@ -146,10 +147,10 @@ def _finished(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _clean(folder: Path) -> None:
-    """Remove what an unfinished preparation of other settings or inputs left; nothing that is not ours."""
+def _clean(folder: Path, *, shards: bool) -> None:
+    """Remove what a killed preparation had not renamed yet, and its shards if asked; nothing that is not ours."""
     for path in folder.iterdir():
-        if OURS.match(path.name) and path.is_file():
+        if (ASIDE.match(path.name) or (shards and SHARDS.match(path.name))) and path.is_file():
             path.unlink()
 
 

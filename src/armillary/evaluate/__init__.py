@@ -16,14 +16,15 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-# not lazy: the function bears its module's name, and whoever imports that module would hide it
+# not lazy: these functions bear their module's name, and whoever imports the module would hide them
 from armillary.evaluate.baselines import Baseline, baselines
+from armillary.evaluate.environment import environment, peak_memory
 
 if TYPE_CHECKING:
     from armillary.evaluate.card import write_card
-    from armillary.evaluate.environment import environment, peak_memory
+    from armillary.evaluate.heldout import corpus_folder
     from armillary.evaluate.intervals import Interval
-    from armillary.evaluate.measure import Evaluation, corpus_folder, evaluate
+    from armillary.evaluate.measure import Evaluation, evaluate
     from armillary.evaluate.perplexity import DocumentScore, score_documents
     from armillary.evaluate.report import write_report
     from armillary.evaluate.throughput import Throughput
@@ -33,9 +34,8 @@ _WHERE = {
     "Evaluation": "measure",
     "Interval": "intervals",
     "Throughput": "throughput",
-    "corpus_folder": "measure",
+    "corpus_folder": "heldout",
     "evaluate": "measure",
-    "peak_memory": "environment",
     "score_documents": "perplexity",
     "write_card": "card",
     "write_report": "report",

@@ -74,8 +74,8 @@ def bits_per_byte(nats: ArrayLike, sizes: ArrayLike, **options: Any) -> Interval
 def perplexity(nats: ArrayLike, tokens: ArrayLike, **options: Any) -> Interval:
     """exp(Σ nats / Σ tokens), per token: comparable only between models of one tokenizer."""
     found = ratio(nats, tokens, **options)
-    ends = [None if end is None else _exp(end) for end in (found.low, found.high)]
-    return Interval(_exp(found.value), *ends, level=found.level)
+    low, high = (None if end is None else _exp(end) for end in (found.low, found.high))
+    return Interval(_exp(found.value), low, high, found.level)
 
 
 def difference(

@@ -141,7 +141,7 @@ def score_documents(
 def _check(ids: NDArray[np.int64], number: int, vocabulary: int) -> None:
     if ids.ndim != 1:
         raise InputError(f"document {number} has shape {ids.shape}", hint="pass one list of token ids per document")
-    if ids.size and not (0 <= ids.min() and ids.max() < vocabulary):
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
         raise InputError(
             f"document {number} holds the token id {int(ids.min() if ids.min() < 0 else ids.max())}, "
             f"the network has {vocabulary}",

@@ -1,8 +1,9 @@
 """Cost: what a mechanism declares, and the counter that holds the declaration to the truth.
 
 Counting rule: a product of [m, k] by [k, n] is 2·m·k·n; an element-wise operation is one per
-output element; a reduction or scan one per input element; a softmax five per element (maximum,
-difference, exponential, sum, quotient). Views, copies, casts, gathers and comparisons are free.
+output element; a reduction or scan one per input element (a norm two); a softmax five per element (maximum,
+difference, exponential, sum, quotient). Views, copies, casts, gathers,
+comparisons and everything on integers are free.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _PER_OUTPUT: dict[Any, float] = {
     _aten.cumsum: 1,
     _aten.logcumsumexp: 3,
 }
-_PER_INPUT = {_aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.max, _aten.var, _aten.prod}
+_PER_INPUT = {_aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.max, _aten.var, _aten.prod, _aten.linalg_vector_norm}
 _FREE = {_aten.where, _aten.masked_fill, _aten.clone, _aten.copy_, _aten._to_copy, _aten.fill_, _aten.zero_}
 _FREE |= {_aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge, _aten.isinf, _aten.isnan}
 _FREE |= {_aten.bitwise_and, _aten.bitwise_or, _aten.bitwise_not, _aten.logical_not, _aten.logical_and}
@@ -74,10 +75,12 @@ class Counter(TorchDispatchMode):
                 self.flops += _elements(out)
         elif packet in _FREE:
             pass
+        elif isinstance(first, Tensor) and not first.is_floating_point():
+            pass
         elif packet in _PER_OUTPUT:
             self.flops += _PER_OUTPUT[packet] * _elements(out)
         elif packet in _PER_INPUT:
-            self.flops += _elements(first)
+            self.flops += _elements(first) * (2 if packet is _aten.linalg_vector_norm else 1)
         elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor) and out.is_floating_point():
             self.flops += _elements(out)
         return out

@@ -107,7 +107,7 @@ class SpanState(State):
             lengths = None
         if lengths is None and self.uniform is not None:
             start, stop = self.uniform, self.uniform + count
-            self._reserve(stop)
+            self._make_room(stop)
             for name, part in parts.items():
                 if torch.is_grad_enabled():
                     self.tensors[name] = torch.cat([self.tensors[name][:, :, :start], part], 2)
@@ -120,7 +120,7 @@ class SpanState(State):
             rows, tokens = valid.nonzero(as_tuple=True)
             slots = self.lengths[rows] + tokens
             added = valid.sum(1)
-            self._reserve(int((self.lengths + added).max()))
+            self._make_room(int((self.lengths + added).max()))
             for name, part in parts.items():
                 target = self.tensors[name].clone() if torch.is_grad_enabled() else self.tensors[name]
                 target[rows, :, slots] = part[rows, :, tokens].to(target.dtype)
@@ -167,13 +167,16 @@ class SpanState(State):
             return torch.ones(len(self.lengths), count, dtype=torch.bool, device=steps.device)
         return steps[None] < lengths[:, None]
 
+    def _make_room(self, capacity: int) -> None:
+        # Doubling keeps growth linear in total; a caller that knows its length asks for it at once.
+        if capacity > self.capacity:
+            self._reserve(max(capacity, 2 * self.capacity))
+
     def _reserve(self, capacity: int) -> None:
         held = self.capacity
         if capacity <= held:
             return
-        # Doubling keeps growth linear in total; a caller that knows its length asks for it at once.
-        wanted = max(capacity, 2 * held)
         for name, t in self.tensors.items():
-            grown = t.new_zeros(*t.shape[:2], wanted, *t.shape[3:])
+            grown = t.new_zeros(*t.shape[:2], capacity, *t.shape[3:])
             grown[:, :, :held] = t
             self.tensors[name] = grown

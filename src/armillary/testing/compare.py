@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armillary.base.errors import ArmillaryError, InputError, UnsupportedError
 from armillary.nn.state import State
@@ -24,8 +24,8 @@ def require(holds: bool, what: str) -> None:
         raise LawBroken(what)
 
 
-def near(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Largest difference at most `tolerance` times the largest expected value."""
+def near(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE, floor: float = 1e-3) -> None:
+    """Largest difference at most `tolerance` times the largest expected value, or times `floor`."""
     require(found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     require(found.dtype == expected.dtype, f"{what}: {found.dtype}, expected {expected.dtype}")
     require(bool(found.isfinite().all()), f"{what}: not finite")
@@ -34,8 +34,25 @@ def near(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANC
     size = float(expected.abs().max())
     error = float((found - expected).abs().max())
     require(
-        error <= tolerance * max(size, 1e-3), f"{what}: off by {error:.2e} where values reach {size:.2e} ({tolerance:g})"
+        error <= tolerance * max(size, floor), f"{what}: off by {error:.2e} where values reach {size:.2e} ({tolerance:g})"
     )
+
+
+def slopes_near(
+    module: nn.Module,
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    what: str,
+    tolerance: float = 2 * TOLERANCE,
+) -> None:
+    """Gradients of x and of every parameter. Some are 0 by cancellation (a bias on keys), so each is
+    measured against a hundredth of the largest of all at least."""
+    names = ["x", *(name for name, _ in module.named_parameters())]
+    largest = max(float(slope.abs().max()) for slope in expected if slope is not None and slope.numel())
+    for name, a, b in zip(names, found, expected, strict=True):
+        require((a is None) == (b is None), f"gradient of {name}, {what}: there in one way only")
+        if a is not None and b is not None:
+            near(a, b, f"gradient of {name}, {what}", tolerance, floor=largest / 100)
 
 
 def same(found: Tensor, expected: Tensor, what: str) -> None:

@@ -17,7 +17,7 @@ from armillary.nn.cost import count
 from armillary.nn.example import Example, Limit
 from armillary.nn.ops import plain_ops
 from armillary.testing.cases import Case, NotApplicable, Trial
-from armillary.testing.compare import near, require, same
+from armillary.testing.compare import near, require, same, slopes_near
 
 BF16_ERROR = 0.03  # root mean square, relative: a few roundings to 8 bits of a few intermediate results
 
@@ -72,24 +72,27 @@ def plain(case: Case) -> None:
                 expected = trial.whole(**fields)
             with torch.no_grad():
                 near(trial.whole(**fields), expected, f"without gradients, {length} tokens, {', '.join(fields)}")
-            found, wanted = _run(trial, **fields), None
+            found = _run(trial, **fields)
             with plain_ops():
                 wanted = _run(trial, **fields)
-            for name, a, b in zip(["output", "gradient of x"], found, wanted, strict=False):
-                near(a, b, f"{name}, {length} tokens, {', '.join(fields)}", 2e-4)
-            for (name, _), a, b in zip(trial.module.named_parameters(), found[2:], wanted[2:], strict=True):
-                near(a, b, f"gradient of {name}", 2e-4)
+            _compare(trial, found, wanted, f"{length} tokens, {', '.join(fields)}", 2e-4)
 
 
 def _run(trial: Trial, call: Callable[..., Tensor] | None = None, **fields: Any) -> list[Tensor]:
     """Output, gradient of x and of every parameter (zeros where it takes no part)."""
     x = trial.x.clone().requires_grad_()
-    y = (call or trial.module)(x, trial.ctx(**fields))
+    y = (trial.module if call is None else call)(x, trial.ctx(**fields))
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(y.shape, generator=generator).to(y.dtype)
     wanted: list[Tensor] = [x, *trial.parameters()]
     slopes = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
     return [y.detach(), *(torch.zeros_like(w) if s is None else s for w, s in zip(wanted, slopes, strict=True))]
+
+
+def _compare(trial: Trial, found: list[Tensor], expected: list[Tensor], what: str, tolerance: float) -> None:
+    """Outputs and gradients as `_run` gives them."""
+    near(found[0], expected[0], f"output, {what}", tolerance)
+    slopes_near(trial.module, found[1:], expected[1:], what, tolerance)
 
 
 def cost(case: Case) -> None:
@@ -139,9 +142,7 @@ def _compiled(case: Case, backend: str, tolerance: float) -> None:
         require(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
         torch._dynamo.reset()
-    names = ["output", "gradient of x", *(f"gradient of {name}" for name, _ in trial.module.named_parameters())]
-    for name, a, b in zip(names, found, expected, strict=True):
-        near(a, b, f"{name} under {backend}", tolerance)
+    _compare(trial, found, expected, f"under {backend}", tolerance)
 
 
 def bf16(case: Case) -> None:

@@ -6,13 +6,15 @@ rows and neighbours that must not matter, on the paths with and without gradient
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
 from armillary.nn.state import State
 from armillary.testing.cases import Case, Trial, padded, swap
-from armillary.testing.compare import held, near, refuses, require, same, untouched
+from armillary.testing.compare import held, near, refuses, require, same, slopes_near, untouched
 
 SEEDS = (1, 2, 3)
 LONG, SHORT = 20, 6  # on either side of the length from which ops take another path
@@ -112,7 +114,7 @@ def _gradients(trial: Trial) -> None:
             pieces.append(trial.fill(state, stop, start))
             for tensor, copy in zip(old, copies, strict=True):
                 same(tensor, copy, "with gradients a tensor of the state was written in place")
-        _near_all(slopes(torch.cat(pieces, 1)), expected, trial, "in chunks")
+        slopes_near(trial.module, slopes(torch.cat(pieces, 1)), expected, "in chunks")
     state, start = trial.state(), torch.zeros(trial.batch, dtype=torch.int64)
     total = []
     for lengths in _schedule(trial):
@@ -123,15 +125,7 @@ def _gradients(trial: Trial) -> None:
         total.append((y * weights.gather(1, places) * valid[..., None]).sum())
         start = start + lengths
     found = list(torch.autograd.grad(torch.stack(total).sum(), [x, *wanted], allow_unused=True))
-    _near_all(found, expected, trial, "in ragged chunks")
-
-
-def _near_all(found: list[Tensor | None], expected: list[Tensor | None], trial: Trial, what: str) -> None:
-    names = ["x", *(name for name, _ in trial.module.named_parameters())]
-    for name, a, b in zip(names, found, expected, strict=True):
-        require((a is None) == (b is None), f"the gradient of {name} {what} is there only one way")
-        if a is not None and b is not None:
-            near(a, b, f"the gradient of {name} {what}", 2e-4)
+    slopes_near(trial.module, found, expected, "in ragged chunks")
 
 
 def _storage(trial: Trial) -> None:
@@ -274,7 +268,7 @@ def padding(case: Case) -> None:
         left = torch.arange(length) >= (length - real)[:, None]
         right = torch.arange(length) < real[:, None]
         if not case.can.padding:
-            refuses(lambda trial=trial, right=right: trial.whole(padding=right), "padding")  # type: ignore[misc]
+            refuses(partial(trial.whole, padding=right), "padding")
             return
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):

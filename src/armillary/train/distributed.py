@@ -6,8 +6,10 @@ the head tied to it are always gathered together. Rank r computes its rows of th
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armillary.base.errors import TrainingError
+from armillary.base.errors import ArmillaryError, TrainingError
 from armillary.nn.network import Network
 
 FORWARD_METHODS = ("hidden", "cross_entropy", "token_nll", "extend", "init_state")
@@ -45,12 +47,39 @@ class World:
             torch.distributed.barrier()
 
     def agree(self, value: Any) -> Any:
-        """What the first process holds, in all of them (plain data)."""
+        """What the first process holds, in all of them (data that JSON can say)."""
         if self.size == 1:
             return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        text = json.dumps(value).encode() if self.first else b""
+        length = torch.tensor([len(text)])
+        torch.distributed.broadcast(length, src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if self.first:
+            content = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        torch.distributed.broadcast(content, src=0)
+        return json.loads(bytes(content.tolist()))
+
+    def lead(self, work: Callable[[], Any]) -> Any:
+        """Let the first process do something and tell the others its result (data that JSON can say);
+        a user's error is raised in all of them, so that none waits for ever."""
+        if self.size == 1:
+            return work()
+        error: ArmillaryError | None = None
+        told: dict[str, Any] = {}
+        if self.first:
+            try:
+                told = {"result": work()}
+            except ArmillaryError as caught:
+                error = caught
+                code = caught.__cause__.errno if isinstance(caught.__cause__, OSError) else None
+                told = {"what": caught.what, "where": caught.where, "hint": caught.hint, "errno": code}
+        told = self.agree(told)
+        if error is not None:
+            raise error
+        if "what" in told:
+            cause = None if told["errno"] is None else OSError(told["errno"], told["what"])
+            raise TrainingError(told["what"], where=told["where"], hint=told["hint"]) from cause
+        return told["result"]
 
     def sync_gradients(self, network: nn.Module, now: bool) -> None:
         """Gradients are exchanged with the last micro-batch only."""
@@ -111,3 +140,46 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value.to(like)
     return distribute_tensor(value.to(device=like.device, dtype=like.dtype), like.device_mesh, like.placements)
+
+
+def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write whole safetensors files, each process its own part of every tensor.
+
+    files: file name → tensors by name. Every process calls it with the same folder, which is new.
+    torch.distributed.checkpoint writes the parts and joins them in its safetensors form; its usual
+    form keeps a pickled index, which nothing here would read. Raises OSError as one process would.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    tensors = {name: tensor for part in files.values() for name, tensor in part.items()}
+    places = {name: number for number, part in enumerate(files.values(), 1) for name in part}
+    writer = HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=places, save_distributed=True, enable_consolidation=True
+    )
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            full = any(word in str(failure) for word in ("No space left", "os error 28", "Errno 28"))
+            if full or isinstance(failure, OSError):
+                code = errno.ENOSPC if full else failure.errno
+                raise OSError(code, str(failure)) from error
+        raise
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        for number, name in enumerate(files, 1):
+            os.replace(folder / f"model-{number:05d}-of-{len(files):05d}.safetensors", folder / name)
+    torch.distributed.barrier()
+
+
+def read_shards(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name from the safetensors files of a folder, sharded like those in `wanted`; each
+    process reads its own part only, however many processes wrote them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    filled = {name: torch.zeros_like(like) for name, like in wanted.items()}
+    dcp.load(filled, storage_reader=HuggingFaceStorageReader(str(folder)))
+    return filled

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line for each step that was looked at, and the same in TensorBoard on demand."""
+"""`metrics.jsonl`, `samples.jsonl`: lines of JSON that belong to a step; and the same in TensorBoard on demand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from armillary.base.errors import SettingsError
 from armillary.base.files import write_atomic
 
 
-class Metrics:
-    """Appends lines; `steps_done` is where the run goes on, and lines beyond it are dropped.
+class StepLines:
+    """Appends lines with a `step`; `steps_done` is where the run goes on, and lines beyond it are dropped.
 
     So a resumed run's file equals that of a run that was never interrupted. A full disk does not end
     a run: lines wait in memory, and `notice` hears of it once.
@@ -59,7 +59,7 @@ class Metrics:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file."""
+    """All whole lines of such a file."""
     return [json.loads(line) for line in _lines(Path(path)) if _step(line) is not None]
 
 

@@ -127,8 +127,8 @@ class Trainer:
             self.model.train()
             self.network.train()
         with self._seeded(step):
-            totals, names = self._gradients(batch, step)
-        loss, grad_norm, metrics = self._judged(totals, names)
+            sums, divisor, tokens = self._gradients(batch, step)
+        loss, grad_norm, metrics = self._judged(sums, divisor)
         why = self._fault(loss, grad_norm)
         rate = self.training.rate(step)
         if why is None:
@@ -139,38 +139,31 @@ class Trainer:
         self.steps_done += 1
         for hook in self.hooks:
             hook(self.steps_done, steps)
-        self.last = Update(self.steps_done, loss, grad_norm, rate, batch.ids.numel(), why, metrics)
+        self.last = Update(self.steps_done, loss, grad_norm, rate, tokens, why, metrics)
         return loss
 
-    def _gradients(self, batch: Batch, step: int) -> tuple[list[float], list[str]]:
+    def _gradients(self, batch: Batch, step: int) -> tuple[dict[str, float], float, int]:
         """Leaves the gradient of the mean loss in the parameters; returns loss, weight and metrics
-        summed over the whole update, the divisor used, and whether any process wants to stop."""
+        summed over the whole update, the divisor used, and how many tokens the network saw."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "objective", step))
         prepared = self.objective.prepare(batch, generator)
         divisor = float(prepared.weights.sum()) or 1.0
         scale = self.world.size / divisor  # processes' gradients are averaged, and a sum is wanted
         rows = prepared.ids.shape[0]
         own = torch.arange(self.world.rank, rows, self.world.size)
-        size = self.training.micro_batch or len(own)
+        parts = own.split(self.training.micro_batch or len(own))
         sums: dict[str, Tensor] = {}
-        parts = own.split(size)
         for number, part in enumerate(parts):
             taken = take(prepared, None if len(part) == rows else part, rows, self.network.device)
             self.world.sync_gradients(self.network, number + 1 == len(parts))
-            found = self._backward(taken, scale)
-            for name, value in found.items():
+            for name, value in self._backward(taken, scale).items():
+                value = value.to(self.network.device, torch.float32)
                 sums[name] = sums[name] + value if name in sums else value
-        names = list(sums)
-        flat = torch.stack([sums[name].float() for name in names])
-        if self.world.size > 1:
-            flat = torch.cat([flat, flat.new_tensor([float(self.stop_asked)])])
-            self.world.add(flat)
-            values = flat.tolist()
-            self.stop_agreed = values.pop() > 0
-        else:
-            self.stop_agreed = self.stop_asked
-            values = flat.tolist()
-        return [*values, divisor], names
+        flat = torch.stack([*sums.values(), torch.tensor(float(self.stop_asked), device=self.network.device)])
+        self.world.add(flat)
+        *values, asked = flat.tolist()  # the one moment when the processor waits for the device
+        self.stop_agreed = asked > 0
+        return dict(zip(sums, values, strict=True)), divisor, prepared.ids.numel()
 
     def _backward(self, prepared: Prepared, scale: float) -> dict[str, Tensor]:
         try:
@@ -191,12 +184,10 @@ class Trainer:
         self._proved = True
         return {"sum": loss.sum.detach(), "weight": loss.weight.detach(), **loss.metrics}
 
-    def _judged(self, totals: list[float], names: list[str]) -> tuple[float, float, dict[str, float]]:
+    def _judged(self, sums: dict[str, float], divisor: float) -> tuple[float, float, dict[str, float]]:
         """Mean loss, gradient norm and mean metrics."""
-        found = dict(zip(names, totals, strict=False))
-        divisor = totals[-1]
-        weight = found.pop("weight") or 1.0
-        loss = found.pop("sum") / weight
+        weight = sums.pop("weight") or 1.0
+        loss = sums.pop("sum") / weight
         grads = [p.grad for p in self.names.values() if p.grad is not None]
         norm = distributed.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
         grad_norm = float(norm)
@@ -204,7 +195,7 @@ class Trainer:
             # The objective divides by something that it knows only after the network has run.
             torch._foreach_mul_(grads, divisor / weight)
             grad_norm *= divisor / weight
-        return loss, grad_norm, {name: value / weight for name, value in found.items()}
+        return loss, grad_norm, {name: value / weight for name, value in sums.items()}
 
     def _fault(self, loss: float, grad_norm: float) -> str | None:
         """Why this update must not be made; raises where the guards say stop."""
@@ -363,4 +354,4 @@ def take(prepared: Prepared, rows: Tensor | None, count: int, device: torch.devi
     return Prepared(part(prepared.ids), part(prepared.targets), part(prepared.weights), part(prepared.inputs))
 
 
-__all__ = ["Trainer", "Update", "derived_seed"]
+__all__ = ["Trainer", "Update", "derived_seed", "take"]

@@ -27,6 +27,11 @@ class HeadSettings(MechanismSettings):
         raise NotImplementedError
 
 
+def pool_flops(width: int, length: int, how: str) -> float:
+    """FLOPs of `pooled` for one row: a mean reads every token, a choice costs nothing."""
+    return float(width * length) if how == "mean" else 0.0
+
+
 def pooled(hidden: Tensor, padding: Tensor | None, how: str) -> Tensor:
     """hidden [B, T, D] → [B, D]: the mean, first or last of the real tokens."""
     if padding is None:

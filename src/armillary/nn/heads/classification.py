@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.nn.example import Example
-from armillary.nn.heads.base import HeadSettings, Pool, heads, pooled
+from armillary.nn.heads.base import HeadSettings, Pool, heads, pool_flops, pooled
 from armillary.nn.mechanism import Place
 
 
@@ -30,7 +30,7 @@ class ClassificationHeadSettings(HeadSettings):
         return ClassificationHead(self, place)
 
     def flops(self, width: int, vocabulary: int, length: int) -> float:
-        return 2.0 * width * self.classes + self.classes + width * length
+        return 2.0 * width * self.classes + self.classes + pool_flops(width, length, self.pool)
 
 
 class ClassificationHead(nn.Module):

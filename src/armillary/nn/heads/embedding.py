@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.nn.example import Example
-from armillary.nn.heads.base import HeadSettings, Pool, heads, pooled
+from armillary.nn.heads.base import HeadSettings, Pool, heads, pool_flops, pooled
 from armillary.nn.mechanism import Place
 
 
@@ -30,7 +30,7 @@ class EmbeddingHeadSettings(HeadSettings):
         return EmbeddingHead(self)
 
     def flops(self, width: int, vocabulary: int, length: int) -> float:
-        return float(width * length)
+        return pool_flops(width, length, self.pool) + (3 * width + 1 if self.normalise else 0)
 
 
 class EmbeddingHead(nn.Module):

@@ -120,7 +120,8 @@ class AttentionSettings(MixerSettings):
         if self.position is not None:
             flops += self.position.cost(place, length, self.heads, self.groups, each).flops
         tracked = self.position is not None and "bias" in self.position.sites
-        return Cost(flops, length * (2 * key * itemsize + (8 if tracked else 0)))
+        kept = 0 if place.order == "bidirectional" and not place.cross else length
+        return Cost(flops, kept * (2 * key * itemsize + (8 if tracked else 0)))
 
 
 class Attention(Mixer):
@@ -164,6 +165,8 @@ class Attention(Mixer):
             memory = self._memory(ctx)
             q, k = self._queries(x, ctx), self._keys(memory.hidden.to(x.dtype), ctx)
             mask: Mask | None = None if memory.padding is None else Keys(memory.padding)
+            if ctx.taps is not None:
+                q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
             return Frozen({"q": q, "k": k, "mask": mask, "bias": None})
         q, k = self._queries(x, ctx), self._keys(x, ctx)
         if self.position is not None and self.rotates:
@@ -217,7 +220,11 @@ class Attention(Mixer):
         if isinstance(state, FixedState):
             padding = state.tensors.get("padding")
             seen = None if padding is None else Keys(padding)
-            return self._mixed(q, state.tensors["k"], state.tensors["v"], seen, None, x, ctx)
+            k, v = state.tensors["k"], state.tensors["v"]
+            if ctx.taps is not None:
+                q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k.transpose(1, 2)).transpose(1, 2)
+                v = ctx.taps(f"{self.path}.v", v.transpose(1, 2)).transpose(1, 2)
+            return self._mixed(q, k, v, seen, None, x, ctx)
         assert isinstance(state, SpanState)
         k = self._keys(x, ctx)
         if self.position is not None and self.rotates:
@@ -273,7 +280,10 @@ class Attention(Mixer):
         if self.order == "causal":
             mask = Causal()
         elif self.order == "prefix":
-            mask = Causal() | Prefix(self._prefix(ctx))
+            prefix = self._prefix(ctx)
+            # Padding on the left moves the prefix: its tokens are counted, not its places.
+            early = None if ctx.padding is None else ctx.padding.long().cumsum(1) <= prefix[:, None]
+            mask = Causal() | (Prefix(prefix) if early is None else Keys(early))
         mask = both(mask, ctx.mask)
         if ctx.documents is not None:
             mask = both(mask, Documents(ctx.documents, ctx.documents))

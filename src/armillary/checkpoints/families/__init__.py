@@ -1,0 +1,1 @@
+"""Families of open checkpoints, one a file: a table that pairs their folders with our networks."""

@@ -1,0 +1,187 @@
+"""The settings half of a family's table: keys of config.json beside the settings that they stand for.
+
+Each field reads its keys into the plain data of a model and writes them back from facts, so both
+directions come from one line. A key that no field reads, and that the family does not know to leave
+the computation alone, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from armillary.base.errors import CheckpointError, UnsupportedError
+from armillary.checkpoints.facts import Facts
+
+Data = dict[str, Any]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+class Config:
+    """The keys of a config.json and which of them have been read; null is the same as not there."""
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data = {key: value for key, value in data.items() if value is not None}
+        self.where = where
+        self.unread = set(self.data)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        self.unread.discard(key)
+        return self.data.get(key, default)
+
+    def number(self, key: str, value: Any, kind: type) -> Any:
+        """`value` as a whole number (kind int) or any number (float)."""
+        if type(value) is int or (kind is float and type(value) is float):
+            return kind(value)
+        raise self.wrong(key, value, "a whole number" if kind is int else "a number")
+
+    def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"'{key}' is {value!r}, expected {expected}", where=self.where)
+
+    def clash(self, first: str, second: str) -> CheckpointError:
+        return CheckpointError(f"{first} and {second} contradict each other", where=self.where)
+
+
+class Field:
+    """One or more keys of config.json, and the settings (dotted; `block` is every block) they stand for."""
+
+    keys: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    def read(self, config: Config, data: Data) -> None:
+        raise NotImplementedError
+
+    def write(self, facts: Facts, config: Data) -> None:
+        raise NotImplementedError
+
+
+class Same(Field):
+    """A number or flag with the same meaning on both sides.
+
+    kind: int, float or bool; default: what a missing key means, None for our own default; needed:
+    whether the key must be there.
+    """
+
+    def __init__(self, key: str, *paths: str, kind: type = int, default: Any = None, needed: bool = False) -> None:
+        self.keys, self.paths = (key,), paths
+        self.kind, self.default, self.needed = kind, default, needed
+
+    def read(self, config: Config, data: Data) -> None:
+        (key,) = self.keys
+        value = config.take(key)
+        if value is None:
+            if self.needed:
+                raise CheckpointError(f"'{key}' is missing", where=config.where)
+            value = self.default
+        elif self.kind is bool:
+            if type(value) is not bool:
+                raise config.wrong(key, value, "true or false")
+        else:
+            value = config.number(key, value, self.kind)
+        if value is not None:
+            for path in self.paths:
+                put(data, path, value)
+
+    def write(self, facts: Facts, config: Data) -> None:
+        config[self.keys[0]] = facts[first(self.paths[0])]
+
+
+class Word(Field):
+    """A name that is another name on our side; the first of several that mean the same is written."""
+
+    def __init__(self, key: str, path: str, names: Mapping[str, str], default: str) -> None:
+        self.keys, self.paths, self.names, self.default = (key,), (path,), names, default
+
+    def read(self, config: Config, data: Data) -> None:
+        value = config.take(self.keys[0], self.default)
+        if not isinstance(value, str) or value not in self.names:
+            raise UnsupportedError(
+                f"'{self.keys[0]}' is {value!r}, which is not known here",
+                where=config.where,
+                hint=f"known: {', '.join(self.names)}",
+            )
+        put(data, self.paths[0], self.names[value])
+
+    def write(self, facts: Facts, config: Data) -> None:
+        ours = facts[first(self.paths[0])]
+        config[self.keys[0]] = next(name for name, meaning in self.names.items() if meaning == ours)
+
+
+class Fixed(Field):
+    """A key that changes the computation and is understood at one value only."""
+
+    def __init__(self, key: str, value: Any, why: str | None = None) -> None:
+        self.keys, self.value, self.why = (key,), value, why
+
+    def read(self, config: Config, data: Data) -> None:
+        found = config.take(self.keys[0], self.value)
+        if found != self.value or type(found) is not type(self.value):
+            hint = self.why or f"only {self.value!r} can be represented"
+            raise UnsupportedError(f"'{self.keys[0]}' is {found!r}", where=config.where, hint=hint)
+
+    def write(self, facts: Facts, config: Data) -> None:
+        pass  # the readers' own default
+
+
+class Equal(Field):
+    """A key that only repeats another one and must not contradict it."""
+
+    def __init__(self, key: str, other: str) -> None:
+        self.keys, self.other = (key,), other
+
+    def read(self, config: Config, data: Data) -> None:
+        (key,) = self.keys
+        value = config.take(key)
+        if value is not None and value != config.data.get(self.other):
+            raise config.clash(f"'{key}': {value!r}", f"'{self.other}': {config.data.get(self.other)!r}")
+
+    def write(self, facts: Facts, config: Data) -> None:
+        pass
+
+
+# Keys that change the computation wherever they stand.
+COMMON: tuple[Field, ...] = (
+    Fixed("is_encoder_decoder", False),
+    Fixed("add_cross_attention", False),
+    Fixed("pruned_heads", {}),
+    Fixed("quantization_config", None, "quantised weights cannot be read; get the unquantised ones"),
+    Fixed("auto_map", None, "the model is computed by code in its folder, and no code from a folder is ever run"),
+)
+
+# Keys that any model's config.json may have and that leave the computation alone: bookkeeping, token
+# ids (the tokenizer's own count), training, and defaults of generation.
+IGNORED = frozenset(
+    """
+    architectures model_type _name_or_path transformers_version torch_dtype dtype use_cache initializer_range
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    is_decoder tie_encoder_decoder task_specific_params problem_type finetuning_task id2label label2id num_labels
+    return_dict output_attentions output_hidden_states torchscript use_bfloat16 gradient_checkpointing
+    chunk_size_feed_forward attn_implementation _attn_implementation _attn_implementation_autoset
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss unsloth_fixed unsloth_version
+    """.split()
+)
+
+
+def put(data: Data, path: str, value: Any) -> None:
+    *above, last = path.split(".")
+    for key in above:
+        data = data.setdefault(key, {})
+    data[last] = value
+
+
+def first(path: str) -> str:
+    """The fact that a setting of every block is read from."""
+    return f"blocks.0.{path.removeprefix('block.')}" if path.startswith("block.") else path

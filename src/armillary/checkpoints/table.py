@@ -1,0 +1,243 @@
+"""Families of open checkpoints: one invertible table each, from which both directions are derived.
+
+A family pairs the keys of config.json with settings (`fields`) and the tensors on disk with our
+parameters (`Entry`: their names, our names, a chain of steps between them, each of which inverts
+exactly). A new family is one file in `families/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import CheckpointError, SettingsError, UnsupportedError, nearest
+from armillary.base.registry import Registry
+from armillary.base.settings import parse
+from armillary.checkpoints.facts import Facts, facts, flat
+from armillary.checkpoints.fields import COMMON, IGNORED, Config, Data, Field, first
+from armillary.checkpoints.tensors import Stored, owned
+from armillary.nn.network import ModelSettings
+
+families: Registry[Family] = Registry("family", "armillary.checkpoints.families")
+
+
+class Step:
+    """A reversible change: `undo(apply(x)) == x`, bit for bit."""
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """Theirs towards ours; like: tensors of the shapes to be had."""
+        raise NotImplementedError
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        """Ours towards theirs."""
+        raise NotImplementedError
+
+
+class Transpose(Step):
+    """Matrices stored as [inputs, outputs]."""
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [part.t() for part in parts]
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        return [part.t() for part in parts]
+
+
+class Split(Step):
+    """One tensor stored for several of ours, joined along `axis`; undone by joining."""
+
+    def __init__(self, axis: int = 0) -> None:
+        self.axis = axis
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        (whole,) = parts
+        return list(whole.split([part.shape[self.axis] for part in like], self.axis))
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts, self.axis)]
+
+
+class PermuteHalfInterleaved(Step):
+    """Rows of queries or keys whose rotary pairs are (i, i + K/2) on their side and (2i, 2i + 1) on ours."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [self._swapped(part, 2, part.shape[0] // self.heads // 2) for part in parts]
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        return [self._swapped(part, part.shape[0] // self.heads // 2, 2) for part in parts]
+
+    def _swapped(self, part: Tensor, outer: int, inner: int) -> Tensor:
+        return part.unflatten(0, (self.heads, outer, inner)).transpose(1, 2).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tensors on disk, our parameters, and the steps from theirs to ours.
+
+    `{i}` in a name stands for every block. An entry holds where a network has its parameters (so a
+    bias that settings leave out needs no condition). sizes: the keys of config.json that decide the
+    shape, for messages.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+    sizes: str = ""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An entry for one block of one network. stages: tensors without storage, theirs first, ours last."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    steps: tuple[Step, ...]
+    sizes: str
+    stages: tuple[tuple[Tensor, ...], ...]
+
+    def imported(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Their tensor → our parameters by name, each alone in its storage."""
+        parts = [tensor]
+        for step, like in zip(self.steps, self.stages[1:], strict=True):
+            parts = step.apply(parts, like)
+        return {name: owned(part) for name, part in zip(self.ours, parts, strict=True)}
+
+    def exported(self, tensors: Mapping[str, Tensor]) -> Stored:
+        """Our parameters → their tensor, formed when it is read."""
+
+        def read() -> Tensor:
+            parts = [tensors[name].detach().cpu() for name in self.ours]
+            for step in reversed(self.steps):
+                parts = step.undo(parts)
+            return owned(parts[0])
+
+        return Stored(tuple(self.stages[0][0].shape), tensors[self.ours[0]].dtype, read)
+
+
+class Family:
+    """One kind of open checkpoint, known by the `model_type` of its config.json.
+
+    architectures: values of that key that can be read, the first one is written; prefix: what the
+    names of a whole model's tensors begin with, left out by folders of the bare body; template: the
+    settings that all members have; fields and entries: the two halves of the table; ignored: keys
+    that leave the computation alone; leftovers: tensors that do; constants: keys written besides.
+    """
+
+    kind: ClassVar[str] = ""
+    architectures: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""
+    template: ClassVar[Mapping[str, Any]] = {}
+    fields: ClassVar[tuple[Field, ...]] = ()
+    entries: ClassVar[tuple[Entry, ...]] = ()
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    leftovers: ClassVar[re.Pattern[str] | None] = None
+    constants: ClassVar[Mapping[str, Any]] = {}
+
+    def settings(self, data: Mapping[str, Any], where: str) -> ModelSettings:
+        """config.json → settings. where: the file, for messages.
+
+        Raises UnsupportedError for what changes the computation and cannot be represented, and
+        CheckpointError for what is missing or contradictory, each naming the key.
+        """
+        config = Config(data, where)
+        self._check_architecture(config)
+        ready: Data = copy.deepcopy(dict(self.template))
+        for field in (*COMMON, *self.fields):
+            field.read(config, ready)
+        strange = sorted(config.unread - IGNORED - self.ignored)
+        if strange:
+            known = [key for field in self.fields for key in field.keys]
+            close = nearest(strange[0], known)
+            hint = "if it does not change what the model computes, remove it from the file"
+            raise UnsupportedError(
+                f"not understood: {', '.join(f'{key!r}' for key in strange)}",
+                where=where,
+                hint=f"{close}; {hint}" if close.startswith("did") else hint,
+            )
+        try:
+            return parse(ModelSettings, ready)
+        except SettingsError as error:
+            path = ".".join(error.path)
+            keys = [key for field in self.fields for key in field.keys if any(p.startswith(path) for p in field.paths)]
+            raise CheckpointError(f"{error.what} (from {', '.join(keys)})", where=where, hint=error.hint) from None
+
+    def config(self, settings: ModelSettings) -> Data:
+        """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
+        wanted = self.equivalent(facts(settings))
+        template = {first(path): value for path, value in flat(self.template).items()}
+        for path, value in template.items():
+            if wanted.get(path) != value:
+                raise self._without(path, wanted, value)
+        config: Data = {"architectures": [self.architectures[0]], "model_type": self.kind}
+        for field in self.fields:
+            field.write(wanted, config)
+        again = facts(self.settings(config, "config.json"))
+        for path in (*wanted, *again):
+            if path not in wanted or path not in again or wanted[path] != again[path]:
+                raise self._without(path, wanted, again.get(path))
+        self.check(wanted)
+        return config | dict(self.constants)
+
+    def equivalent(self, wanted: Facts) -> Facts:
+        """Facts of a network that computes the same once `table` has changed the parameters."""
+        return wanted
+
+    def check(self, wanted: Facts) -> None:
+        """Raise UnsupportedError for what the readers of such folders refuse."""
+
+    def table(self, settings: ModelSettings) -> Sequence[Entry]:
+        """The tensors' half of the table for a network with these settings."""
+        return self.entries
+
+    def bind(self, settings: ModelSettings, ours: Mapping[str, Tensor]) -> list[Bound]:
+        """Every entry that holds for a network with parameters `ours`, of which only shapes matter."""
+        bound = []
+        for entry in self.table(settings):
+            for index in range(settings.depth if "{i}" in entry.theirs else 1):
+                names = (entry.ours,) if isinstance(entry.ours, str) else entry.ours
+                names = tuple(name.replace("{i}", str(index)) for name in names)
+                if all(name in ours for name in names):
+                    theirs = entry.theirs.replace("{i}", str(index))
+                    bound.append(Bound(theirs, names, entry.steps, entry.sizes, _stages(entry, names, ours)))
+        return bound
+
+    def _check_architecture(self, config: Config) -> None:
+        given = config.take("architectures")
+        if given and not set(given) & set(self.architectures):
+            raise UnsupportedError(
+                f"'architectures' is {', '.join(map(str, given))}",
+                where=config.where,
+                hint=f"of this family only {', '.join(self.architectures)} can be read",
+            )
+
+    def _without(self, path: str, wanted: Facts, theirs: Any) -> UnsupportedError:
+        """Name the setting: the deepest part of `path` that the network's settings do have."""
+        while path not in wanted and "." in path and not any(name.startswith(f"{path}.") for name in wanted):
+            path = path.rpartition(".")[0]
+        inside = {name: value for name, value in wanted.items() if name.startswith(f"{path}.")}
+        ours = wanted.get(path, inside.get(f"{path}.kind", inside and "set"))
+        meant = "" if theirs is None else f" (it means {theirs!r})"
+        return UnsupportedError(f"model.{path}: {ours!r} has no counterpart in the '{self.kind}' layout{meant}")
+
+
+def _stages(entry: Entry, names: tuple[str, ...], ours: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    parts = [torch.empty_like(ours[name], device="meta") for name in names]
+    stages = [tuple(parts)]
+    for step in reversed(entry.steps):
+        parts = step.undo(parts)
+        stages.append(tuple(parts))
+    return tuple(reversed(stages))
+
+
+def each(registry: Registry[Family] = families) -> Iterator[Family]:
+    """One object of every registered family."""
+    return (family() for _, family in registry)

@@ -44,7 +44,9 @@ def pick_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"the device '{name}' cannot be used ({reason})", hint="auto, cpu, cuda, cuda:1, mps") from None
+        raise InputError(
+            f"the device '{name}' cannot be used ({reason})", hint="auto, cpu, cuda, cuda:1, mps"
+        ) from None
     if device.type == "meta":
         raise InputError("weights cannot be loaded onto the device 'meta'", hint="auto, cpu, cuda, cuda:1, mps")
     return device

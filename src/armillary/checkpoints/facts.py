@@ -55,14 +55,18 @@ def _block(block: BlockSettings, width: int) -> dict[str, Any]:
     """The short form where the branches have one, else the branches by their names."""
     branches = block.all()
     first = branches[0]
-    short = BlockSettings(
-        mixer=next((one.mixer for one in branches if one.name == "mixer"), None),
-        cross=next((one.mixer for one in branches if one.name == "cross"), None),
-        channel=next((one.channel for one in branches if one.name == "channel"), None),
-        norm=first.norm,
-        norm_at=first.norm_at,
-        dropout=first.dropout,
-    ) if {one.name for one in branches} <= {"mixer", "cross", "channel"} else None
+    short = (
+        BlockSettings(
+            mixer=next((one.mixer for one in branches if one.name == "mixer"), None),
+            cross=next((one.mixer for one in branches if one.name == "cross"), None),
+            channel=next((one.channel for one in branches if one.name == "channel"), None),
+            norm=first.norm,
+            norm_at=first.norm_at,
+            dropout=first.dropout,
+        )
+        if {one.name for one in branches} <= {"mixer", "cross", "channel"}
+        else None
+    )
     data: dict[str, Any] = {"parallel": block.parallel}
     if short is not None and _even(short.all()) == _even(branches):
         data |= {"norm": _plain(first.norm, width), "norm_at": first.norm_at}

@@ -112,8 +112,11 @@ class Word(Field):
         put(data, self.paths[0], self.names[value])
 
     def write(self, facts: Facts, config: Data) -> None:
-        ours = facts[first(self.paths[0])]
-        config[self.keys[0]] = next(name for name, meaning in self.names.items() if meaning == ours)
+        (path,) = self.paths
+        name = next((name for name, meaning in self.names.items() if meaning == facts[first(path)]), None)
+        if name is None:
+            raise UnsupportedError(f"model.{first(path)}: {facts[first(path)]!r} has no name for '{self.keys[0]}'")
+        config[self.keys[0]] = name
 
 
 class Fixed(Field):
@@ -159,20 +162,19 @@ COMMON: tuple[Field, ...] = (
 
 # Keys that any model's config.json may have and that leave the computation alone: bookkeeping, token
 # ids (the tokenizer's own count), training, and defaults of generation.
-IGNORED = frozenset(
-    """
-    architectures model_type _name_or_path transformers_version torch_dtype dtype use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    is_decoder tie_encoder_decoder task_specific_params problem_type finetuning_task id2label label2id num_labels
-    return_dict output_attentions output_hidden_states torchscript use_bfloat16 gradient_checkpointing
-    chunk_size_feed_forward attn_implementation _attn_implementation _attn_implementation_autoset
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tf_legacy_loss unsloth_fixed unsloth_version
-    """.split()
-)
+_IGNORED = """
+architectures model_type _name_or_path transformers_version torch_dtype dtype use_cache initializer_range
+bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+is_decoder tie_encoder_decoder task_specific_params problem_type finetuning_task id2label label2id num_labels
+return_dict output_attentions output_hidden_states torchscript use_bfloat16 gradient_checkpointing
+chunk_size_feed_forward attn_implementation _attn_implementation _attn_implementation_autoset
+max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+begin_suppress_tokens tf_legacy_loss unsloth_fixed unsloth_version
+"""
+IGNORED = frozenset(_IGNORED.split())
 
 
 def put(data: Data, path: str, value: Any) -> None:

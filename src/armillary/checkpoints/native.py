@@ -166,7 +166,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     version = manifest.get("format")
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"the format of this folder is {version!r}, not a whole number from 1 up", where=str(path))
+        raise CheckpointError(
+            f"the format of this folder is {version!r}, not a whole number from 1 up", where=str(path)
+        )
     if version > FORMAT:
         raise CheckpointError(
             f"this folder has format {version}; this Armillary reads up to {FORMAT}",

@@ -76,7 +76,8 @@ class PermuteHalfInterleaved(Step):
         return [self._swapped(part, part.shape[0] // self.heads // 2, 2) for part in parts]
 
     def _swapped(self, part: Tensor, outer: int, inner: int) -> Tensor:
-        return part.unflatten(0, (self.heads, outer, inner)).transpose(1, 2).flatten(0, 2)
+        swapped: Tensor = part.unflatten(0, (self.heads, outer, inner)).transpose(1, 2).flatten(0, 2)
+        return swapped
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,11 @@ class Family:
         return bound
 
     def _check_architecture(self, config: Config) -> None:
-        given = config.take("architectures")
-        if given and not set(given) & set(self.architectures):
+        given = config.take("architectures", [])
+        names = given if isinstance(given, list) else [given]
+        if names and not any(name in self.architectures for name in names):
             raise UnsupportedError(
-                f"'architectures' is {', '.join(map(str, given))}",
+                f"'architectures' is {', '.join(map(str, names))}",
                 where=config.where,
                 hint=f"of this family only {', '.join(self.architectures)} can be read",
             )
@@ -238,6 +240,6 @@ def _stages(entry: Entry, names: tuple[str, ...], ours: Mapping[str, Tensor]) ->
     return tuple(reversed(stages))
 
 
-def each(registry: Registry[Family] = families) -> Iterator[Family]:
+def each() -> Iterator[Family]:
     """One object of every registered family."""
-    return (family() for _, family in registry)
+    return (family() for _, family in families)

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ class _File:
     """An open safetensors file, opened again now and then: what has been read from the mapped file
     counts as this process's memory until the mapping goes."""
 
-    HELD = 256 * 2**20  # bytes
+    HELD = 64 * 2**20  # bytes
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,7 +257,7 @@ def _file(path: Path) -> dict[str, Stored]:
     for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
         part = handle.get_slice(name)
         kind = str(part.get_dtype())
-        found[name] = Stored(tuple(part.get_shape()), _DTYPES.get(kind), lambda name=name: file.tensor(name), kind)
+        found[name] = Stored(tuple(part.get_shape()), _DTYPES.get(kind), partial(file.tensor, name), kind)
     file._handle = None  # a folder may have more shards than a process may have open files
     return found
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
 
 def count(value: float) -> str:
-    """1234567 → 1.23 M; whole numbers below 10,000 stay as they are."""
-    if value < 10_000:
-        return f"{value:,.0f}"
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g} {unit}" if value < 999.5 * size else f"{value / size:.0f} {unit}"
-    return f"{value:,.0f}"
+    """1234567 → 1.23 M; numbers below 10,000 are written out."""
+    return f"{value:,.0f}" if value < 9999.5 else _scaled(value)
 
 
 def size(value: float) -> str:
     """Bytes with a decimal unit: 1234567 → 1.23 MB."""
-    return (
-        f"{value:.0f} bytes"
-        if value < 1000
-        else f"{count(max(value, 10_000)) if value >= 10_000 else f'{value / 1e3:.3g} k'}B"
-    )
+    return f"{value:.0f} bytes" if value < 999.5 else f"{_scaled(value)}B"
+
+
+def _scaled(value: float) -> str:
+    scale, unit = next(((scale, unit) for scale, unit in UNITS if value >= scale * 0.9995), UNITS[-1])
+    return f"{value / scale:.3g} {unit}" if value < 999.5 * scale else f"{value / scale:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

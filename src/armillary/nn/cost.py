@@ -73,9 +73,7 @@ class Counter(TorchDispatchMode):
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
             if packet is _aten.addmm:
                 self.flops += _elements(out)
-        elif packet in _FREE:
-            pass
-        elif isinstance(first, Tensor) and not first.is_floating_point():
+        elif packet in _FREE or (isinstance(first, Tensor) and not first.is_floating_point()):
             pass
         elif packet in _PER_OUTPUT:
             self.flops += _PER_OUTPUT[packet] * _elements(out)

@@ -66,7 +66,7 @@ def _idle(settings: ModelSettings, network: Network) -> int:
     for block, module in zip(settings.layers(), network.blocks, strict=True):
         for branch in block.all():
             if branch.channel is not None:
-                held = sum(p.numel() for p in module.get_submodule(branch.name).inner.parameters())
+                held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
                 idle += held - branch.channel.active(held)
     return idle
 

@@ -73,7 +73,14 @@ class Linear(nn.Module):
 
     def _few(self, x: Tensor) -> bool:
         """Decoding: so few rows that reading the weight once is all the work."""
-        return not plain() and x.numel() <= FEW_ROWS * self.inputs and type(self.weight.data) is Tensor and fits(self.weight)
+        return (
+            not plain()
+            and x.numel() <= FEW_ROWS * self.inputs
+            and type(self.weight.data) is Tensor
+            and self.weight.is_contiguous()
+            and x.dtype != torch.float64
+            and fits(self.weight)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"

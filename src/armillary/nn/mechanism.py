@@ -282,7 +282,7 @@ class Mixer(nn.Module):
         """The token-to-token matrix [B, groups, T, S] that acted on the values."""
         self.accept(ctx)
         values = self.values(x, ctx)
-        return self.matrix(self.freeze(x, ctx), *values.shape[:2], x)
+        return self.matrix(self.freeze(x, ctx), values.shape[0], values.shape[1], x)
 
     def jacobian(self, x: Tensor, ctx: Context) -> Tensor:
         """The exact derivative [B, T, D, S, D] of every output by every token mixed in (those of the
@@ -293,7 +293,7 @@ class Mixer(nn.Module):
                 y = self(x, ctx.replace(memory=dataclasses.replace(ctx.memory, hidden=source)))
             else:
                 y = self(source, ctx)
-            outputs = y.sum(0)  # rows of a batch do not meet, so one pass serves them all
+            outputs: Tensor = y.sum(0)  # rows of a batch do not meet, so one pass serves them all
             slopes = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in outputs.flatten()]
         return torch.stack(slopes, 1).unflatten(1, tuple(outputs.shape))
 

@@ -105,7 +105,10 @@ class NetworkState:
         return sum(state.nbytes for _, _, state in self._each())
 
     def select(self, rows: Tensor) -> NetworkState:
-        return self._map(lambda state: state.select(rows), self.lengths[rows], self.positions[rows])
+        memory = self.memory
+        if memory is not None:
+            memory = Memory(memory.hidden[rows], None if memory.padding is None else memory.padding[rows])
+        return self._map(lambda state: state.select(rows), self.lengths[rows], self.positions[rows], memory)
 
     @classmethod
     def join(cls, states: Sequence[NetworkState]) -> NetworkState:
@@ -117,10 +120,15 @@ class NetworkState:
         ]
         other.lengths = torch.cat([s.lengths for s in states])
         other.positions = torch.cat([s.positions for s in states])
+        memories = [s.memory for s in states if s.memory is not None]
+        if memories:
+            paddings = [m.padding for m in memories if m.padding is not None]
+            padding = torch.cat(paddings) if len(paddings) == len(memories) else None
+            other.memory = Memory(torch.cat([m.hidden for m in memories]), padding)
         return other
 
     def snapshot(self) -> NetworkState:
-        return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone())
+        return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone(), self.memory)
 
     def restore(self, snapshot: NetworkState) -> None:
         for index, name, state in self._each():
@@ -140,17 +148,20 @@ class NetworkState:
         self.lengths = kept
 
     def to(self, device: torch.device | str) -> NetworkState:
-        return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device))
+        memory = self.memory
+        if memory is not None:
+            memory = Memory(memory.hidden.to(device), None if memory.padding is None else memory.padding.to(device))
+        return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device), memory)
 
     def _each(self) -> Iterator[tuple[int, str, State]]:
         for index, block in enumerate(self.blocks):
             for name, state in block.items():
                 yield index, name, state
 
-    def _map(self, change: Any, lengths: Tensor, positions: Tensor) -> NetworkState:
+    def _map(self, change: Any, lengths: Tensor, positions: Tensor, memory: Memory | None) -> NetworkState:
         other = copy.copy(self)
         other.blocks = [{name: change(state) for name, state in block.items()} for block in self.blocks]
-        other.lengths, other.positions = lengths, positions
+        other.lengths, other.positions, other.memory = lengths, positions, memory
         return other
 
 
@@ -291,7 +302,9 @@ class Network(nn.Module):
         self._check_side(side)
         if positions is None and (documents is not None or padding is not None):
             positions = _counted(ids, documents, padding)
-        memory = self._memory(source, source_padding, taps)
+        if documents is not None and self.settings.encoder is not None:
+            raise UnsupportedError("an encoder–decoder has one source per row, so its rows hold one document each")
+        memory = self._memory(source, source_padding, taps, ids.shape[0])
         ctx = Context(
             positions=positions,
             documents=documents,
@@ -348,7 +361,7 @@ class Network(nn.Module):
         """
         if self.settings.form == "encoder":
             raise UnsupportedError("an encoder sees whole sequences: it has no state", hint="call the model instead")
-        memory = self._memory(source, source_padding, None)
+        memory = self._memory(source, source_padding, None, batch)
         room = capacity if capacity is not None else 64
         blocks = self.blocks.init_state(batch, room, self.dtype, self.device, memory)
         return NetworkState(blocks, torch.zeros(batch, dtype=torch.int64, device=self.device), memory)
@@ -376,11 +389,16 @@ class Network(nn.Module):
         side = dict(side or {})
         self._check_side(side)
         count = ids.shape[1]
+        steps = torch.arange(count, device=ids.device)
+        if lengths is not None:
+            lengths = self._check_lengths(lengths, ids)
+            # A token that is not there may not ask for a position that is not there either.
+            steps = torch.minimum(steps, lengths[:, None] - 1)
         if positions is None:
-            positions = state.positions[:, None] + torch.arange(count, device=ids.device)
+            positions = (state.positions[:, None] + steps).clamp(min=0)
         ctx = Context(positions=positions, lengths=lengths, memory=state.memory, ids=ids, side=side, taps=taps)
         x = self.blocks.extend(self._embedded(ids, segments, ctx, taps), state.blocks, ctx)
-        added = torch.full_like(state.lengths, count) if lengths is None else lengths.to(state.lengths)
+        added = torch.full_like(state.lengths, count) if lengths is None else lengths
         state.lengths = state.lengths + added
         state.positions = state.positions + added
         if last:
@@ -412,14 +430,16 @@ class Network(nn.Module):
         x = x if self.norm is None else self.norm(x)
         return x if taps is None else taps("norm", x)
 
-    def _memory(self, source: Tensor | None, padding: Tensor | None, taps: Taps | None) -> Memory | None:
+    def _memory(self, source: Tensor | None, padding: Tensor | None, taps: Taps | None, batch: int) -> Memory | None:
         if self.settings.encoder is None:
-            if source is not None:
+            if source is not None or padding is not None:
                 raise InputError("this network has no encoder, so it takes no source")
             return None
         if source is None:
             raise InputError("an encoder–decoder needs a source", hint="pass source=ids [B, S]")
         self._check_ids(source, "source")
+        if source.shape[0] != batch:
+            raise InputError(f"the source has {source.shape[0]} rows, the ids {batch}")
         positions = None if padding is None else _counted(source, None, padding)
         ctx = Context(positions=positions, padding=padding, ids=source, taps=taps)
         x = self.encoder(self._embedded(source, None, ctx, None), ctx)
@@ -436,6 +456,23 @@ class Network(nn.Module):
                 f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}",
                 hint="pass int64 ids of shape [batch, time]",
             )
+        # A look at the data, which a GPU would have to be waited for.
+        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.embed.entries:
+                raise InputError(
+                    f"{name} holds {low if low < 0 else high}, but the vocabulary has {self.embed.entries} entries",
+                    hint="encode the text with the tokenizer that belongs to this model",
+                )
+
+    def _check_lengths(self, lengths: Tensor, ids: Tensor) -> Tensor:
+        rows, count = ids.shape
+        if lengths.shape != (rows,) or bool(((lengths < 0) | (lengths > count)).any()):
+            raise InputError(
+                f"lengths are {lengths.tolist()} for a chunk of {rows} rows of {count} tokens",
+                hint=f"pass one number from 0 to {count} for each row",
+            )
+        return lengths.to(ids.device, torch.int64)
 
     def _needed_side(self) -> frozenset[str]:
         needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}

@@ -40,6 +40,17 @@ class State:
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
         """One state whose batch is the states' batches one after another."""
+        if len({frozenset(state.tensors) for state in states}) > 1:
+            raise UnsupportedError(
+                "states that hold different tensors cannot be joined", hint="give every source a padding, or none"
+            )
+        for name, first in states[0].tensors.items():
+            sizes = {state.tensors[name].shape[1:] for state in states}
+            if len(sizes) > 1:
+                raise UnsupportedError(
+                    f"states whose '{name}' differ in size cannot be joined ({tuple(first.shape[1:])} and others)",
+                    hint="pad the sources to one length",
+                )
         return states[0]._with({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
 
     def snapshot(self) -> Self:

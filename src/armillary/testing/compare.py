@@ -34,7 +34,8 @@ def near(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANC
     size = float(expected.abs().max())
     error = float((found - expected).abs().max())
     require(
-        error <= tolerance * max(size, floor), f"{what}: off by {error:.2e} where values reach {size:.2e} ({tolerance:g})"
+        error <= tolerance * max(size, floor),
+        f"{what}: off by {error:.2e} where values reach {size:.2e} ({tolerance:g})",
     )
 
 

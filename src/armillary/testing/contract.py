@@ -13,7 +13,15 @@ from armillary.base.errors import SettingsError
 from armillary.base.settings import json_schema, parse
 from armillary.nn.context import Context, Memory
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import MechanismSettings, MixerSettings, Order, Place, Position, PositionSettings, initialise
+from armillary.nn.mechanism import (
+    MechanismSettings,
+    MixerSettings,
+    Order,
+    Place,
+    Position,
+    PositionSettings,
+    initialise,
+)
 from armillary.testing.cases import SOURCE, WIDTH, Case, Trial
 from armillary.testing.compare import refuses, require, same
 
@@ -101,7 +109,7 @@ def unsupported(case: Case) -> None:
         if not case.extends:
             refuses(lambda: trial.state(), "a state for a mixer that sees both ways")
             return
-        extras = {
+        extras: dict[str, Any] = {
             "documents": torch.zeros(3, 2, dtype=torch.int64),
             "padding": torch.ones(3, 2, dtype=torch.bool),
             "mask": _Hidden(),

@@ -28,7 +28,7 @@ def gradient(case: Case) -> None:
     names = [name for name, _ in trial.module.named_parameters()]
     memory = [] if trial.memory is None else [trial.memory.hidden]
 
-    def call(x: Tensor, *rest: Tensor) -> Tensor:
+    def call(x: Tensor, *rest: Tensor) -> Any:
         ctx = trial.ctx()
         if trial.memory is not None:
             ctx = ctx.replace(memory=type(trial.memory)(rest[0]))
@@ -62,7 +62,7 @@ def plain(case: Case) -> None:
     """The fast forms give the numbers and gradients of the plain ones."""
     for length in (20, 5):
         trial = Trial(case, length=length)
-        variants: list[dict[str, Tensor]] = [{}]
+        variants: list[dict[str, Any]] = [{}]
         if case.mixes and not case.cross and case.can.packed:
             variants.append({"documents": (torch.arange(length) >= length // 3).long().expand(3, -1)})
         if case.mixes and not case.cross and case.can.padding:

@@ -115,15 +115,17 @@ def _gradients(trial: Trial) -> None:
             for tensor, copy in zip(old, copies, strict=True):
                 same(tensor, copy, "with gradients a tensor of the state was written in place")
         slopes_near(trial.module, slopes(torch.cat(pieces, 1)), expected, "in chunks")
-    state, start = trial.state(), torch.zeros(trial.batch, dtype=torch.int64)
+    state, begun = trial.state(), torch.zeros(trial.batch, dtype=torch.int64)
     total = []
     for lengths in _schedule(trial):
         width = int(lengths.max())
         valid = torch.arange(width) < lengths[:, None]
-        places = (start[:, None] + torch.arange(width)).clamp(max=trial.length - 1)[..., None].expand(-1, -1, x.shape[2])
-        y = trial.extend(state, x.gather(1, places), start, lengths=lengths)
+        places = (
+            (begun[:, None] + torch.arange(width)).clamp(max=trial.length - 1)[..., None].expand(-1, -1, x.shape[2])
+        )
+        y = trial.extend(state, x.gather(1, places), begun, lengths=lengths)
         total.append((y * weights.gather(1, places) * valid[..., None]).sum())
-        start = start + lengths
+        begun = begun + lengths
     found = list(torch.autograd.grad(torch.stack(total).sum(), [x, *wanted], allow_unused=True))
     slopes_near(trial.module, found, expected, "in ragged chunks")
 

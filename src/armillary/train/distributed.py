@@ -105,7 +105,9 @@ def begin() -> World:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise TrainingError(f"the processes cannot find each other: {reason}", hint="start with torchrun") from error
+            raise TrainingError(
+                f"the processes cannot find each other: {reason}", hint="start with torchrun"
+            ) from error
     return World(torch.distributed.get_rank(), size, device)
 
 
@@ -149,9 +151,9 @@ def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> Non
     torch.distributed.checkpoint writes the parts and joins them in its safetensors form; its usual
     form keeps a pickled index, which nothing here would read. Raises OSError as one process would.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors = {name: tensor for part in files.values() for name, tensor in part.items()}
     places = {name: number for number, part in enumerate(files.values(), 1) for name in part}
@@ -159,13 +161,13 @@ def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> Non
         str(folder), fqn_to_index_mapping=places, save_distributed=True, enable_consolidation=True
     )
     try:
-        dcp.save(tensors, storage_writer=writer)
+        save(tensors, storage_writer=writer)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
-            full = any(word in str(failure) for word in ("No space left", "os error 28", "Errno 28"))
-            if full or isinstance(failure, OSError):
-                code = errno.ENOSPC if full else failure.errno
-                raise OSError(code, str(failure)) from error
+            if any(word in str(failure) for word in ("No space left", "os error 28", "Errno 28")):
+                raise OSError(errno.ENOSPC, str(failure)) from error
+            if isinstance(failure, OSError):
+                raise failure from error
         raise
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -177,9 +179,9 @@ def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> Non
 def read_shards(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by name from the safetensors files of a folder, sharded like those in `wanted`; each
     process reads its own part only, however many processes wrote them."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     filled = {name: torch.zeros_like(like) for name, like in wanted.items()}
-    dcp.load(filled, storage_reader=HuggingFaceStorageReader(str(folder)))
+    load(filled, storage_reader=HuggingFaceStorageReader(str(folder)))
     return filled

@@ -14,9 +14,9 @@ import torch
 from armillary.data.batch import Batch
 from armillary.data.order import Permutation
 from armillary.data.shards import TokenStore
+from armillary.nn.network import Network
 from armillary.objectives.base import Objective, Prepared
 from armillary.train.distributed import World
-from armillary.nn.network import Network
 
 
 @dataclass(frozen=True)

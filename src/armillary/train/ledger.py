@@ -36,7 +36,12 @@ class Ledger:
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event, flushed to the disk before this returns."""
-        entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts, "previous": self._last}
+        entry = {
+            "event": event,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **facts,
+            "previous": self._last,
+        }
         line = json.dumps(entry, ensure_ascii=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with explained("writing", self.path), open(self.path, "ab") as file:

@@ -38,9 +38,7 @@ def parameter_groups(
         if pattern is not None:
             used.add(pattern)
         decay = settings.weight_decay if decayed else 0.0
-        group = found.setdefault(
-            (decay, scale), {"params": [], "names": [], "weight_decay": decay, "scale": scale}
-        )
+        group = found.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
     for pattern in scales:

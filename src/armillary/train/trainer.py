@@ -94,12 +94,11 @@ class Trainer:
         self.objective = training.objective.build(vocabulary or Vocabulary(size))
         groups = parameter_groups(network, training.optimiser, scales)
         self.names: dict[str, nn.Parameter] = {
-            name: parameter
-            for group in groups
-            for name, parameter in zip(group["names"], group["params"], strict=True)
+            name: parameter for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)
         }
         self.optimiser = build_optimiser(groups, training.optimiser)
-        self.hooks = [m.after_step for m in network.modules() if callable(getattr(m, "after_step", None))]
+        found = (getattr(module, "after_step", None) for module in network.modules())
+        self.hooks: list[Callable[[int, int], object]] = [hook for hook in found if callable(hook)]
         self.steps_done = 0
         self.last: Update | None = None
         self.stop_asked = False  # what this process asks for; `stop_agreed` is what all of them know
@@ -161,20 +160,22 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
         flat = torch.stack([*sums.values(), torch.tensor(float(self.stop_asked), device=self.network.device)])
         self.world.add(flat)
-        *values, asked = flat.tolist()  # the one moment when the processor waits for the device
+        *values, asked = flat.tolist()  # here the processor waits for the device
         self.stop_agreed = asked > 0
         return dict(zip(sums, values, strict=True)), divisor, prepared.ids.numel()
 
     def _backward(self, prepared: Prepared, scale: float) -> dict[str, Tensor]:
         try:
             loss = self.objective.loss(self.network, prepared)
-            (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
+            (loss.sum * scale).backward()
         except Exception as error:
             if self._proved or not compiling.failed_to_compile(error):
                 raise
             reason = str(error).strip().splitlines()[0][:200]
             if self.training.compile == "yes":
-                raise TrainingError(f"the blocks cannot be compiled: {reason}", hint="set training.compile=no") from error
+                raise TrainingError(
+                    f"the blocks cannot be compiled: {reason}", hint="set training.compile=no"
+                ) from error
             self.notice(f"blocks run eagerly after all: compiling failed ({reason})")
             compiling.uncompile(self.network)
             self.compiled = compiling.CompileChoice(False, "blocks run eagerly: compiling failed")

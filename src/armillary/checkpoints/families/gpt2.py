@@ -14,6 +14,10 @@ from armillary.checkpoints.fields import ACTIVATIONS, Equal, Field, Fixed, Same,
 from armillary.checkpoints.table import Entry, Family, Split, Transpose, families
 
 _THEIRS, _OURS = "transformer.h.{i}", "blocks.{i}"
+_IGNORED = """
+attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn
+summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+"""
 _QKV = tuple(f"{_OURS}.mixer.inner.{name}" for name in "qkv")
 
 
@@ -49,12 +53,7 @@ class GPT2(Family):
         Fixed("scale_attn_weights", True),
         Fixed("scale_attn_by_inverse_layer_idx", False),
     )
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        """
-        attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj summary_activation
-        summary_proj_to_labels summary_first_dropout
-        """.split()
-    )
+    ignored: ClassVar[frozenset[str]] = frozenset(_IGNORED.split())
     constants: ClassVar[Mapping[str, Any]] = {
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,

@@ -53,7 +53,9 @@ class Rope(Field):
             (f"{name}.partial_rotary_factor", rope.take("partial_rotary_factor")),
         )
         if part not in (None, 1):
-            raise UnsupportedError(f"'partial_rotary_factor' is {part!r}", where=config.where, hint="only 1 can be read")
+            raise UnsupportedError(
+                f"'partial_rotary_factor' is {part!r}", where=config.where, hint="only 1 can be read"
+            )
         kind = single("type", (f"{name}.rope_type", rope.take("rope_type")), (f"{name}.type", rope.take("type")))
         scaling = self._scaling(name, kind or "default", rope, config)
         if scaling is not None:
@@ -107,7 +109,9 @@ class Rope(Field):
     def write(self, facts: Facts, config: Data) -> None:
         # The older keys: old and new readers know them.
         rope = {
-            name.removeprefix(f"{first(_ROPE)}."): value for name, value in facts.items() if name.startswith(first(_ROPE))
+            name.removeprefix(f"{first(_ROPE)}."): value
+            for name, value in facts.items()
+            if name.startswith(first(_ROPE))
         }
         config["rope_theta"] = rope["base"]
         kind = rope.get("scaling.kind")

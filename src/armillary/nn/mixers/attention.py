@@ -326,4 +326,5 @@ def _textbook(mixer: Attention, x: Tensor, ctx: Context) -> Tensor:
     q, k, v = (x @ product.weight.t() for product in (mixer.q, mixer.k, mixer.v))
     later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     scores = (q @ k.transpose(1, 2) / mixer.width**0.5).masked_fill(later, -torch.inf)
-    return torch.softmax(scores, -1) @ v @ mixer.o.weight.t()
+    y: Tensor = torch.softmax(scores, -1) @ v @ mixer.o.weight.t()
+    return y

@@ -87,9 +87,7 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, width = q.shape
     grad_q = q.new_empty(batch, queries, heads, width).transpose(1, 2)
     return grad_q, k.new_empty(k.shape), v.new_empty(v.shape)

@@ -73,9 +73,7 @@ class RopeSettings(PositionSettings):
     def limits(cls) -> list[Limit]:
         kinds: list[Literal["linear", "ntk", "llama3", "yarn"]] = ["linear", "ntk", "llama3", "yarn"]
         plain = Example("plain", cls())
-        return [
-            Limit(kind, Example(kind, cls(scaling=RopeScaling(kind=kind, factor=1.0))), plain) for kind in kinds
-        ]
+        return [Limit(kind, Example(kind, cls(scaling=RopeScaling(kind=kind, factor=1.0))), plain) for kind in kinds]
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> Rope:
         return Rope(self, self.turning(head_width, place.path))

@@ -1,0 +1,216 @@
+"""Folders in the common open layout, in and out: config.json, safetensors, tokenizer.
+
+What a folder is read as is decided by its files alone; how, by the family that its config.json
+names. What is written loads with `transformers.AutoModelForCausalLM` and `AutoTokenizer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import CheckpointError, UnsupportedError, nearest
+from armillary.base.files import new_folder, write_atomic
+from armillary.checkpoints.assemble import Loaded, blank, fill, pick_device, pick_dtype, recipe_around, wanted
+from armillary.checkpoints.native import MANIFEST, RECIPE, check_vocabulary
+from armillary.checkpoints.table import Bound, Family, each, families
+from armillary.checkpoints.tensors import (
+    MAX_SHARD,
+    Stored,
+    fit,
+    inside,
+    raise_for,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
+from armillary.nn.network import Network
+from armillary.text import Tokenizer
+
+CONFIG = "config.json"
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+
+
+def detect(folder: str | Path) -> str:
+    """What a folder is: "run", "native", or the name of a family of open checkpoints.
+
+    Raises CheckpointError for a folder that is none of these, UnsupportedError for an open one of a
+    family that is not known.
+    """
+    root = Path(folder)
+    if root.is_file():
+        hint = "give the folder that it lies in"
+        if root.suffix == ".gguf":
+            hint = "GGUF files are not read; give a folder of safetensors"
+        raise CheckpointError("this is a file; a model is a folder", where=str(root), hint=hint)
+    if not root.is_dir():
+        raise CheckpointError("there is no such folder", where=str(root))
+    if (root / MANIFEST).exists():
+        return "native"
+    if (root / CONFIG).exists():
+        return _family(root).kind
+    if (root / RECIPE).exists() and (root / "checkpoints").is_dir():
+        return "run"
+    if (root / RECIPE).exists():
+        raise CheckpointError(
+            "this run has no checkpoint yet", where=str(root), hint=f"armillary train {root / RECIPE}"
+        )
+    raise CheckpointError(
+        f"no model here: neither {MANIFEST}, nor {CONFIG}, nor a run's {RECIPE} and checkpoints",
+        where=str(root),
+        hint="give a run folder, a model folder, or a hub name",
+    )
+
+
+def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Loaded:
+    """Read an open folder. The recipe has its model; data and training are at their defaults.
+
+    Raises CheckpointError naming every tensor that is missing, too many, wrongly shaped or not a
+    weight, and what in config.json is contradictory; UnsupportedError naming a key that changes the
+    computation and is not understood.
+    """
+    place, kind = pick_device(device), pick_dtype(dtype)
+    root = Path(folder)
+    family = _family(root)
+    settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
+    network = blank(settings)
+    ours = wanted(network)
+    bound = family.bind(settings, ours)
+    left_out = ours.keys() - {name for one in bound for name in one.ours}
+    assert not left_out, f"the table of '{family.kind}' has no entry for {', '.join(sorted(left_out))}"
+    found = _whole_names(family, read_tensors(root))
+    second = _second(family, network, bound)
+    raise_for(
+        fit(
+            {name: tensor for name, tensor in found.items() if name not in second},
+            {one.theirs: one.stages[0][0] for one in bound},
+            {one.theirs: one.sizes for one in bound},
+        ),
+        root,
+        hint=f"{CONFIG} and the weights must be of one model",
+    )
+    tokenizer = _tokenizer(root)
+    check_vocabulary(settings, tokenizer, root)
+    fill(network, _imported(bound, found), place, kind)
+    for name, first in second.items():
+        if name in found and not torch.equal(found[name].read(), found[first].read()):
+            raise CheckpointError(
+                f"tensor '{name}' differs from '{first}', but 'tie_word_embeddings' says that they are one",
+                where=str(root),
+                hint=f"set tie_word_embeddings to false in {CONFIG} if both were trained",
+            )
+    return Loaded(network, tokenizer, recipe_around(settings, tokenizer, root.resolve().name))
+
+
+def save_open(
+    folder: str | Path,
+    network: Network,
+    tokenizer: Tokenizer | None = None,
+    *,
+    family: str | None = None,
+    max_shard: int = MAX_SHARD,
+) -> None:
+    """Write the folder in the layout of the family that can express this network.
+
+    family: by default the first that can. Raises UnsupportedError that says which setting has no
+    counterpart. The folder appears complete or not at all.
+    """
+    chosen, config = _expressed(network, family)
+    network.check_ties()
+    ours = wanted(network)
+    bound = chosen.bind(network.settings, ours)
+    left_out = ours.keys() - {name for one in bound for name in one.ours}
+    assert not left_out, f"the table of '{chosen.kind}' has no entry for {', '.join(sorted(left_out))}"
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")
+    }  # null where there is none: a family's own defaults would point at other tokens
+    config |= {"torch_dtype": str(network.embed.weight.dtype).removeprefix("torch."), **tokens}
+    with new_folder(Path(folder)) as temporary:
+        _write_json(temporary / CONFIG, config)
+        _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
+        write_tensors(temporary, {one.theirs: one.exported(ours) for one in bound}, max_shard=max_shard)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+            if tokenizer.chat_template is not None:  # ours goes unsaid in our own folders
+                path = temporary / "tokenizer_config.json"
+                _write_json(path, {"chat_template": tokenizer.chat_template} | read_json(path))
+
+
+def _expressed(network: Network, name: str | None) -> tuple[Family, dict[str, Any]]:
+    if name is not None and name not in families.names():
+        raise UnsupportedError(f"there is no family '{name}'", hint=nearest(name, families.names()))
+    reasons = []
+    for family in each():
+        if name in (None, family.kind):
+            try:
+                return family, family.config(network.settings)
+            except UnsupportedError as error:
+                reasons.append(error.what)
+    raise UnsupportedError(
+        f"no open layout can hold this model: {'; '.join(reasons)}", hint="the native layout holds every model"
+    )
+
+
+def _family(root: Path) -> Family:
+    path = inside(root, CONFIG)
+    kind = read_json(path).get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError("'model_type' is missing", where=str(path), hint=f"known: {', '.join(families.names())}")
+    if kind not in families.names():
+        raise UnsupportedError(
+            f"'model_type' is {kind!r}, a family that is not read yet",
+            where=str(path),
+            hint=nearest(kind, families.names()),
+        )
+    return families.get(kind)()
+
+
+def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Their tensors under the names of a whole model, without those that carry no weights."""
+    bare = not any(name.startswith(family.prefix) for name in found)
+    named = {
+        f"{family.prefix}{name}" if bare and not name.startswith("lm_head.") else name: tensor
+        for name, tensor in found.items()
+    }
+    unread = family.leftovers
+    return {
+        name: tensor
+        for name, tensor in named.items()
+        if unread is None or not unread.fullmatch(name.removeprefix(family.prefix))
+    }
+
+
+def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    for one in bound:
+        yield from one.imported(found[one.theirs].read()).items()
+
+
+def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:
+    """Names on disk that would repeat another tensor → that tensor's name (both are plain renames)."""
+    names = {one.ours: one.theirs for one in bound}
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    tied = {name: parameters[name] for name in network.tied_names()}
+    return {one.theirs: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
+
+
+def _tokenizer(root: Path) -> Tokenizer | None:
+    if (root / "tokenizer.json").exists():
+        inside(root, "tokenizer.json")
+        return Tokenizer.load(root)
+    others = [name for name in _OTHER_TOKENIZERS if (root / name).exists()]
+    if others:
+        raise CheckpointError(
+            f"there is no tokenizer.json, only {', '.join(others)}",
+            where=str(root),
+            hint="convert it once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+        )
+    return None
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,38 @@
+"""Training: one update (`Trainer`), a whole run in a folder (`train`, `resume`), and what a run tells."""
+
+from armillary.train.ledger import Ledger
+from armillary.train.progress import (
+    Evaluated,
+    Event,
+    Finished,
+    Line,
+    Notice,
+    Preparing,
+    Progress,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
+from armillary.train.run import Run, resume, train
+from armillary.train.trainer import Trainer, Update
+
+__all__ = [
+    "Event",
+    "Evaluated",
+    "Finished",
+    "Ledger",
+    "Line",
+    "Notice",
+    "Preparing",
+    "Progress",
+    "Run",
+    "Sampled",
+    "Saved",
+    "Started",
+    "Stepped",
+    "Trainer",
+    "Update",
+    "resume",
+    "train",
+]

@@ -72,32 +72,8 @@ def test_every_form_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert torch.equal(_run(loaded.network), _run(network))
     loaded.network.check_ties()
     assert not set(network.tied_names()) & set(load_file(tmp_path / "model" / WEIGHTS))
-    assert (loaded.recipe is None) == (name == "encoder_decoder")  # no objective trains one yet
-    if loaded.recipe is not None:
-        assert loaded.recipe.model == network.settings
-
-
-def test_the_loaded_network_trains_and_stays_tied(tmp_path: Path) -> None:
-    save_native(tmp_path / "model", _network())
-    network = load_native(tmp_path / "model", "cpu").network
-    assert all(parameter.requires_grad for parameter in network.parameters())
-    ids = torch.arange(12).reshape(2, 6)
-    network.cross_entropy(network.hidden(ids), ids).backward()
-    torch.optim.SGD(network.parameters(), lr=0.1).step()
-    network.check_ties()
-
-
-def test_shards_and_kept_dtypes(tmp_path: Path) -> None:
-    network = _network("hybrid")
-    network.blocks.bfloat16()
-    save_native(tmp_path / "model", network, max_shard=4000)
-    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
-    loaded = load_native(tmp_path / "model", "cpu").network
-    assert loaded.embed.weight.dtype == torch.float32 and loaded.dtype == torch.bfloat16
-    for name, parameter in loaded.named_parameters():
-        assert parameter.dtype == network.get_parameter(name).dtype and torch.equal(
-            parameter, network.get_parameter(name)
-        )
+    if name != "encoder_decoder":
+        assert loaded.recipe is not None and loaded.recipe.model == network.settings
 
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.float64])
@@ -122,7 +98,7 @@ def test_unknown_devices_and_dtypes() -> None:
 
 def test_recipe_and_tokenizer_come_back(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
-    recipe = Recipe.load({"name": "mine", "tokenizer": "byte" and {"kind": "byte"}, "model": {"width": 16, "depth": 1}})
+    recipe = Recipe.load({"name": "mine", "tokenizer": {"kind": "byte"}, "model": {"width": 16, "depth": 1}})
     network = build(recipe.model.derive(vocabulary=tokenizer.size))
     save(tmp_path / "model", network, tokenizer, recipe)
     loaded = load(tmp_path / "model")
@@ -194,7 +170,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unknown key": (lambda f: _manifest(f, lambda d: d["model"].update(widht=3)), ["widht", "width", MANIFEST]),
     "no model": (lambda f: _manifest(f, lambda d: d.pop("model")), ["'model'"]),
     "no vocabulary": (lambda f: _manifest(f, lambda d: d["model"].pop("vocabulary")), ["vocabulary"]),
-    "another width": (lambda f: _manifest(f, lambda d: d["model"].update(width=28)), [Q, GATE, "embed.weight"]),
+    "another width": (lambda f: _manifest(f, lambda d: d["model"].update(width=32)), [Q, GATE, "embed.weight"]),
     "recipe changed": (lambda f: (f / "recipe.yaml").write_text("seed: 1\n"), ["recipe.yaml"]),
 }
 

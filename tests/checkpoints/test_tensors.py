@@ -122,8 +122,7 @@ def test_every_fault_is_named(tmp_path: Path, fault: str) -> None:
     break_it, named = FAULTS[fault]
     break_it(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        for tensor in read_tensors(tmp_path).values():
-            tensor.read()
+        read_tensors(tmp_path)
     assert named in str(caught.value)
 
 

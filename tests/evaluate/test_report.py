@@ -40,21 +40,28 @@ EVALUATION = {
 
 
 def lines(steps: int = 50) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = [{"kind": "environment", **environment()}]
+    found: list[dict[str, object]] = []
     for step in range(10, steps * 10 + 1, 10):
-        train = {"step": step, "loss": 9 / step**0.3, "bits_per_byte": 4 / step**0.2, "learning_rate": 1e-3}
-        found.append({**train, "grad_norm": 1.0, "tokens_per_second": 5321.0, "tokens": step * 4096, "seconds": step})
+        line = {"step": step, "loss": 9 / step**0.3, "bits_per_byte": 4 / step**0.2, "learning_rate": 1e-3}
+        line |= {"grad_norm": 1.0, "tokens_per_second": 5321.0, "tokens": step * 4096, "seconds": step, "new": [1]}
         if step % 100 == 0:
-            found.append({"kind": "evaluation", "step": step, "heldout_bits_per_byte": 4.1 / step**0.2})
-    found.append({"kind": "sample", "step": 250, "prompt": "early", "text": "an early sample"})
-    found.append({"kind": "sample", "step": 500, "prompt": "def ", "text": HOSTILE})
-    found.append({"kind": "something new", "step": 1})
-    found.append({"kind": "event", "step": 77, "message": "a spike in the loss"})
+            line["heldout_bits_per_byte"] = 4.1 / step**0.2
+        found.append(line)
     return found
 
 
-def write_metrics(folder: Path, rows: list[dict[str, object]]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+SAMPLES = [
+    {"step": 250, "prompt": "early", "text": "an early sample"},
+    {"step": 500, "prompt": "def ", "text": HOSTILE},
+]
+EVENTS = [
+    {"event": "started", "time": "2026-01-01T00:00:00+00:00", "environment": environment(), "previous": "0"},
+    {"event": "failed", "step": 77, "why": "a spike in the loss", "previous": "1"},
+]
+
+
+def write_metrics(folder: Path, rows: list[dict[str, object]], name: str = "metrics") -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -69,6 +76,8 @@ def run(tmp_path: Path) -> Path:
     data = {"name": HOSTILE.replace("/", "|"), "model": {"width": 32, "depth": 2}, "training": {"steps": 500}}
     Recipe.load(data).save(folder / "recipe.yaml")
     write_metrics(folder, lines())
+    write_metrics(folder, SAMPLES, "samples")
+    write_metrics(folder, EVENTS, "ledger")
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     return folder
 
@@ -209,22 +218,19 @@ def test_parameters_are_counted_when_they_were_not_measured(run: Path) -> None:
 
 def test_weights_of_the_newest_checkpoint_are_fingerprinted(run: Path) -> None:
     import hashlib
-    import os
 
-    for age, name in ((100, "step-1"), (50, "step-2")):
+    for name in ("step-1000", "step-999"):
         (run / "checkpoints" / name).mkdir(parents=True)
-        path = run / "checkpoints" / name / "model.safetensors"
-        path.write_bytes(name.encode())
-        os.utime(path, (1e9 - age, 1e9 - age))
+        (run / "checkpoints" / name / "model.safetensors").write_bytes(name.encode())
     found = Record.read(run).fingerprints
-    assert found["checkpoints/step-2/model.safetensors"] == hashlib.sha256(b"step-2").hexdigest()
-    assert "checkpoints/step-1/model.safetensors" not in found
+    assert found["checkpoints/step-1000/model.safetensors"] == hashlib.sha256(b"step-1000").hexdigest()
+    assert "checkpoints/step-999/model.safetensors" not in found
 
 
 def test_a_resumed_run_replaces_the_lines_it_did_again(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 1.0} for s in (1, 2, 3, 4)] + [{"step": s, "loss": 2.0} for s in (3, 4, 5)]
     write_metrics(tmp_path, rows)
-    found = Record.read(tmp_path).lines["train"]
+    found = Record.read(tmp_path).metrics
     assert [(line["step"], line["loss"]) for line in found] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 

@@ -194,8 +194,7 @@ class Reader:
                 raw.seek(0)
                 with gzip.open(raw) if zipped else contextlib.nullcontext(raw) as lines:
                     for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE), b""), 1):
-                        if number % 256 == 0:
-                            self.consumed = start + raw.tell()
+                        self.consumed = start + raw.tell()
                         if number == 1:
                             line = line.removeprefix(BOM)
                         record = None if line.isspace() else self._record(line, file, number)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from armillary.base.errors import InputError, nearest
+from armillary.base.errors import InputError, SettingsError, nearest
 from armillary.base.settings import Settings
 
 
@@ -44,9 +44,8 @@ class Sampling(Settings):
                 raise InputError(f"generate has no argument '{name}'", hint=nearest(name, cls.model_fields))
         try:
             return cls(**options)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}") from None
+        except SettingsError as error:
+            raise InputError(str(error)) from None
 
 
 class Sampler:

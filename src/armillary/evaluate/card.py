@@ -109,7 +109,7 @@ def _training(record: Record) -> list[str]:
     recipe = record.recipe
     settings = recipe.training if recipe is not None else None
     seconds, speed = record.last("seconds"), record.last("tokens_per_second")
-    done = record.steps
+    done, memory = record.steps, record.last("memory")
     steps = f"{done:,}" if done is not None else None
     if done is not None and settings is not None and done < settings.steps:
         steps = f"{done:,} of {settings.steps:,}"
@@ -117,6 +117,7 @@ def _training(record: Record) -> list[str]:
         ("updates", steps),
         ("tokens", f"{record.trained_tokens:,}" if record.trained_tokens else None),
         ("time", duration(seconds) if seconds else None),
+        ("peak memory", size(memory) if memory else None),
         ("speed at the end", f"{count(speed)} tokens/s" if speed else None),
     ]
     if settings is not None and recipe is not None:

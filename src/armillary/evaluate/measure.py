@@ -112,8 +112,8 @@ def evaluate(
     data: a run folder or a prepared corpus (its held-out documents), a file or folder of text, a list
     of texts, or an opened Corpus; context: tokens in a window (by default that of the training, else
     the model's, at most 2048); batch: windows at once; baselines: also score the baselines on the same
-    documents, trained on the training text of the corpus (or of another one given here); limit: stop
-    after the first documents with this many tokens, in an order drawn once for all.
+    documents, trained on the training text of the corpus (or of another one given here); limit: score at
+    most this many documents, drawn at random but always the same.
 
     A corpus of another tokenizer is decoded and encoded again, so that its bytes stay the same.
 
@@ -123,7 +123,7 @@ def evaluate(
     report = progress or (lambda stage, fraction: None)
     network, tokenizer = model.network, model.tokenizer
     if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}", hint="give at least 1 token, or leave it out")
+        raise InputError(f"limit is {limit}", hint="give at least 1 document, or leave it out")
     context = context or _context(network, model.recipe)
     held = held_out(data, tokenizer)
     chosen, truncated = held.first(limit)

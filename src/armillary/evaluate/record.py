@@ -1,10 +1,10 @@
 """What a run folder says about its run: the reading side of reports and cards.
 
-`metrics.jsonl` holds one JSON object a line. Lines without `kind` (or with kind "train") describe an
-update: step, loss (nats per token), bits_per_byte (an estimate on training text), learning_rate,
-grad_norm, tokens_per_second, and, where known, tokens and seconds since the start. Others are
-{"kind": "evaluation", step, heldout_bits_per_byte}, {"kind": "sample", step, prompt, text},
-{"kind": "environment", …} and {"kind": "event", step, message}; unknown kinds are passed over.
+`metrics.jsonl` holds one JSON object a line: step, loss (nats per token), bits_per_byte (an estimate on
+training text), learning_rate, grad_norm, tokens_per_second, tokens and seconds since the start, memory;
+heldout_bits_per_byte where the held-out text was looked at. `samples.jsonl` holds step, prompt and text;
+`ledger.jsonl` events with their time and facts (an `environment` among them is shown). Keys that are
+missing or not known are passed over.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from armillary.recipe import Recipe
 
 Line = dict[str, Any]
 RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.jsonl"
 EVALUATION = "evaluation.json"
-KINDS = ("train", "evaluation", "sample", "event")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Record:
 
     folder: Path
     recipe: Recipe | None
-    lines: dict[str, list[Line]] = field(default_factory=dict)
+    metrics: list[Line] = field(default_factory=list)
+    samples: list[Line] = field(default_factory=list)
+    events: list[Line] = field(default_factory=list)
     evaluation: Line | None = None
-    environment: Line | None = None
     manifest: Manifest | None = None
     corpus: Path | None = None
 
@@ -47,9 +48,9 @@ class Record:
         if not folder.is_dir():
             raise InputError("there is no such folder", where=str(folder), hint="name a run folder")
         recipe = Recipe.load(folder / RECIPE) if (folder / RECIPE).is_file() else None
-        lines, environment = _metrics(folder / METRICS)
+        metrics, samples = _forward(_lines(folder / METRICS)), _lines(folder / SAMPLES)
         evaluation = _object(folder / EVALUATION)
-        if recipe is None and evaluation is None and not any(lines.values()):
+        if recipe is None and evaluation is None and not metrics:
             raise InputError(
                 f"this is not a run folder: it has no {RECIPE}, {METRICS} or {EVALUATION}",
                 where=str(folder),
@@ -57,7 +58,7 @@ class Record:
             )
         place = corpus_folder(folder)
         manifest = read_manifest(place) if place is not None else None
-        return cls(folder, recipe, lines, evaluation, environment, manifest, place)
+        return cls(folder, recipe, metrics, samples, _lines(folder / LEDGER), evaluation, manifest, place)
 
     @property
     def name(self) -> str:
@@ -68,8 +69,13 @@ class Record:
     @property
     def steps(self) -> int | None:
         """The last update that was logged."""
-        seen = [int(line["step"]) for line in self.lines["train"] + self.lines["evaluation"] if "step" in line]
-        return max(seen, default=None)
+        return max((line["step"] for line in self.metrics if isinstance(line.get("step"), int)), default=None)
+
+    @property
+    def environment(self) -> Line | None:
+        """Where the run was trained, if its ledger says so."""
+        found = [event["environment"] for event in self.events if isinstance(event.get("environment"), dict)]
+        return found[-1] if found else None
 
     @property
     def trained_tokens(self) -> int | None:
@@ -81,8 +87,8 @@ class Record:
         return self.steps * self.recipe.training.batch * self.recipe.training.context
 
     def last(self, key: str) -> Any:
-        """The last value of `key` in the lines of updates, or None."""
-        return next((line[key] for line in reversed(self.lines["train"]) if line.get(key) is not None), None)
+        """The last value of `key` in the metrics, or None."""
+        return next((line[key] for line in reversed(self.metrics) if line.get(key) is not None), None)
 
     @functools.cached_property
     def parameters(self) -> int | None:
@@ -117,7 +123,7 @@ class Record:
             found |= {str(name): str(value) for name, value in recorded.items() if name not in found}
         weights = [path for path in self.folder.rglob("*.safetensors") if path.is_file()]
         if weights:
-            newest = max(weights, key=lambda path: (path.stat().st_mtime_ns, path.name)).parent
+            newest = max(weights, key=lambda path: _natural(path.parent)).parent
             for path in sorted(newest.glob("*.safetensors")):
                 with open(path, "rb") as file:
                     found[str(path.relative_to(self.folder))] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -152,12 +158,15 @@ class Source:
         return sum(shard.documents for shard in self.record.heldout)
 
 
-def _metrics(path: Path) -> tuple[dict[str, list[Line]], Line | None]:
-    """Lines by kind, in the order of steps, and the last environment."""
-    found: dict[str, list[Line]] = {kind: [] for kind in KINDS}
-    environment: Line | None = None
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts step-1000 behind step-999."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _lines(path: Path) -> list[Line]:
     if not path.is_file():
-        return found, None
+        return []
+    found: list[Line] = []
     content = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, text in enumerate(content, start=1):
         if not text.strip():
@@ -166,25 +175,22 @@ def _metrics(path: Path) -> tuple[dict[str, list[Line]], Line | None]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict):
-            if number == len(content):
-                break  # the run was cut off while it wrote its last line
+        if isinstance(line, dict):
+            found.append(line)
+        elif number < len(content):  # else the run was cut off while it wrote its last line
             raise DataError("this line is not a JSON object", where=f"{path}, line {number}")
-        kind = line.get("kind", "train")
-        if kind == "environment":
-            environment = {key: value for key, value in line.items() if key != "kind"}
-        elif kind in found:
-            rows = found[kind]
-            step = line.get("step")
-            if kind != "event" and isinstance(step, int):
-                # a resumed run goes back to its last checkpoint: what it does again replaces what was lost
-                while rows and isinstance(rows[-1].get("step"), int) and rows[-1]["step"] > step:
-                    rows.pop()
-                if kind != "sample":
-                    while rows and rows[-1].get("step") == step:
-                        rows.pop()
-            rows.append(line)
-    return found, environment
+    return found
+
+
+def _forward(lines: list[Line]) -> list[Line]:
+    """Without the lines of a run that went on from an earlier checkpoint and did the same steps again."""
+    found: list[Line] = []
+    for line in lines:
+        step = line.get("step")
+        while isinstance(step, int) and found and isinstance(found[-1].get("step"), int) and found[-1]["step"] >= step:
+            found.pop()
+        found.append(line)
+    return found
 
 
 def _object(path: Path) -> Line | None:

@@ -39,7 +39,7 @@ def write_report(folder: str | Path) -> Path:
         ("Samples", _samples(record)),
         ("Data", _data(record)),
         ("Evaluation", _evaluation(record)),
-        ("Events", _events(record)),
+        ("Ledger", _events(record)),
         ("Environment", _environment(record)),
         ("Recipe", _recipe(record)),
         ("Fingerprints", _fingerprints(record)),
@@ -152,6 +152,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     evaluation = record.evaluation
     perplexity = number(evaluation, "perplexity", "value")
     speed, memory = record.last("tokens_per_second"), number(evaluation, "peak_memory")
+    trained = record.last("memory")
     seconds, writing = record.last("seconds"), number(evaluation, "writing_speed")
     return [
         ("perplexity per token", short(perplexity) if perplexity is not None else ""),
@@ -160,16 +161,17 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         ("training time", duration(seconds) if seconds else ""),
         ("training speed", f"{count(speed)} tokens/s" if speed else ""),
         ("generation speed", f"{count(writing)} tokens/s" if writing else ""),
+        ("peak memory, training", size(trained) if trained else ""),
         ("peak memory, evaluation", size(memory) if memory else ""),
     ]
 
 
 def _curves(record: Record) -> str:
-    train, checks = record.lines["train"], record.lines["evaluation"]
+    train = record.metrics
     levels = [(name, bits) for name, bits in baselines_of(record.evaluation) if name != "uniform"][:1]
     bits = [
         Series("training text, estimated", _points(train, "bits_per_byte")),
-        Series("held-out text", _points(checks, "heldout_bits_per_byte"), tone="b", dots=True),
+        Series("held-out text", _points(train, "heldout_bits_per_byte"), tone="b", dots=True),
     ]
     charts = [
         line_chart("Bits per byte", "over training steps; lower is better", bits, lines=levels),
@@ -200,7 +202,7 @@ def _points(lines: Iterable[Line], key: str) -> list[Point]:
 
 
 def _samples(record: Record) -> str:
-    samples = record.lines["sample"]
+    samples = record.samples
     if not samples:
         return ""
     last = samples[-1].get("step")
@@ -265,8 +267,18 @@ def _evaluation(record: Record) -> str:
 
 
 def _events(record: Record) -> str:
-    rows = [[f"{line.get('step', '')}", str(line.get("message", ""))] for line in record.lines["event"]]
-    return _table(["step", "what happened"], rows) if rows else ""
+    rows = []
+    for event in record.events:
+        facts = ", ".join(
+            f"{name} {value}"
+            for name, value in event.items()
+            if name not in ("event", "time", "previous", "environment") and isinstance(value, (str, int, float))
+        )
+        rows.append([str(event.get("time", "")), str(event.get("event", "")), facts])
+    if not rows:
+        return ""
+    table = _table(["time", "event", "facts"], rows)
+    return f"<details><summary>{len(rows)} entries of the ledger</summary>{table}</details>"
 
 
 def _environment(record: Record) -> str:

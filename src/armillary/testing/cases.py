@@ -245,6 +245,11 @@ class Trial:
         prefix = self.side.get("prefix") if self.case.order == "prefix" else None
         return 1 if prefix is None else max(1, int(prefix.max()))
 
+    def places(self, start: Tensor, width: int) -> Tensor:
+        """Which tokens [B, width, D] stand in a chunk of rows at `start`, for `gather`; beyond the end, the last."""
+        steps = (start[:, None] + torch.arange(width)).clamp(max=self.length - 1)
+        return steps[..., None].expand(-1, -1, self.x.shape[2])
+
     def cuts(self, largest: int = 5) -> list[tuple[int, int]]:
         """Random chunks (start, stop) of the whole length."""
         start, cuts = 0, []

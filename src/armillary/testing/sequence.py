@@ -74,8 +74,8 @@ def _ragged(trial: Trial, expected: Tensor) -> None:
     for lengths in _schedule(trial):
         width = int(lengths.max()) + 1  # one place that no row fills
         valid = torch.arange(width) < lengths[:, None]
-        places = (start[:, None] + torch.arange(width)).clamp(max=trial.length - 1)
-        real = trial.x.gather(1, places[..., None].expand(-1, -1, trial.x.shape[-1]))
+        places = trial.places(start, width)
+        real = trial.x.gather(1, places)
         before = held(state)
         outputs = []
         for each in (state, twin):
@@ -84,7 +84,7 @@ def _ragged(trial: Trial, expected: Tensor) -> None:
         untouched(before, held(state), lengths == 0, "an empty row changed the state")
         same(outputs[0][valid], outputs[1][valid], "invalid tokens changed outputs")
         _equal_states(state, twin, "invalid tokens changed the state")
-        wanted = expected.gather(1, places[..., None].expand_as(real))
+        wanted = expected.gather(1, places)
         near(outputs[0][valid], wanted[valid], f"ragged rows of lengths {lengths.tolist()} from {start.tolist()}")
         start = start + lengths
 
@@ -120,9 +120,7 @@ def _gradients(trial: Trial) -> None:
     for lengths in _schedule(trial):
         width = int(lengths.max())
         valid = torch.arange(width) < lengths[:, None]
-        places = (
-            (begun[:, None] + torch.arange(width)).clamp(max=trial.length - 1)[..., None].expand(-1, -1, x.shape[2])
-        )
+        places = trial.places(begun, width)
         y = trial.extend(state, x.gather(1, places), begun, lengths=lengths)
         total.append((y * weights.gather(1, places) * valid[..., None]).sum())
         begun = begun + lengths
@@ -164,7 +162,7 @@ def selection(case: Case) -> None:
                 trial.extend(states[-1], trial.x[half, :stop], 0, rows=half)
             joined = None if states[0] is None else type(states[0]).join([s for s in states if s is not None])
             start = torch.tensor(reach).repeat_interleave(2)
-            places = (start[:, None] + torch.arange(3)).clamp(max=9)[..., None].expand(-1, -1, trial.x.shape[2])
+            places = trial.places(start, 3)
             lengths = torch.minimum(torch.full((4,), 3), 10 - start)
             y = trial.extend(joined, trial.x.gather(1, places), start, lengths=lengths)
             valid = torch.arange(3) < lengths[:, None]
@@ -337,7 +335,7 @@ def rollback(case: Case) -> None:
             require(False, "truncate is not declared, yet it did not raise")
         expected = trial.whole()
         state.truncate(lengths)
-        places = (lengths[:, None] + torch.arange(3)).clamp(max=9)[..., None].expand(-1, -1, trial.x.shape[2])
+        places = trial.places(lengths, 3)
         valid = lengths[:, None] + torch.arange(3) < 10
         y = trial.extend(state, trial.x.gather(1, places), lengths, lengths=valid.sum(1))
         near(y[valid], expected.gather(1, places)[valid], f"after truncation to {lengths.tolist()}")

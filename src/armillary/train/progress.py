@@ -137,7 +137,7 @@ class Line:
             case Evaluated(_, loss, bits):
                 self._heldout = f"{bits:.3f}" if bits is not None else f"loss {loss:.3f}"
             case Sampled(step, prompt, text):
-                self._say(f"sample at step {step}: {prompt}{text}")
+                self._say(f"sample at step {step}: {printable(prompt + text)}")
             case Notice(text):
                 self._say(text)
             case Finished(step, steps, stopped, seconds):
@@ -184,3 +184,8 @@ def amount(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f} {letter}"
     return f"{number:.0f}"
+
+
+def printable(text: str) -> str:
+    """Control characters as \ufffd: what a model writes must not steer the terminal."""
+    return "".join(letter if letter in "\n\t" or letter.isprintable() else "\ufffd" for letter in text)

@@ -1,0 +1,301 @@
+"""The invertible tables: steps undo exactly, settings survive both directions, the rest is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armillary.base.errors import CheckpointError, UnsupportedError
+from armillary.base.settings import parse
+from armillary.checkpoints.facts import facts
+from armillary.checkpoints.families.gpt2 import GPT2
+from armillary.checkpoints.families.llama import Llama
+from armillary.checkpoints.table import Family, PermuteHalfInterleaved, Split, Step, Transpose, families
+from armillary.nn.network import ModelSettings, build
+
+ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2, "position": {"kind": "rope"}}
+LLAMA: dict[str, Any] = {
+    "width": 24,
+    "depth": 2,
+    "vocabulary": 41,
+    "context": 64,
+    "block": {"mixer": ATTENTION, "channel": {"kind": "gated", "hidden": 40}},
+}
+NORM = {"kind": "layernorm"}
+GPT: dict[str, Any] = {
+    "width": 24,
+    "depth": 2,
+    "vocabulary": 41,
+    "context": 64,
+    "position": {"kind": "learned"},
+    "norm": NORM,
+    "block": {
+        "mixer": {"kind": "attention", "heads": 4, "bias": True},
+        "channel": {"kind": "ffn", "activation": "gelu_tanh", "bias": True},
+        "norm": NORM,
+    },
+}
+
+
+def _with(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    key, _, rest = path.partition(".")
+    return {**data, key: _with(data.get(key) or {}, rest, value) if rest else value}
+
+
+def _settings(data: dict[str, Any]) -> ModelSettings:
+    return parse(ModelSettings, data)
+
+
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    columns=st.integers(1, 5),
+    heads=st.integers(1, 4),
+    half=st.integers(1, 4),
+)
+def test_every_step_undoes_itself(rows: list[int], columns: int, heads: int, half: int) -> None:
+    parts = [torch.randn(count, columns) for count in rows]
+    cases: list[tuple[Step, list[torch.Tensor]]] = [
+        (Transpose(), parts),
+        (Split(), parts),
+        (Split(1), [part.t() for part in parts]),
+        (PermuteHalfInterleaved(heads), [torch.randn(heads * 2 * half, columns), torch.randn(heads * 2 * half)]),
+    ]
+    for step, ours in cases:
+        theirs = step.undo(ours)
+        again = step.apply(theirs, ours)
+        assert all(torch.equal(a, b) for a, b in zip(again, ours, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(step.undo(again), theirs, strict=True))
+
+
+def test_permutation_moves_pairs_where_they_belong() -> None:
+    """By the definitions of the two pairings: (2i, 2i+1) against (i, i + K/2)."""
+    ours = torch.arange(12)  # two heads of six features
+    (theirs,) = PermuteHalfInterleaved(2).undo([ours])
+    assert theirs.tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+@pytest.mark.parametrize("family, data", [(Llama(), LLAMA), (GPT2(), GPT)])
+def test_the_table_covers_every_parameter_once(family: Family, data: dict[str, Any]) -> None:
+    network = build(_settings(_with(data, "head", {"kind": "language_model", "tied": False})), device="meta")
+    names = [name for one in family.bind(network.settings, network.state_dict()) for name in one.ours]
+    assert sorted(names) == sorted(network.state_dict())
+
+
+# Spellings: the same network said in several ways has the same facts.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks": {"one": LLAMA["block"]}, "block": None},
+        {"blocks": {"a": LLAMA["block"], "b": LLAMA["block"]}, "pattern": ["a", "b"], "block": None},
+        {"overrides": {1: LLAMA["block"]}},
+        {"linear": {"all": "dense"}},
+        _with({}, "block", {**LLAMA["block"], "dropout": 0.1}),
+        _with(
+            {},
+            "block",
+            {**LLAMA["block"], "mixer": {**ATTENTION, "head_width": 6, "scale": 6**-0.5, "out_bias": False}},
+        ),
+        _with(
+            {},
+            "block",
+            {
+                "branches": [
+                    {"name": "mixer", "mixer": ATTENTION},
+                    {"name": "channel", "channel": LLAMA["block"]["channel"]},
+                ]
+            },
+        ),
+        {"position": "none"},
+    ],
+)
+def test_spellings_have_equal_facts(change: dict[str, Any]) -> None:
+    assert facts(_settings(LLAMA | change)) == facts(_settings(LLAMA))
+
+
+# Every setting is either expressed exactly or named.
+
+EXPRESSED: list[tuple[Family, dict[str, Any], str, Any]] = [
+    (Llama(), LLAMA, "block.mixer.kv_heads", 4),
+    (Llama(), LLAMA, "block.mixer.head_width", 10),
+    (Llama(), LLAMA, "block.mixer.bias", True),
+    (Llama(), LLAMA, "block.mixer.position.base", 5e5),
+    (Llama(), LLAMA, "block.mixer.position.scaling", {"kind": "linear", "factor": 2.5}),
+    (Llama(), LLAMA, "block.mixer.position.scaling", {"kind": "llama3", "factor": 8.0, "trained_length": 32}),
+    (Llama(), LLAMA, "block.mixer.position.scaling", {"kind": "yarn", "factor": 4.0, "trained_length": 32}),
+    (Llama(), LLAMA, "block.channel.activation", "gelu_tanh"),
+    (Llama(), LLAMA, "block.channel.bias", True),
+    (Llama(), LLAMA, "head.tied", False),
+    (GPT2(), GPT, "block.channel.hidden", 31),
+    (GPT2(), GPT, "block.channel.activation", "relu"),
+    (GPT2(), GPT, "head.tied", False),
+    (GPT2(), GPT, "context", 17),
+]
+
+
+@pytest.mark.parametrize("family, data, path, value", EXPRESSED)
+def test_settings_survive_both_directions(family: Family, data: dict[str, Any], path: str, value: Any) -> None:
+    settings = _settings(_with(data, path, value))
+    assert facts(settings) != facts(_settings(data))
+    config = family.config(settings)
+    assert facts(family.settings(config, "config.json")) == facts(settings)
+    again = {key: item for key, item in config.items() if key not in family.constants}
+    rewritten = family.config(family.settings(config, "config.json"))
+    assert {key: item for key, item in rewritten.items() if key not in family.constants} == again
+
+
+NOT_EXPRESSED: list[tuple[Family, dict[str, Any], dict[str, Any], str]] = [
+    (Llama(), LLAMA, {"block": {"mixer": "retention", "channel": "gated"}}, "model.blocks.0.mixer.kind: 'retention'"),
+    (Llama(), LLAMA, {"overrides": {1: {"mixer": "retention", "channel": "gated"}}}, "model.blocks.1.mixer"),
+    (Llama(), LLAMA, _with(LLAMA, "block.norm", NORM), "model.blocks.0.norm.kind: 'layernorm'"),
+    (Llama(), LLAMA, _with(LLAMA, "block.norm_at", "post"), "model.blocks.0.norm_at: 'post'"),
+    (Llama(), LLAMA, _with(LLAMA, "block.parallel", True), "model.blocks.0.parallel: True"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.softcap", 5.0), "model.blocks.0.mixer.softcap: 5.0"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.sinks", True), "model.blocks.0.mixer.sinks: True"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.norm", "rmsnorm"), "model.blocks.0.mixer.norm"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.scale", 0.3), "model.blocks.0.mixer.scale: 0.3"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.out_bias", True), "model.blocks.0.mixer.out_bias: True"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.position", "alibi"), "model.blocks.0.mixer.position.kind: 'alibi'"),
+    (Llama(), LLAMA, _with(LLAMA, "block.mixer.position", None), "model.blocks.0.mixer.position: None"),
+    (
+        Llama(),
+        LLAMA,
+        _with(_with(LLAMA, "block.mixer.head_width", 8), "block.mixer.position.fraction", 0.5),
+        "model.blocks.0.mixer.position.fraction: 0.5",
+    ),
+    (Llama(), LLAMA, {"norm": None}, "model.norm: None"),
+    (Llama(), LLAMA, {"norm": {"kind": "rmsnorm", "epsilon": 1e-3}}, "model.blocks.0.norm.epsilon: 1e-05"),
+    (Llama(), LLAMA, {"embed_scale": 2.0}, "model.embed_scale: 2.0"),
+    (Llama(), LLAMA, {"embed_norm": "rmsnorm"}, "model.embed_norm"),
+    (Llama(), LLAMA, {"segments": 2}, "model.segments: 2"),
+    (Llama(), LLAMA, {"position": "learned"}, "model.position"),
+    (Llama(), LLAMA, {"head": {"kind": "language_model", "softcap": 30.0}}, "model.head.softcap: 30.0"),
+    (Llama(), LLAMA, {"head": {"kind": "classification"}}, "model.head.kind: 'classification'"),
+    (Llama(), LLAMA, {"share": {"all": ["blocks.*.channel"]}}, "model.share"),
+    (Llama(), LLAMA, {"form": "prefix"}, "model.form: 'prefix'"),
+    (Llama(), LLAMA, {"width": 26, "block": _with(LLAMA["block"], "mixer.head_width", 6)}, "model.width: 26"),
+    (
+        Llama(),
+        LLAMA,
+        {"block": {"branches": [{"name": "look", "mixer": ATTENTION}, {"name": "channel", "channel": "gated"}]}},
+        "model.blocks.0",
+    ),
+    (GPT2(), GPT, _with(GPT, "block.mixer.kv_heads", 2), "model.blocks.0.mixer.kv_heads: 2"),
+    (GPT2(), GPT, _with(GPT, "block.mixer.bias", False), "model.blocks.0.mixer.bias: False"),
+    (GPT2(), GPT, _with(GPT, "norm.bias", False), "model.norm.bias: False"),
+    (GPT2(), GPT, {"position": "sinusoidal"}, "model.position.kind: 'sinusoidal'"),
+]
+
+
+@pytest.mark.parametrize("family, data, change, named", NOT_EXPRESSED, ids=[case[3] for case in NOT_EXPRESSED])
+def test_a_setting_without_counterpart_is_named(
+    family: Family, data: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        family.config(_settings(data | change))
+    assert named in str(caught.value)
+
+
+# config.json as it comes.
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    base = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 41,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return {key: value for key, value in (base | changes).items() if value != "gone"}
+
+
+def _gpt(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "gpt2", "vocab_size": 41, "n_embd": 24, "n_layer": 2, "n_head": 4} | changes
+
+
+def test_absent_keys_mean_what_the_family_says() -> None:
+    """The oracle is the published defaults of LLaMA 1 and of GPT-2."""
+    llama = facts(Llama().settings(_llama(), "config.json"))
+    assert llama["blocks.0.mixer.kv_heads"] == 4 and llama["context"] == 2048 and llama["norm.epsilon"] == 1e-6
+    assert llama["blocks.0.channel.activation"] == "silu" and llama["head.tied"] is False
+    assert llama["blocks.0.mixer.position.base"] == 10000.0
+    gpt = facts(GPT2().settings(_gpt(), "config.json"))
+    assert gpt["context"] == 1024 and gpt["blocks.0.channel.hidden"] == 96 and gpt["head.tied"] is True
+    assert gpt["blocks.0.channel.activation"] == "gelu_tanh" and gpt["norm.epsilon"] == 1e-5
+
+
+def _scaled(**scaling: Any) -> dict[str, Any]:
+    return _llama(rope_scaling=scaling)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (_llama(hidden_size="gone"), "'hidden_size' is missing"),
+    (_llama(hidden_size=24.5), "'hidden_size' is 24.5"),
+    (_llama(hidden_size="24"), "'hidden_size' is '24'"),
+    (_llama(hidden_size=True), "'hidden_size' is True"),
+    (_llama(num_hidden_layers=0), "num_hidden_layers"),
+    (_llama(vocab_size=-3), "vocab_size"),
+    (_llama(num_key_value_heads=3), "num_key_value_heads"),
+    (_llama(attention_bias="yes"), "'attention_bias'"),
+    (_llama(rms_norm_eps="small"), "'rms_norm_eps'"),
+    (_llama(hidden_act="quick_gelu"), "'hidden_act' is 'quick_gelu'"),
+    (_llama(hidden_act=["silu"]), "'hidden_act'"),
+    (_llama(sliding_window=64), "'sliding_window' is 64"),
+    (_llama(quantization_config={"bits": 4}), "'quantization_config'"),
+    (_llama(auto_map={"AutoModel": "code.Model"}), "'auto_map'"),
+    (_llama(is_encoder_decoder=True), "'is_encoder_decoder'"),
+    (_llama(pruned_heads={"0": [1]}), "'pruned_heads'"),
+    (_llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+    (_llama(num_atention_heads=4), "'num_atention_heads'"),
+    (_llama(logit_scale=2.0), "'logit_scale'"),
+    (_llama(partial_rotary_factor=0.5), "'partial_rotary_factor' is 0.5"),
+    (_llama(rope_theta="big"), "'rope_theta'"),
+    (_llama(rope_scaling=[1]), "'rope_scaling'"),
+    (_llama(rope_theta=10.0, rope_parameters={"rope_theta": 20.0}), "'rope_parameters.rope_theta': 20.0"),
+    (_llama(rope_scaling={"rope_type": "linear"}, rope_parameters={"rope_type": "default"}), "contradict"),
+    (_llama(rope_parameters={"full_attention": {}}), "'rope_parameters.full_attention'"),
+    (_scaled(type="dynamic", factor=2.0), "'rope_scaling.rope_type' is 'dynamic'"),
+    (_scaled(rope_type="longrope", factor=2.0), "'longrope'"),
+    (_scaled(rope_type="linear"), "'rope_scaling.factor' is missing"),
+    (_scaled(rope_type="linear", factor="2"), "'rope_scaling.factor' is '2'"),
+    (_scaled(rope_type="linear", type="yarn", factor=2.0), "'rope_scaling.type'"),
+    (_scaled(rope_type="linear", factor=2.0, short_factor=[1]), "'rope_scaling.short_factor'"),
+    (_scaled(rope_type="llama3", factor=8.0, high_freq_factor=4.0), "'rope_scaling.low_freq_factor' is missing"),
+    (_scaled(rope_type="yarn", factor=8.0, truncate=False), "'rope_scaling.truncate'"),
+    (_gpt(n_ctx=512), "'n_ctx': 512 and 'n_positions': None contradict"),
+    (_gpt(n_ctx=512, n_positions=256), "'n_ctx': 512 and 'n_positions': 256 contradict"),
+    (_gpt(scale_attn_weights=False), "'scale_attn_weights'"),
+    (_gpt(scale_attn_by_inverse_layer_idx=True), "'scale_attn_by_inverse_layer_idx'"),
+    (_gpt(add_cross_attention=True), "'add_cross_attention'"),
+    (_gpt(n_head=5), "5 heads"),
+]
+
+
+@pytest.mark.parametrize("config, named", WRONG, ids=[case[1] for case in WRONG])
+def test_a_wrong_key_is_named(config: dict[str, Any], named: str) -> None:
+    family = families.get(config["model_type"])()
+    with pytest.raises((CheckpointError, UnsupportedError)) as caught:
+        build(family.settings(config, "here/config.json"), device="meta")
+    assert named in str(caught.value)
+
+
+def test_bookkeeping_keys_are_left_alone() -> None:
+    extra = {"_name_or_path": "x", "torch_dtype": "bfloat16", "pretraining_tp": 1, "attention_dropout": 0.1}
+    extra |= {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "use_cache": False, "unknown": None}
+    assert Llama().settings(_llama(**extra), "") == Llama().settings(_llama(), "")
+
+
+def test_older_and_newer_rope_keys_mean_the_same() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 32}
+    older = Llama().settings(_llama(rope_theta=5e5, rope_scaling=scaling), "")
+    newer = Llama().settings(_llama(rope_parameters={"rope_theta": 5e5, **scaling}), "")
+    assert older == newer

@@ -20,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIN := pyproject.toml constraints.txt
 
-DEMO = $(BIN)/armillary train quick --run runs/demo $(if $(TEXT),'data.sources=[{path: "$(TEXT)"}]')
+DEMO = $(BIN)/armillary demo $(if $(TEXT),"$(TEXT)")
 BENCH = $(BIN)/python benchmarks/run.py
 CAMPAIGN = $(BIN)/python benchmarks/campaign.py
 

@@ -106,9 +106,7 @@ def stream(
     for step in range(sampling.max_new_tokens):
         tokens, logprobs = sampler.pick(logits, rows)
         keep: list[int] = []
-        for place, (row, token, logprob) in enumerate(
-            zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
-        ):
+        for place, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
             writer, one = writers[row], done[row]
             if token == tokenizer.eos:
                 one.finish = "end"

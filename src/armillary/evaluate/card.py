@@ -29,7 +29,7 @@ def write_card(folder: str | Path) -> Path:
         ("Fingerprints (sha256)", _fingerprints(record)),
         ("Licence", [_licence(record)]),
     ]
-    out = [f"# {plain(record.name)}", "", "Written from the files of the run; every figure was measured.", ""]
+    out = [f"# {plain(record.name)}", "", "Written from the files of the run: its settings, and what was measured.", ""]
     for title, lines in sections:
         out += [f"## {title}", "", *lines, ""]
     path = record.folder / CARD
@@ -163,7 +163,9 @@ def _evaluation(record: Record) -> list[str]:
         [
             (
                 "perplexity per token",
-                f"{short(perplexity)} {_ends(evaluation, 'perplexity')}".rstrip() if perplexity is not None else None,
+                f"{short(perplexity)} ({_ends(evaluation, 'perplexity') or 'no interval'})"
+                if perplexity is not None
+                else None,
             ),
             ("generation, batch 1", f"{count(writing)} tokens/s" if writing else None),
             ("peak memory of the evaluation", size(memory) if memory else None),
@@ -176,7 +178,7 @@ def _evaluation(record: Record) -> list[str]:
 
 def _ends(evaluation: Line, key: str) -> str:
     low, high = number(evaluation, key, "low"), number(evaluation, key, "high")
-    return f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+    return f"{low:.4g} to {high:.4g}" if low is not None and high is not None else ""
 
 
 def _limits(record: Record) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from armillary.evaluate.words import count, short
 
-WIDTH, HEIGHT = 720, 270
+SMALL, WIDE = (500, 240), (960, 300)  # sizes near those on the page, so that letters keep theirs
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 34
 MOST_POINTS = 300
 
@@ -75,17 +75,19 @@ def line_chart(
     *,
     lines: Sequence[tuple[str, float]] = (),
     from_zero: bool = False,
+    wide: bool = False,
     show: Callable[[float], str] = short,
 ) -> str:
     """A chart over training steps, or "" when there is nothing to draw.
 
-    lines: (name, height) of levels to compare with; from_zero: the y axis begins at 0; show: how
-    values are written.
+    lines: (name, height) of levels to compare with; from_zero: the y axis begins at 0; wide: as
+    wide as the page; show: how values are written.
     """
     drawn = [Series(s.name, thinned(s.points), s.tone, s.dots) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ""
+    width, height = WIDE if wide else SMALL
     xs = [x for s in drawn for x, _ in s.points]
     ys = [y for s in drawn for _, y in s.points]
     left, right = min(0.0, min(xs)), max(xs)
@@ -100,31 +102,31 @@ def line_chart(
         right = left + 1
 
     def px(x: float) -> float:
-        return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - left) / (right - left) * (width - LEFT - RIGHT)
 
     def py(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return height - BOTTOM - (y - low) / (high - low) * (height - TOP - BOTTOM)
 
     parts = [f"<title>{text(title)}</title><desc>{text(_spoken(drawn, unit, show))}</desc>"]
     for y in ticks(low, high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{text(show(y))}</text>')
     for x in ticks(left, right, 6):
-        anchor = "end" if px(x) > WIDTH - RIGHT - 12 else "middle"
+        anchor = "end" if px(x) > width - RIGHT - 12 else "middle"
         label = text(count(x))
-        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">{label}</text>')
-    for name, level in lines:
-        at = py(level)
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        above = at - 6 if at - 6 > TOP + 8 else at + 15
-        label = text(f"{name}: {show(level)}")
-        parts.append(f'<text class="note" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{label}</text>')
+        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{height - 12}" text-anchor="{anchor}">{label}</text>')
     for s in drawn:
         path = "M" + "L".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)
         parts.append(f'<path class="curve {s.tone}" d="{path}"/>')
         if s.dots or len(s.points) == 1:
             parts += [f'<circle class="dot {s.tone}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5"/>' for x, y in s.points]
-    parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
+    for name, level in lines:
+        at = py(level)
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        above = at - 6 if at - 6 > TOP + 8 else at + 15
+        label = text(f"{name}: {show(level)}")
+        parts.append(f'<text class="note" x="{width - RIGHT}" y="{above:.1f}" text-anchor="end">{label}</text>')
+    parts.append(f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
     hover = [
         {
             "name": s.name,
@@ -132,6 +134,7 @@ def line_chart(
         }
         for s in drawn
     ]
+    wide_class = ' class="wide"' if wide else ""
     keys = ""
     if len(drawn) > 1:
         keys = "".join(f'<span><i class="key {s.tone}"></i>{text(s.name)}</span>' for s in drawn)
@@ -139,7 +142,8 @@ def line_chart(
     return (
         f'<figure class="chart" data-hover="{text(json.dumps(hover))}">'
         f"<figcaption><b>{text(title)}</b> <span>{text(unit)}</span></figcaption>{keys}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+        f'<div class="scroll"><svg{wide_class} viewBox="0 0 {width} {height}" role="img">'
+        f"{''.join(parts)}</svg></div>"
         '<div class="tip" hidden></div></figure>'
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+import armillary
 
 
 def environment() -> dict[str, Any]:
@@ -18,7 +19,7 @@ def environment() -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "armillary": _version("armillary"),
+        "armillary": armillary.__version__,
         "system": platform.platform(terse=True),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -44,10 +45,3 @@ def _processor() -> str:
     except OSError:
         pass  # only Linux has this file
     return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -168,13 +168,13 @@ def _figures(record: Record) -> list[tuple[str, str]]:
 
 def _curves(record: Record) -> str:
     train = record.metrics
-    levels = [(name, bits) for name, bits in baselines_of(record.evaluation) if name != "uniform"][:1]
+    levels = sorted(baselines_of(record.evaluation), key=lambda row: row[1])[:1]
     bits = [
         Series("training text, estimated", _points(train, "bits_per_byte")),
         Series("held-out text", _points(train, "heldout_bits_per_byte"), tone="b", dots=True),
     ]
     charts = [
-        line_chart("Bits per byte", "over training steps; lower is better", bits, lines=levels),
+        line_chart("Bits per byte", "over training steps; lower is better", bits, lines=levels, wide=True),
         line_chart("Loss", "nats per token", [Series("loss", _points(train, "loss"))]),
         line_chart("Learning rate", "", [Series("learning rate", _points(train, "learning_rate"))], from_zero=True),
         line_chart(

@@ -36,14 +36,12 @@ def render(
 
     Raises TokenizerError for a broken template, a role that it refuses, or a message without role and content.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            raise TokenizerError(
-                f"message {index} has no role", hint='write {"role": "user", "content": "…"}'
-            )
+            raise TokenizerError(f"message {index} has no role", hint='write {"role": "user", "content": "…"}')
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -165,8 +165,8 @@ class Tokenizer:
         for token, index in self._inner.get_vocab(with_added_tokens=False).items():
             names[index] = token
         table = [self._bytes_of(name) for name in names]
-        for index, token in self._inner.get_added_tokens_decoder().items():
-            table[index] = token.content.encode("utf-8")
+        for index, added in self._inner.get_added_tokens_decoder().items():
+            table[index] = added.content.encode("utf-8")
         return table
 
     def _outside(self, id: int) -> bytes:
@@ -340,9 +340,7 @@ def _byte_reader(layout: Mapping[str, Any]) -> Callable[[str], bytes]:
     kinds |= {part.get("type") for part in _parts(layout.get("pre_tokenizer"))}
     if "ByteLevel" in kinds:
         letters = _byte_letters()
-        return lambda token: b"".join(
-            bytes([letters[c]]) if c in letters else c.encode("utf-8") for c in token
-        )
+        return lambda token: b"".join(bytes([letters[c]]) if c in letters else c.encode("utf-8") for c in token)
     fallback = "ByteFallback" in kinds or bool(layout["model"].get("byte_fallback"))
 
     def spelled(token: str) -> bytes:

@@ -1,9 +1,10 @@
 """Softmax attention: one op for every mask, bias and variant.
 
 The plain form is the definition. The fast form takes a fused kernel where the request allows it
-(on a CPU our own, see `blocked`), a folded pair of products for a few queries (decoding), and otherwise walks over blocks of query
-rows, so that no T×T tensor outlives a block, in the backward pass either (Dao et al. 2022,
-FlashAttention; Rabe & Staats 2021, Self-attention Does Not Need O(n²) Memory).
+(on a CPU our own, see `blocked`), a folded pair of products for a few queries (decoding), and
+otherwise walks over blocks of query rows, so that no T×T tensor outlives a block, in the backward
+pass either (Dao et al. 2022, FlashAttention; Rabe & Staats 2021, Self-attention Does Not Need O(n²)
+Memory).
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def check(
     file: Annotated[Path | None, typer.Option(help="Your own Python file that registers it.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Hold a mechanism to the laws: chunking, causality, packing, gradients, cost, sight and more.
+    """Hold a mechanism to the laws that all of them obey.
+
+    Chunking, causality, packing, gradients, declared cost, sight, dtypes and more.
 
     Example: armillary check mixer attention
     """

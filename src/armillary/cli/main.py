@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from armillary.cli import checks, models, recipes, runs
+from armillary.cli.command import Command
 
 app = typer.Typer(
     name="armillary",
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 for group in (recipes, runs, models, checks):
     for name, function in group.COMMANDS.items():
-        app.command(name)(function)
+        app.command(name, cls=Command)(function)
 
 
 def _version(wanted: bool) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.shared import AsJson, Device, Dtype, Folder, amount, emit, note, open_model, read_text, table
+from armillary.base.words import amount
+from armillary.cli.shared import AsJson, Device, Dtype, Folder, emit, note, open_model, read_text, table, write
+
+if TYPE_CHECKING:
+    from armillary.evaluate import Evaluation
+    from armillary.model import Model
 
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", help="At most this many new tokens.")]
@@ -29,38 +34,51 @@ def evaluate(
     dtype: Dtype = "auto",
     json: AsJson = False,
 ) -> None:
-    """Bits per byte and perplexity with 95% intervals, and throughput.
+    """Measure a model on held-out text.
+
+    Bits per byte and perplexity with 95% intervals, speed, memory, and simple baselines beside them.
 
     Example: armillary evaluate runs/demo --baselines
     """
     from armillary.base.errors import InputError
-    from armillary.evaluate import evaluate as measure
+    from armillary.evaluate import corpus_folder
 
-    held = data
-    if held is None:
-        if not (Path(model) / "recipe.yaml").is_file() or not (Path(model) / "data").is_dir():
-            raise InputError(f"{model} has no held-out text of its own", hint="name some with --data FILE")
-        held = model
-    found = measure(open_model(model, device, dtype), held, baselines=baselines, limit=limit)
+    opened = open_model(model, device, dtype)
+    if data is None and corpus_folder(Path(model)) is None:
+        raise InputError(f"{model} has no held-out text of its own", hint="name some with --data FILE")
+    found = measure(opened, data or model, baselines=baselines, limit=limit)
     if json:
         emit(found.to_data())
         return
     show_evaluation(found)
 
 
-def show_evaluation(found: Any) -> None:
+def measure(model: Model, data: str | Path, **options: Any) -> Evaluation:
+    """What `evaluate` finds, its progress shown meanwhile."""
+    from armillary.evaluate import evaluate as run
+    from armillary.train import Line, Preparing
+
+    with Line() as line:
+        return run(model, data, progress=lambda stage, fraction: line(Preparing(stage, fraction)), **options)
+
+
+def show_evaluation(found: Evaluation) -> None:
     """The measured figures as a table."""
     bits = found.bits_per_byte
-    rows = [
-        ("bits per byte", f"{bits.value:.4f}", f"[{bits.low:.4f}, {bits.high:.4f}]", "this model, held-out"),
-    ]
-    rows += [("", f"{one.bits_per_byte:.4f}", "", one.name) for one in found.baselines]
-    table(rows)
+    spread = "" if bits.low is None or bits.high is None else f"[{bits.low:.4f}, {bits.high:.4f}]"
     table(
         [
-            ("perplexity", f"{found.perplexity.value:.2f} per token"),
+            ("bits per byte", f"{bits.value:.4f}", spread, "this model, held-out text"),
+            *(("", f"{one.bits_per_byte:.4f}", "", one.name) for one in found.baselines),
+        ]
+    )
+    speeds = [("scoring", found.tokens_per_second), ("reading", found.reading_speed), ("writing", found.writing_speed)]
+    table(
+        [
+            ("perplexity", f"{found.perplexity} per token"),
             ("measured on", f"{found.documents} documents, {amount(found.bytes, 'B')}"),
-            ("throughput", f"{found.tokens_per_second:,.0f} tokens/s, peak memory {amount(found.peak_memory, 'B')}"),
+            ("tokens/s", ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds if speed is not None)),
+            ("peak memory", amount(found.peak_memory, "B")),
         ]
     )
 
@@ -101,10 +119,9 @@ def generate(
         fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": done.finish}
         emit({"prompt": text, **fields})
         return
-    sys.stdout.write(text)
+    write(text)
     for piece in opened.generate(text, stream=True, **options):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        write(piece)
     print()
 
 
@@ -117,7 +134,9 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk to a model through its chat template; an empty line or Ctrl-D ends it.
+    """Talk to a model through its chat template.
+
+    An empty line or Ctrl-D ends it.
 
     Example: armillary chat runs/demo --system "Answer briefly."
     """
@@ -135,8 +154,7 @@ def chat(
         answer = ""
         for piece in opened.chat(messages, stream=True, max_new_tokens=tokens, temperature=temperature, seed=seed):
             answer += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write(piece)
         print()
         messages.append({"role": "assistant", "content": answer})
 
@@ -199,23 +217,23 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
     dtype: Dtype = "auto",
 ) -> None:
-    """Turn an open checkpoint into one of ours, checked tensor by tensor.
+    """Turn an open checkpoint into one of ours.
+
+    Every tensor is checked against what the model needs.
 
     Example: armillary import downloads/some-llama models/mine
     """
     _rewrite(model, folder, "native", force, dtype, revision)
 
 
-def _rewrite(
-    model: str, folder: Path, layout: str, force: bool, dtype: str, revision: str | None = None
-) -> None:
+def _rewrite(model: str, folder: Path, layout: str, force: bool, dtype: str, revision: str | None = None) -> None:
     from armillary.base.errors import InputError
     from armillary.model import save
 
     if folder.exists() and any(folder.iterdir()) and not force:
         raise InputError(f"{folder} is already there", hint="choose another name, or add --force")
     save(open_model(model, "cpu", dtype, revision), folder, layout=layout)
-    note(f"wrote {folder}\nnext: armillary generate {folder} \"…\"")
+    note(f'wrote {folder}\nnext: armillary generate {folder} "…"')
 
 
 COMMANDS = {

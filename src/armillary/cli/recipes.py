@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from armillary.cli.shared import AsJson, Overrides, amount, clock, emit, is_folder, note, table
+from armillary.base.words import amount, clock
+from armillary.cli.shared import AsJson, Overrides, emit, note, table
 
 
 def new(
@@ -33,7 +34,9 @@ def new(
         write_atomic(file, json.dumps(Recipe.schema_for_editors(), indent=2))
         note(f"wrote {file}")
         return
-    recipe = Recipe.load(base, *(overrides or []))
+    # called after its file, so that its runs are too
+    name = file.stem.lstrip(".") or "recipe"
+    recipe = Recipe.load(base, f"name={json.dumps(name)}", *(overrides or []))
     write_atomic(file, recipe.to_yaml(comments=True))
     note(f"wrote {file}\nnext: armillary show {file}\n      armillary train {file}")
 
@@ -45,7 +48,9 @@ def show(
     full: Annotated[bool, typer.Option("--full", help="Print the whole recipe, defaults too.")] = False,
     json: AsJson = False,
 ) -> None:
-    """What a recipe or model takes, before anything runs: parameters, FLOPs, state, memory.
+    """What a recipe or model takes, before anything runs.
+
+    Parameters, FLOPs per token, bytes of state, memory for training.
 
     Example: armillary show quick model.width=512 --length 2048
     """
@@ -53,10 +58,10 @@ def show(
     from armillary.recipe import Recipe
 
     vocabulary_known = True
-    if is_folder(target) and not overrides:
+    if _holds_model(target) and not overrides:
         from armillary.checkpoints import load
 
-        loaded = load(target, device="meta")
+        loaded = load(target, device="cpu")
         recipe, settings = loaded.recipe, loaded.network.settings
     else:
         recipe = Recipe.load(target, *(overrides or []))
@@ -104,7 +109,8 @@ def show(
     lines = [
         ("model", f"{data['name']} ({settings.form}, width {settings.width}, depth {settings.depth})"),
         ("blocks", _runs(found.blocks)),
-        ("parameters", f"{amount(found.parameters)} ({amount(found.active)} active, {amount(found.embedding)} embedding)"),
+        ("parameters", f"{amount(found.parameters)} ({amount(found.active)} active)"),
+        ("of these", f"{amount(found.embedding)} in embedding and head"),
         ("vocabulary", f"{settings.vocabulary}{'' if vocabulary_known else ' (from tokenizer.size)'}"),
         ("FLOPs per token", f"{amount(found.flops_per_token)} forward at {tokens} tokens"),
         ("state", f"{amount(found.state_bytes, 'B')} per row after {tokens} tokens"),
@@ -116,6 +122,14 @@ def show(
             ("time here", f"about {clock(data['estimated_training_seconds'])} (from a measured product, half used)"),
         ]
     table(lines)
+
+
+def _holds_model(target: str) -> bool:
+    """Whether there are weights to describe; a run that has not saved any yet is described by its recipe."""
+    from armillary.checkpoints import checkpoints
+
+    folder = Path(target)
+    return any((folder / name).is_file() for name in ("armillary.json", "config.json")) or bool(checkpoints(folder))
 
 
 def _runs(blocks: tuple[str, ...]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.models import show_evaluation
-from armillary.cli.shared import AsJson, Overrides, amount, clock, emit, note, table
+from armillary.base.words import amount, clock
+from armillary.cli.models import measure, show_evaluation
+from armillary.cli.shared import AsJson, Overrides, emit, note, table, write
 
 if TYPE_CHECKING:
+    from armillary.evaluate import Evaluation
+    from armillary.model import Model
     from armillary.train import Run
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a name, a file, or a run folder.", metavar="RECIPE")]
@@ -25,11 +27,13 @@ def data(
     folder: Annotated[Path, typer.Option(help="Where the prepared corpus goes.")] = Path("corpus-prepared"),
     json: AsJson = False,
 ) -> None:
-    """Read, split, learn the tokenizer and write token shards, without training.
+    """Prepare text for training, without training.
+
+    Reads and splits it, learns the tokenizer, writes token shards.
 
     Example: armillary data quick 'data.sources=[{path: my/texts}]' --folder prepared
     """
-    from armillary.data import prepare
+    from armillary.data.prepare import prepare
     from armillary.recipe import Recipe
     from armillary.text import fertility
     from armillary.train import Line, Preparing
@@ -42,8 +46,9 @@ def data(
             folder,
             progress=lambda stage, fraction: line(Preparing(stage, fraction)),
         )
-    some = [corpus.text("heldout", index) for index in range(min(20, len(corpus.heldout)))]
-    words, per_byte = fertility(corpus.tokenizer, some)
+    some = range(min(20, len(corpus.heldout)))
+    texts = (corpus.tokenizer.decode(corpus.heldout.document(index).tolist()) for index in some)
+    words, per_byte = fertility(corpus.tokenizer, texts)
     facts: dict[str, Any] = {
         "folder": str(corpus.folder),
         "fingerprint": corpus.fingerprint,
@@ -54,13 +59,13 @@ def data(
         "tokens_per_byte": per_byte,
         "sources": [
             {
-                "path": source.path,
-                "documents": source.documents,
-                "bytes": source.bytes,
-                "skipped": source.skipped,
-                "skipped_names": list(source.skipped_names),
+                "path": record.path,
+                "documents": record.documents,
+                "bytes": record.bytes,
+                "skipped": record.skipped,
+                "skipped_names": list(record.skipped_names),
             }
-            for source in corpus.manifest.sources
+            for record in corpus.manifest.sources
         ],
     }
     if json:
@@ -69,11 +74,13 @@ def data(
     rows = [
         ("corpus", facts["folder"]),
         ("vocabulary", f"{facts['vocabulary']}: {words:.2f} tokens per word, {per_byte:.3f} per byte"),
-        *((side, f"{facts[side]['documents']} documents, {amount(facts[side]['tokens'])} tokens") for side in ("train", "heldout")),
     ]
+    for side in ("train", "heldout"):
+        rows.append((side, f"{facts[side]['documents']} documents, {amount(facts[side]['tokens'])} tokens"))
     for source in facts["sources"]:
         left = f", {source['skipped']} skipped" if source["skipped"] else ""
-        rows.append(("source", f"{source['path']}: {source['documents']} documents, {amount(source['bytes'], 'B')}{left}"))
+        size = amount(source["bytes"], "B")
+        rows.append(("source", f"{source['path']}: {source['documents']} documents, {size}{left}"))
         rows += [("", name) for name in source["skipped_names"]]
     table(rows)
 
@@ -103,7 +110,9 @@ def resume(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     json: AsJson = False,
 ) -> None:
-    """Go on with a run that was stopped, bit for bit as if it had not been.
+    """Go on with a run that was stopped.
+
+    Bit for bit as if it had not been: a run may be stopped at any moment, even with kill -9.
 
     Example: armillary resume runs/mine
     """
@@ -122,7 +131,9 @@ def demo(
         list[str] | None, typer.Option("--set", help="A dotted override, for example training.steps=100.")
     ] = None,
 ) -> None:
-    """Train the quick recipe, measure it against simple baselines, and let it write.
+    """Train the quick recipe and show what it learnt.
+
+    Ends with its bits per byte beside simple baselines, three completions and a report.
 
     Example: armillary demo my/texts
     """
@@ -136,18 +147,19 @@ def demo(
     wanted = Recipe.load("quick", f"data.sources=[{{path: {codec.dumps(text)}}}]", *(overrides or []))
     with Line() as line:
         done = start(wanted, run, overwrite=True, progress=line)
-    model = _measure(done, baselines=True)
-    if model is None:
-        return
+    _stopped(done)
+    note("measuring on the held-out files and fitting the baselines")
+    model, found = _measured(done, baselines=True)
+    print()
+    show_evaluation(found)
     prompts = wanted.training.sample_prompts or ("",)
     print("\nit writes:")
     for number in range(3):
         prompt = prompts[number % len(prompts)]
         print(f"\n--- {number + 1} ".ljust(60, "-"))
-        sys.stdout.write(prompt)
+        write(prompt)
         for piece in model.generate(prompt, stream=True, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=number):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write(piece)
         print()
     print("-" * 60)
     print(f"\nreport: {done.folder / 'report.html'} (open it in a browser); all in {clock(time.monotonic() - begun)}")
@@ -158,49 +170,36 @@ def demo(
 
 
 def _finish(run: Run, json: bool) -> None:
-    """Measure a finished run and say where its things are; a stopped one is left as it is."""
-    if run.stopped:
-        note(f"stopped and saved; go on with: armillary resume {run.folder}")
-        raise typer.Exit(130)
+    """Measure a finished run and say where its things are."""
+    _stopped(run)
+    note("measuring on the held-out files")
+    _, found = _measured(run)
     if json:
-        from armillary.evaluate import evaluate, write_card, write_report
-        from armillary.model import load
-
-        found = evaluate(load(run.folder), run.folder)
-        _keep(run, found)
-        write_report(run.folder)
-        write_card(run.folder)
         emit({"run": str(run.folder), "evaluation": found.to_data()})
         return
-    _measure(run, baselines=False)
-    print(f"\nreport: {run.folder / 'report.html'}\nnext:   armillary generate {run.folder} \"…\"")
-
-
-def _measure(run: Run, *, baselines: bool) -> Any:
-    """Evaluate on the held-out files, write report and card, show the figures; returns the model."""
-    from armillary.evaluate import evaluate, write_card, write_report
-    from armillary.model import load
-
-    if run.stopped:
-        note(f"stopped and saved; go on with: armillary resume {run.folder}")
-        raise typer.Exit(130)
-    note("measuring on the held-out files" + (" and fitting the baselines" if baselines else ""))
-    model = load(run.folder)
-    found = evaluate(model, run.folder, baselines=baselines)
-    _keep(run, found)
-    write_report(run.folder)
-    write_card(run.folder)
     print()
     show_evaluation(found)
-    return model
+    print(f'\nreport: {run.folder / "report.html"}\nnext:   armillary generate {run.folder} "…"')
 
 
-def _keep(run: Run, found: Any) -> None:
-    import json
+def _stopped(run: Run) -> None:
+    """End here when the run was stopped before its end; it is left as it is."""
+    if run.stopped:
+        note(f"stopped and saved; go on with: armillary resume {run.folder}")
+        raise typer.Exit(128 + run.signal if run.signal else 130)
 
-    from armillary.base.files import write_atomic
 
-    write_atomic(run.folder / "evaluation.json", json.dumps(found.to_data(), indent=2))
+def _measured(run: Run, *, baselines: bool = False) -> tuple[Model, Evaluation]:
+    """The run's model, measured; its report and card are written."""
+    from armillary.evaluate import write_card, write_report
+    from armillary.model import load
+
+    model = load(run.folder)
+    found = measure(model, run.folder, baselines=baselines)
+    found.save(run.folder)
+    write_report(run.folder)
+    write_card(run.folder)
+    return model, found
 
 
 COMMANDS = {"data": data, "train": train, "resume": resume, "demo": demo}

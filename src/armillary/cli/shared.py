@@ -1,4 +1,4 @@
-"""What the commands share: options, tables, progress, and where a name leads."""
+"""What the commands share: options, tables, and where a name leads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from armillary.base.words import printable
 
 if TYPE_CHECKING:
     from armillary.model import Model
@@ -42,20 +44,10 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def amount(value: float, unit: str = "") -> str:
-    """12_345_678 → '12.3 M'."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {letter}{unit}"
-    return f"{value:.3g} {unit}".strip()
-
-
-def clock(seconds: float) -> str:
-    """75 → '1:15'."""
-    whole = int(seconds)
-    hours, rest = divmod(whole, 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+def write(text: str) -> None:
+    """Show a piece of text that a model wrote, at once; on a terminal nothing in it can steer the terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def open_model(name: str, device: str, dtype: str, revision: str | None = None) -> Model:
@@ -74,7 +66,3 @@ def read_text(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise InputError("no text was given", hint="write it behind the model, or pipe it in")
     return sys.stdin.read()
-
-
-def is_folder(name: str) -> bool:
-    return Path(name).is_dir()

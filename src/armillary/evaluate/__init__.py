@@ -12,9 +12,9 @@ something imported it, and not the function, the call does the same.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from armillary.base.modules import callable_as
 
 # not lazy: these functions bear their module's name, and whoever imports the module would hide them
 from armillary.evaluate.baselines import Baseline, baselines
@@ -66,9 +66,4 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-class _Callable(ModuleType):
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return __getattr__("evaluate")(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
+callable_as(__name__, "evaluate")

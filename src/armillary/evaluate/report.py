@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ def write_report(folder: str | Path) -> Path:
 
 
 def number(data: Any, *keys: str) -> float | None:
-    """A number inside plain data, or None where it is missing or not one."""
+    """A finite number inside plain data, or None."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
-    return float(data) if isinstance(data, (int, float)) and not isinstance(data, bool) else None
+    if isinstance(data, bool) or not isinstance(data, (int, float)) or not math.isfinite(data):
+        return None
+    return float(data)
 
 
 def baselines_of(evaluation: Line | None) -> list[tuple[str, float]]:

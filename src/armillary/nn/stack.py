@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from armillary.nn.mechanism import Place
 from armillary.nn.mixers.attention import AttentionSettings
 from armillary.nn.positions.rope import RopeSettings
 
+GRAPHS = 8  # of one kind of block: with and without gradients, documents, several lengths
 DEFAULT_BLOCK = BlockSettings(mixer=AttentionSettings(position=RopeSettings()), channel=GatedSettings())
 
 
@@ -79,8 +82,13 @@ class Stack(nn.Module):
         super().__init__()
         for index, block in enumerate(settings.layers()):
             self.add_module(str(index), block.build(_layer(place, index, settings.depth)))
+        kinds: list[BlockSettings] = []
+        for block in settings.layers():
+            if block not in kinds:
+                kinds.append(block)
+        self.kinds = len(kinds)
         self.recompute = False
-        self._compiled: tuple[Callable[..., Tensor], ...] | None = None
+        self._compiled: Callable[[Block, Tensor, Context], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._modules.values())  # type: ignore[arg-type]
@@ -89,12 +97,20 @@ class Stack(nn.Module):
         return len(self._modules)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile every block on its own; identical blocks share one compiled graph."""
-        self._compiled = tuple(torch.compile(block, **options) for block in self)
+        """Compile every block on its own; identical blocks share one compiled graph.
+
+        options: for torch.compile. Several kinds of block, and several networks in one process, would
+        pass the compiler's limit on graphs of one function and fall back to eager without a word, so
+        the limit grows with the kinds and graphs are counted for this stack alone.
+        """
+        limits = {"recompile_limit": GRAPHS * self.kinds, "isolate_recompiles": True}
+        known = inspect.signature(torch.compile).parameters
+        limits = {name: value for name, value in limits.items() if name in known}
+        self._compiled = torch.compile(_called, **(limits | options))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        for index, block in enumerate(self):
-            call = block if self._compiled is None or ctx.taps is not None else self._compiled[index]
+        for block in self:
+            call = block if self._compiled is None or ctx.taps is not None else partial(self._compiled, block)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(call, x, ctx, use_reentrant=False)
             else:
@@ -110,6 +126,11 @@ class Stack(nn.Module):
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
     ) -> list[BlockState]:
         return [block.init_state(batch, capacity, dtype, device, memory) for block in self]
+
+
+def _called(block: Block, x: Tensor, ctx: Context) -> Tensor:
+    y: Tensor = block(x, ctx)
+    return y
 
 
 def share(root: nn.Module, groups: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Training: one update (`Trainer`), a whole run in a folder (`train`, `resume`), and what a run tells."""
 
+from armillary.base.modules import callable_as
 from armillary.train.ledger import Ledger
 from armillary.train.progress import (
     Evaluated,
@@ -36,3 +37,5 @@ __all__ = [
     "resume",
     "train",
 ]
+
+callable_as(__name__, "train")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
+from armillary.base.words import amount, clock, printable
+
 
 @dataclass(frozen=True)
 class Event:
@@ -169,23 +171,3 @@ class Line:
             self._live.console.print(self._text(text))
         else:
             print(text, file=self.stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """3725 → '1:02:05', 65 → '1:05'."""
-    whole = round(max(0.0, seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def amount(number: float) -> str:
-    """32_000_000 → '32.0 M'."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f} {letter}"
-    return f"{number:.0f}"
-
-
-def printable(text: str) -> str:
-    """Control characters as \ufffd: what a model writes must not steer the terminal."""
-    return "".join(letter if letter in "\n\t" or letter.isprintable() else "\ufffd" for letter in text)

@@ -1,0 +1,256 @@
+"""Open folders against `transformers`, both ways, on tiny random models with asymmetric shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from armillary.base.settings import parse
+from armillary.checkpoints import Loaded, load, load_open, save, save_native, save_open
+from armillary.checkpoints.facts import facts
+from armillary.nn.network import ModelSettings, Network, build
+from armillary.text import Tokenizer, TokenizerSettings, train_tokenizer
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY, CONTEXT = 107, 96
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 76,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # so that a greedy continuation never stops early
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 40,
+    "n_layer": 3,
+    "n_head": 5,
+    "n_inner": 92,
+    "n_positions": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim": {"head_dim": 10},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "one_kv_head": {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3},
+    "base": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    "linear": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.5}},
+    "llama3": {"rope_parameters": {"rope_theta": 5e5, "original_max_position_embeddings": 48, **LLAMA3}},
+    "yarn": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 8.0,
+        },
+    },
+    "yarn_mscale": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.3,
+        },
+    },
+    "gpt2": {},
+    "gpt2_untied": {"tie_word_embeddings": False, "n_inner": None, "activation_function": "relu"},
+}
+
+
+def _peer(name: str) -> Any:
+    if name.startswith("gpt2"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(GPT2 | MODELS[name])))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | MODELS[name])))
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():  # weights far from their start, so that every one of them counts
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        parameter.data = noise + (1 if parameter.dim() == 1 else 0)
+    return model.eval()
+
+
+def _ids(rows: int = 2, length: int = 60) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def _greedy(network: Network, start: torch.Tensor, count: int) -> list[int]:
+    state = network.init_state(len(start), start.shape[1] + count)
+    logits = network.extend(start, state, last=True)
+    found = []
+    for _ in range(count):
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        found.append(int(token))
+        logits = network.extend(token, state, last=True)
+    return found
+
+
+def _same(network: Network, peer: Any) -> None:
+    """Logits within 1e-4 and the same 32 greedy tokens."""
+    ids = _ids()
+    with torch.no_grad():
+        assert (network(ids) - peer(ids).logits).abs().max() < 1e-4
+        start = ids[:1, :11]
+        theirs = peer.generate(start, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 11:]
+        assert len(theirs) == 32 and _greedy(network, start, 32) == theirs.tolist()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_and_out_against_transformers(tmp_path: Path, name: str) -> None:
+    peer = _peer(name)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    loaded = load(tmp_path / "theirs", "cpu")
+    _same(loaded.network, peer)
+    loaded.network.check_ties()
+
+    save_open(tmp_path / "ours", loaded.network, max_shard=25_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(peer)
+    _same(loaded.network, again.eval())
+
+    theirs, ours = _weights(tmp_path / "theirs"), _weights(tmp_path / "ours")
+    assert set(theirs) == set(ours)
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    rewritten = load(tmp_path / "ours", "cpu")
+    assert facts(rewritten.network.settings) == facts(loaded.network.settings)
+    assert loaded.recipe is not None and loaded.recipe.model == loaded.network.settings
+    assert loaded.recipe.name == "theirs"
+
+
+@pytest.mark.parametrize("name", ["tied", "gpt2"])
+def test_a_half_precision_folder(tmp_path: Path, name: str) -> None:
+    peer = _peer(name).bfloat16()
+    peer.save_pretrained(tmp_path / "theirs")
+    kept = load(tmp_path / "theirs", "cpu").network
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16} and kept.dtype == torch.bfloat16
+    save_open(tmp_path / "ours", kept)
+    theirs, ours = _weights(tmp_path / "theirs"), _weights(tmp_path / "ours")
+    assert all(theirs[key].dtype == ours[key].dtype and torch.equal(theirs[key], ours[key]) for key in theirs)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    # read anew: casting a whole model to bf16 rounds their rotary frequencies too
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    _same(load(tmp_path / "theirs", "cpu", "float32").network, wide.eval())
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt2"])
+def test_through_the_native_layout_and_back(tmp_path: Path, name: str) -> None:
+    peer = _peer(name)
+    peer.save_pretrained(tmp_path / "theirs")
+    loaded = load(tmp_path / "theirs", "cpu")
+    save_native(tmp_path / "native", loaded.network, recipe=loaded.recipe)
+    _same(load(tmp_path / "native", "cpu").network, peer)
+
+
+@pytest.mark.parametrize("name, body", [("tied", "model"), ("gpt2", "transformer")])
+def test_the_bare_body_of_a_tied_model(tmp_path: Path, name: str, body: str) -> None:
+    """Names without the prefix, as the published GPT-2 has them."""
+    peer = _peer(name)
+    getattr(peer, body).save_pretrained(tmp_path / "theirs")
+    assert not any(key.startswith(body) for key in _weights(tmp_path / "theirs"))
+    _same(load(tmp_path / "theirs", "cpu").network, peer)
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("scaling", [None, {"kind": "ntk", "factor": 2.0}])
+def test_rotary_variants_without_a_key_are_expressed(tmp_path: Path, pairing: str, scaling: Any) -> None:
+    """Interleaved pairs by permuting rows, ntk by its base; the same function of the tokens."""
+    position = {"kind": "rope", "pairing": pairing, "scaling": scaling}
+    mixer = {"kind": "attention", "heads": 6, "kv_heads": 2, "bias": True, "position": position}
+    data = {
+        "width": 48,
+        "depth": 2,
+        "vocabulary": VOCABULARY,
+        "context": CONTEXT,
+        "block": {"mixer": mixer, "channel": "gated"},
+    }
+    network = build(parse(ModelSettings, data), seed=5)
+    for parameter in network.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    save_open(tmp_path / "ours", network)
+    _same(network, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
+    _same(
+        load(tmp_path / "ours", "cpu").network,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(),
+    )
+
+
+TEXTS = ["Zwölf Boxkämpfer jagen Viktor", "def main() -> None:\n    return 3\n", "日本語 🙂 <|end|>", ""]
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt2"])
+def test_our_tokenizer_in_a_folder_for_others(tmp_path: Path, name: str) -> None:
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
+    changes = {"vocab_size": tokenizer.size}
+    if name == "gpt2":
+        peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(GPT2 | changes)))
+    else:
+        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | changes)))
+    peer.save_pretrained(tmp_path / "theirs")
+    network = load(tmp_path / "theirs", "cpu").network
+    save(tmp_path / "ours", network, tokenizer, layout="open")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        if "<|" not in text:  # they read special tokens typed in a text, we do not
+            assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.pad,
+    )
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, generate=False)
+    again: Loaded = load(tmp_path / "ours", "cpu")
+    assert again.tokenizer is not None and again.tokenizer.fingerprint == tokenizer.fingerprint
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+    config = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos, tokenizer.eos)
+
+
+def test_a_tokenizer_made_elsewhere(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Theirs(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator(["some words and some more words " * 9], trainer)
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**(LLAMA | {"vocab_size": inner.get_vocab_size() + 5}))
+    )
+    peer.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path)
+    loaded = load_open(tmp_path, "cpu")
+    assert isinstance(loaded.tokenizer, Tokenizer) and loaded.tokenizer.size == inner.get_vocab_size()
+    assert loaded.tokenizer.bos == inner.token_to_id("<s>")
+    assert loaded.tokenizer.encode("some more words") == inner.encode("some more words").ids

@@ -1,0 +1,136 @@
+"""The native kernels against their plain PyTorch forms and PyTorch's own autograd."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from armillary.native import available, library, rows
+from armillary.native.library import compiler
+
+needs_library = pytest.mark.skipif(not available(), reason="there is no C compiler here")
+TYPES = [torch.float32, torch.bfloat16]
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # bf16 keeps 8 bits: one step is 2^-8 of the value
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("size", "start", "columns", "causal"), [(4, 3, 7, True), (5, 0, 5, True), (3, 0, 70, False)])
+def test_softmax_rows(dtype: torch.dtype, size: int, start: int, columns: int, causal: bool) -> None:
+    scores = (torch.randn(size * 6, columns, generator=torch.Generator().manual_seed(1)) * 8).to(dtype)
+    expected = rows.softmax_rows_plain_(scores.clone(), size, start, causal, 0.3)
+    found = rows.softmax_rows_(scores.clone(), size, start, causal, 0.3)
+    assert torch.allclose(found.float(), expected.float(), atol=CLOSE[dtype])
+    assert torch.allclose(found.float().sum(1), torch.ones(len(found)), atol=0.02)
+    if causal:
+        hidden = torch.ones(size, columns, dtype=torch.bool).triu(start + 1).repeat(6, 1)
+        assert (found[hidden] == 0).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+def test_softmax_rows_survive_large_scores(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3e4, -3e4, 0.0], [-3e38, -3e38, -3e38]], dtype=dtype)
+    found = rows.softmax_rows_(scores, 1, 0, False, 1.0).float()
+    assert torch.allclose(found, torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]), atol=2e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_rows_backward_against_autograd(dtype: torch.dtype, causal: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(8, 9, generator=generator).to(dtype).float().requires_grad_()
+    slopes = torch.randn(8, 9, generator=generator).to(dtype)
+    masked = scores * 0.5
+    if causal:
+        masked = masked.masked_fill(torch.ones(4, 9, dtype=torch.bool).triu(6).repeat(2, 1), -torch.inf)
+    weights = torch.softmax(masked, -1)
+    (weights * slopes.float()).sum().backward()
+    found = rows.softmax_rows_backward_(weights.detach().to(dtype), slopes.clone(), 4, 5, causal, 0.5)
+    assert torch.allclose(found.float(), scores.grad, atol=4 * CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("form", [rows.cross_entropy_rows_, rows.cross_entropy_rows_plain_])
+def test_cross_entropy_rows_against_pytorch(dtype: torch.dtype, form) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(6, 300, generator=generator) * 4).to(dtype)
+    targets = torch.randint(0, 300, (6,), generator=generator)
+    shares = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0])
+    wide = logits.float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    (expected * shares).sum().backward()
+    logits = logits.clone()  # float() of float32 is the same tensor, which autograd holds
+    losses = form(logits, targets, shares)
+    assert torch.allclose(losses, expected, atol=1e-4)
+    assert torch.allclose(logits.float(), wide.grad, atol=4 * CLOSE[dtype])
+    assert (logits[1] == 0).all()
+
+
+@needs_library
+def test_targets_outside_the_columns_are_refused() -> None:
+    with pytest.raises(IndexError, match="outside the 5 columns"):
+        rows.cross_entropy_rows_(torch.zeros(2, 5), torch.tensor([0, 5]), torch.ones(2))
+
+
+@needs_library
+@pytest.mark.parametrize("weights", TYPES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_rows_product(weights: torch.dtype, count: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(count, 130, generator=generator)
+    weight = torch.randn(77, 130, generator=generator).to(weights)
+    assert torch.allclose(rows.few_rows_product(x, weight), x @ weight.float().t(), atol=1e-4)
+    alone = torch.cat([rows.few_rows_product(one[None], weight) for one in x])
+    assert torch.equal(rows.few_rows_product(x, weight), alone)  # a row does not depend on its neighbours
+
+
+@needs_library
+def test_read_all_reads_everything() -> None:
+    assert rows.read_all(torch.arange(1000.0)) == 499500.0
+
+
+@needs_library
+def test_bf16_rounds_like_pytorch() -> None:
+    """A weight matrix of one column times 1 is a plain conversion of float32 to bf16 and back."""
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(5)) * torch.logspace(-20, 20, 4096)
+    scores = values.to(torch.bfloat16)[:, None].contiguous()
+    kept = rows.few_rows_product(torch.ones(1, 1), scores)[0]
+    assert torch.equal(kept, values.to(torch.bfloat16).float())
+
+
+def test_without_a_compiler_the_plain_form_runs_and_says_so(tmp_path) -> None:
+    code = (
+        "import warnings, torch\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from armillary.native import rows\n"
+        "    out = rows.softmax_rows_(torch.zeros(2, 4), 1, 0, False, 1.0)\n"
+        "    rows.softmax_rows_(torch.zeros(2, 4), 1, 0, False, 1.0)\n"
+        "assert torch.equal(out, torch.full((2, 4), 0.25))\n"
+        "texts = [str(one.message) for one in said if 'compiler' in str(one.message)]\n"
+        "assert len(texts) == 1, texts\n"
+    )
+    environment = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_compiler_is_named(tmp_path, monkeypatch) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CC", str(fake))
+    monkeypatch.setenv("ARMILLARY_CACHE", str(tmp_path / "cache"))
+    library.cache_clear()
+    try:
+        assert compiler() == str(fake)
+        with pytest.warns(UserWarning, match="no such flag"):
+            assert library() is None
+    finally:
+        monkeypatch.undo()
+        library.cache_clear()

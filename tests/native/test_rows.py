@@ -83,8 +83,10 @@ def test_targets_outside_the_columns_are_refused() -> None:
 def test_few_rows_product(weights: torch.dtype, count: int) -> None:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(count, 130, generator=generator)
+    x = x.to(weights)
     weight = torch.randn(77, 130, generator=generator).to(weights)
-    assert torch.allclose(rows.few_rows_product(x, weight), x @ weight.float().t(), atol=1e-4)
+    expected = x.double() @ weight.double().t()
+    assert torch.allclose(rows.few_rows_product(x, weight).double(), expected, rtol=CLOSE[weights], atol=1e-4)
     alone = torch.cat([rows.few_rows_product(one[None], weight) for one in x])
     assert torch.equal(rows.few_rows_product(x, weight), alone)  # a row does not depend on its neighbours
 
@@ -96,11 +98,40 @@ def test_read_all_reads_everything() -> None:
 
 @needs_library
 def test_bf16_rounds_like_pytorch() -> None:
-    """A weight matrix of one column times 1 is a plain conversion of float32 to bf16 and back."""
+    """A product of one column is one rounding of a float32 product."""
     values = torch.randn(4096, generator=torch.Generator().manual_seed(5)) * torch.logspace(-20, 20, 4096)
-    scores = values.to(torch.bfloat16)[:, None].contiguous()
-    kept = rows.few_rows_product(torch.ones(1, 1), scores)[0]
-    assert torch.equal(kept, values.to(torch.bfloat16).float())
+    weight = values.to(torch.bfloat16)[:, None].contiguous()
+    third = torch.full((1, 1), 1 / 3).to(torch.bfloat16)
+    found = rows.few_rows_product(third, weight)[0]
+    assert torch.equal(found, (weight[:, 0].float() * third.float()[0]).to(torch.bfloat16))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_few_rows_attend_against_pytorch(dtype: torch.dtype, queries: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(2, 4, queries, 8, generator=generator).to(dtype)
+    held = torch.randn(2, 2, 2, 12, 8, generator=generator).to(dtype)  # room for 12 keys, 9 of them in use
+    k, v = held[0, :, :, :9], held[1, :, :, :9]
+    starts = torch.tensor([9 - queries, 4])
+    last = starts[:, None] + torch.arange(queries)
+    mask = torch.arange(9) <= last[:, None, :, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    assert rows.attendable(q, k, v)
+    found = rows.few_rows_attend(q, k, v, starts, 0.3)
+    assert torch.allclose(found.float(), expected, atol=2 * CLOSE[dtype])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+def test_few_rows_rmsnorm_against_pytorch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x, weight = torch.randn(3, 50, generator=generator).to(dtype), torch.randn(50, generator=generator).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.float(), (50,), weight.float(), 1e-5)
+    assert torch.allclose(rows.few_rows_rmsnorm(x, weight, 1e-5).float(), expected, rtol=CLOSE[dtype], atol=1e-5)
 
 
 def test_without_a_compiler_the_plain_form_runs_and_says_so(tmp_path) -> None:

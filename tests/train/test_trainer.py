@@ -71,7 +71,7 @@ def test_the_loss_is_the_mean_over_targets_and_the_first_update_moves_by_the_rat
     settings = training(schedule={"kind": "constant", "warmup": 0}, optimiser={"weight_decay": 0.0})
     trainer = Trainer(net, settings)
     assert trainer.step(ids) == pytest.approx(float(expected), rel=1e-6)
-    moved = max(float((before[name] - p).abs().max()) for name, p in net.named_parameters())
+    moved = max(float((before[name] - p.detach()).abs().max()) for name, p in net.named_parameters())
     assert moved == pytest.approx(settings.optimiser.learning_rate, rel=1e-2)
     assert trainer.last is not None
     assert trainer.last.step == 1 and trainer.last.tokens == 96 and trainer.last.rate == 1e-3

@@ -76,12 +76,14 @@ class Choice(Settings):
     """A node picked by name: subclasses set `kind` and register in `choices`.
 
     The abstract base of a role sets `choices` to that role's registry; a field typed with the base
-    then takes any registered class. `source` names where the mechanism was published.
+    then takes any registered class. `source` names where the mechanism was published,
+    `oracle` the test that compares it with something outside this package, and with what.
     """
 
     choices: ClassVar[Registry[Any]]
     kind: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    oracle: ClassVar[str] = ""
 
     def to_data(self, *, defaults: bool = True) -> dict[str, Any]:
         return {"kind": self.kind, **super().to_data(defaults=defaults)}

@@ -72,8 +72,8 @@ def _block(block: BlockSettings, width: int) -> dict[str, Any]:
         data |= {"norm": _plain(first.norm, width), "norm_at": first.norm_at}
         data |= {branch.name: _plain(branch.mixer or branch.channel, width) for branch in branches}
     else:
-        data["branches"] = {branch.name: _plain(branch, width) for branch in branches}
-        data["order"] = [branch.name for branch in branches]
+        data["branches"] = ", ".join(branch.name for branch in branches)
+        data["branch"] = {branch.name: _plain(branch, width) for branch in branches}
     return data
 
 
@@ -88,9 +88,8 @@ def _plain(value: Any, width: int) -> Any:
         return [_plain(item, width) for item in value] if isinstance(value, (list, tuple)) else value
     if isinstance(value, Choice) and value.kind == "none":
         return None
-    data = {name: _plain(item, width) for name, item in _fields(value) if name not in _TRAINING}
-    if isinstance(value, Choice):
-        data["kind"] = value.kind
+    data: dict[str, Any] = {"kind": value.kind} if isinstance(value, Choice) else {}
+    data |= {name: _plain(item, width) for name, item in _fields(value) if name not in _TRAINING}
     if isinstance(value, AttentionSettings):
         features = value.features(width)
         data |= {"kv_heads": value.groups, "head_width": features, "scale": value.scale or features**-0.5}

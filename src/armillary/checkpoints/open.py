@@ -20,7 +20,9 @@ from armillary.checkpoints.assemble import Loaded, blank, fill, pick_device, pic
 from armillary.checkpoints.native import MANIFEST, RECIPE, check_vocabulary
 from armillary.checkpoints.table import Bound, Family, each, families
 from armillary.checkpoints.tensors import (
+    INDEX,
     MAX_SHARD,
+    WEIGHTS,
     Stored,
     fit,
     inside,
@@ -56,6 +58,8 @@ def detect(folder: str | Path) -> str:
         return _family(root).kind
     if (root / RECIPE).exists() and (root / "checkpoints").is_dir():
         return "run"
+    if (root / WEIGHTS).exists() or (root / INDEX).exists():
+        raise CheckpointError(f"there are weights here, but neither {MANIFEST} nor {CONFIG}", where=str(root))
     if (root / RECIPE).exists():
         raise CheckpointError(
             "this run has no checkpoint yet", where=str(root), hint=f"armillary train {root / RECIPE}"

@@ -158,18 +158,18 @@ class Family:
         if strange:
             known = [key for field in self.fields for key in field.keys]
             close = nearest(strange[0], known)
-            hint = "if it does not change what the model computes, remove it from the file"
+            hint = "If it does not change what the model computes, remove it from the file."
             raise UnsupportedError(
                 f"not understood: {', '.join(f'{key!r}' for key in strange)}",
                 where=where,
-                hint=f"{close}; {hint}" if close.startswith("did") else hint,
+                hint=f"{close} {hint}" if close.startswith("did") else hint,
             )
         try:
             return parse(ModelSettings, ready)
         except SettingsError as error:
-            path = ".".join(error.path)
-            keys = [key for field in self.fields for key in field.keys if any(p.startswith(path) for p in field.paths)]
-            raise CheckpointError(f"{error.what} (from {', '.join(keys)})", where=where, hint=error.hint) from None
+            raise CheckpointError(
+                f"{error.what} (from {', '.join(self._behind(error))})", where=where, hint=error.hint
+            ) from None
 
     def config(self, settings: ModelSettings) -> Data:
         """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
@@ -221,13 +221,24 @@ class Family:
                 hint=f"of this family only {', '.join(self.architectures)} can be read",
             )
 
+    def _behind(self, error: SettingsError) -> list[str]:
+        """The keys of config.json behind a mistake in the settings made from them."""
+        path = ".".join(error.path)
+        near = [
+            (key, name) for field in self.fields for key in field.keys for name in field.paths if name.startswith(path)
+        ]
+        said = set(re.findall(r"\w+", error.what))
+        return [key for key, name in near if name == path or name.rpartition(".")[2] in said] or [
+            key for key, _ in near
+        ]
+
     def _without(self, path: str, wanted: Facts, theirs: Any) -> UnsupportedError:
         """Name the setting: the deepest part of `path` that the network's settings do have."""
-        while path not in wanted and "." in path and not any(name.startswith(f"{path}.") for name in wanted):
+        meant = "" if theirs is None or path not in wanted else f" (it means {theirs!r})"
+        while path not in wanted and "." in path:
             path = path.rpartition(".")[0]
-        inside = {name: value for name, value in wanted.items() if name.startswith(f"{path}.")}
-        ours = wanted.get(path, inside.get(f"{path}.kind", inside and "set"))
-        meant = "" if theirs is None else f" (it means {theirs!r})"
+            path = next((full for name in ("kind", "branches") if (full := f"{path}.{name}") in wanted), path)
+        ours = wanted.get(path)
         return UnsupportedError(f"model.{path}: {ours!r} has no counterpart in the '{self.kind}' layout{meant}")
 
 

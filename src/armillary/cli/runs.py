@@ -108,6 +108,10 @@ def train(
 
 def resume(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of training only, for example training.steps=4000.", metavar="[KEY=VALUE]..."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Go on with a run that was stopped.
@@ -120,7 +124,7 @@ def resume(
     from armillary.train import resume as go_on
 
     with Line() as line:
-        done = go_on(run, progress=line)
+        done = go_on(run, *(overrides or []), progress=line)
     _finish(done, json)
 
 

@@ -108,23 +108,76 @@ static inline float exp_down(float x) {
             free(line);                                                                                \
         }                                                                                              \
     }                                                                                                  \
-    /* y [rows, n] = x [rows, k] W^T for few rows: W [n, k] is read once. x and y are float32. */      \
-    void few_rows_product_##NAME(const float *x, const T *w, float *y, int64_t rows, int64_t k,        \
-                                 int64_t n) {                                                          \
+    /* y [rows, n] = x [rows, k] W^T for few rows: W [n, k] is read once */                            \
+    void few_rows_product_##NAME(const T *x, const T *w, T *y, int64_t rows, int64_t k, int64_t n) {   \
+        float *wide = malloc(sizeof(float) * (size_t)(rows * k));                                      \
+        for (int64_t i = 0; i < rows * k; i++) wide[i] = LOAD(x[i]);                                   \
         _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++) {                 \
             const T *line = w + i * k;                                                                 \
-            if (rows == 1) {                                                                           \
+            for (int64_t r = 0; r < rows; r++) {                                                       \
+                const float *in = wide + r * k;                                                        \
                 float sum = 0.0f;                                                                      \
-                for (int64_t c = 0; c < k; c++) sum += LOAD(line[c]) * x[c];                           \
-                y[i] = sum;                                                                            \
-            } else {                                                                                   \
-                for (int64_t r = 0; r < rows; r++) {                                                   \
-                    const float *in = x + r * k;                                                       \
-                    float sum = 0.0f;                                                                  \
-                    for (int64_t c = 0; c < k; c++) sum += LOAD(line[c]) * in[c];                      \
-                    y[r * n + i] = sum;                                                                \
+                for (int64_t c = 0; c < k; c++) sum += LOAD(line[c]) * in[c];                          \
+                y[r * n + i] = STORE(sum);                                                             \
+            }                                                                                          \
+        }                                                                                              \
+        free(wide);                                                                                    \
+    }                                                                                                  \
+    /* Attention of few queries: q [batch, groups * share, queries, width] contiguous, k and v          \
+     * [batch, groups, ., width] with the given strides of batch and group. Query t of row b sees the   \
+     * first starts[b] + t + 1 keys, at most `keys`. out [batch, queries, groups * share, width]. */    \
+    void few_rows_attend_##NAME(const T *q, const T *k, const T *v, T *out, const int64_t *starts,      \
+                                int64_t batch, int64_t groups, int64_t share, int64_t queries,          \
+                                int64_t keys, int64_t width, int64_t batch_stride,                      \
+                                int64_t group_stride, float scale) {                                    \
+        _Pragma("omp parallel") {                                                                      \
+            float *weights = malloc(sizeof(float) * (size_t)keys);                                     \
+            float *ask = malloc(sizeof(float) * (size_t)width * 2);                                    \
+            float *sum = ask + width;                                                                  \
+            _Pragma("omp for schedule(static)") for (int64_t task = 0; task < batch * groups; task++) {\
+                int64_t b = task / groups, g = task % groups;                                          \
+                const T *ks = k + b * batch_stride + g * group_stride;                                 \
+                const T *vs = v + b * batch_stride + g * group_stride;                                 \
+                for (int64_t one = 0; one < share * queries; one++) {                                  \
+                    int64_t h = g * share + one / queries, t = one % queries;                          \
+                    int64_t seen = starts[b] + t + 1 < keys ? starts[b] + t + 1 : keys;                \
+                    const T *line = q + ((b * groups * share + h) * queries + t) * width;              \
+                    float peak = -INFINITY, total = 0.0f;                                              \
+                    for (int64_t c = 0; c < width; c++) ask[c] = LOAD(line[c]) * scale, sum[c] = 0.0f; \
+                    for (int64_t s = 0; s < seen; s++) {                                               \
+                        const T *key = ks + s * width;                                                 \
+                        float dot = 0.0f;                                                              \
+                        for (int64_t c = 0; c < width; c++) dot += LOAD(key[c]) * ask[c];              \
+                        weights[s] = dot;                                                              \
+                        peak = dot > peak ? dot : peak;                                                \
+                    }                                                                                  \
+                    for (int64_t s = 0; s < seen; s++) {                                               \
+                        float e = exp_down(weights[s] - peak);                                         \
+                        weights[s] = e;                                                                \
+                        total += e;                                                                    \
+                    }                                                                                  \
+                    for (int64_t s = 0; s < seen; s++) {                                               \
+                        const T *value = vs + s * width;                                               \
+                        float e = weights[s];                                                          \
+                        for (int64_t c = 0; c < width; c++) sum[c] += e * LOAD(value[c]);              \
+                    }                                                                                  \
+                    T *y = out + ((b * queries + t) * groups * share + h) * width;                     \
+                    for (int64_t c = 0; c < width; c++) y[c] = STORE(sum[c] / total);                  \
                 }                                                                                      \
             }                                                                                          \
+            free(weights);                                                                             \
+            free(ask);                                                                                 \
+        }                                                                                              \
+    }                                                                                                  \
+    /* y [rows, cols] = x / rms(x) * w for few rows */                                                 \
+    void few_rows_rmsnorm_##NAME(const T *x, const T *w, T *y, int64_t rows, int64_t cols,             \
+                                 float epsilon) {                                                      \
+        for (int64_t r = 0; r < rows; r++) {                                                           \
+            const T *in = x + r * cols;                                                                \
+            float sum = 0.0f;                                                                          \
+            for (int64_t c = 0; c < cols; c++) sum += LOAD(in[c]) * LOAD(in[c]);                       \
+            float factor = 1.0f / sqrtf(sum / (float)cols + epsilon);                                  \
+            for (int64_t c = 0; c < cols; c++) y[r * cols + c] = STORE(LOAD(in[c]) * factor * LOAD(w[c])); \
         }                                                                                              \
     }
 

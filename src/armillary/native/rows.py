@@ -19,6 +19,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "softmax_rows_backward": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int, c_float],
     "cross_entropy_rows": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
     "few_rows_product": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
+    "few_rows_attend": [c_void_p] * 5 + [c_int64] * 8 + [c_float],
+    "few_rows_rmsnorm": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float],
 }
 _functions: dict[tuple[str, torch.dtype], Any] = {}
 
@@ -109,13 +111,51 @@ def cross_entropy_rows_plain_(logits: Tensor, targets: Tensor, shares: Tensor) -
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, K] Wᵀ → [rows, N] in x's dtype, reading W [N, K] (float32 or bf16) once."""
+    """x [rows, K] Wᵀ → [rows, N] in x's dtype, reading W [N, K] once; W has x's dtype or float32."""
     rows, inner = x.shape
-    wide = x.float().contiguous()
-    out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
+    given = x.to(weight.dtype).contiguous()
+    out = torch.empty(rows, weight.shape[0], dtype=weight.dtype)
     call = _function("few_rows_product", weight.dtype)
-    call(wide.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, inner, weight.shape[0])
+    call(given.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, inner, weight.shape[0])
     return out.to(x.dtype)
+
+
+def few_rows_attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """Attention of few queries q [B, H, T, K] over k and v [B, G, S, K] → [B, H, T, K].
+
+    Query t of row b sees the first starts[b] + t + 1 keys; starts: [B] int64. k and v may be views
+    that end before their storage does, alike in their strides.
+    """
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    q = q.contiguous()
+    out = torch.empty(batch, queries, heads, width, dtype=q.dtype)
+    call = _function("few_rows_attend", q.dtype)
+    sizes = (batch, groups, heads // groups, queries, keys, width, k.stride(0), k.stride(1))
+    call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), starts.data_ptr(), *sizes, scale)
+    return out.transpose(1, 2)
+
+
+def attendable(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `few_rows_attend` takes these tensors."""
+    width = q.shape[-1]
+    return (
+        q.dtype == k.dtype == v.dtype
+        and fits(q)
+        and k.stride() == v.stride()
+        and k.stride()[2:] == (width, 1)
+        and v.shape == k.shape
+    )
+
+
+def few_rows_rmsnorm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., D] / rms(x) · w for few rows, x and w of one dtype."""
+    columns = x.shape[-1]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call = _function("few_rows_rmsnorm", x.dtype)
+    call(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns, epsilon)
+    return out
 
 
 def read_all(x: Tensor) -> float:

@@ -78,6 +78,7 @@ class Linear(nn.Module):
             and x.numel() <= FEW_ROWS * self.inputs
             and type(self.weight.data) is Tensor
             and self.weight.is_contiguous()
+            and self.weight.dtype in (x.dtype, torch.float32)
             and x.dtype != torch.float64
             and fits(self.weight)
         )

@@ -29,6 +29,9 @@ from armillary.testing.compare import refuses, require, same
 def recipe(case: Case) -> None:
     """Settings become plain data and back, with defaults and without, and the JSON Schema knows them."""
     settings: MechanismSettings = case.example.settings
+    require(type(settings).source != "", "settings name no source (authors, year, title)")
+    for name, field in type(settings).model_fields.items():
+        require(bool(field.description), f"the key '{name}' has no description")
     base: type[Any] = next(c for c in type(settings).__mro__ if "choices" in vars(c))
     for defaults in (True, False):
         data = json.loads(json.dumps(settings.to_data(defaults=defaults)))
@@ -41,9 +44,6 @@ def recipe(case: Case) -> None:
         pass
     else:
         require(False, "an unknown key was accepted")
-    require(type(settings).source != "", "settings name no source (authors, year, title)")
-    for name, field in type(settings).model_fields.items():
-        require(bool(field.description), f"the key '{name}' has no description")
     schema = json_schema(type(settings))
     require(set(schema["properties"]) == set(data), "the JSON Schema and the data have different keys")
     _validate(data, schema)

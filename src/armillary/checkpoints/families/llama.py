@@ -201,23 +201,24 @@ class Llama(Family):
         theirs, ours = "model.layers.{i}", "blocks.{i}"
         of_q = "num_attention_heads × head_dim, hidden_size"
         of_k = "num_key_value_heads × head_dim, hidden_size"
+        q_rows, k_rows = of_q.split(", ")[0], of_k.split(", ")[0]
         of_up = "intermediate_size, hidden_size"
         return (
             Entry("model.embed_tokens.weight", "embed.weight", sizes="vocab_size, hidden_size"),
             Entry(f"{theirs}.input_layernorm.weight", f"{ours}.mixer.norm.weight", sizes="hidden_size"),
             Entry(f"{theirs}.self_attn.q_proj.weight", f"{ours}.mixer.inner.q.weight", q, of_q),
-            Entry(f"{theirs}.self_attn.q_proj.bias", f"{ours}.mixer.inner.q.bias", q, of_q),
+            Entry(f"{theirs}.self_attn.q_proj.bias", f"{ours}.mixer.inner.q.bias", q, q_rows),
             Entry(f"{theirs}.self_attn.k_proj.weight", f"{ours}.mixer.inner.k.weight", k, of_k),
-            Entry(f"{theirs}.self_attn.k_proj.bias", f"{ours}.mixer.inner.k.bias", k, of_k),
+            Entry(f"{theirs}.self_attn.k_proj.bias", f"{ours}.mixer.inner.k.bias", k, k_rows),
             Entry(f"{theirs}.self_attn.v_proj.weight", f"{ours}.mixer.inner.v.weight", sizes=of_k),
-            Entry(f"{theirs}.self_attn.v_proj.bias", f"{ours}.mixer.inner.v.bias", sizes=of_k),
+            Entry(f"{theirs}.self_attn.v_proj.bias", f"{ours}.mixer.inner.v.bias", sizes=k_rows),
             Entry(f"{theirs}.self_attn.o_proj.weight", f"{ours}.mixer.inner.o.weight", sizes=of_q),
             Entry(f"{theirs}.self_attn.o_proj.bias", f"{ours}.mixer.inner.o.bias", sizes="hidden_size"),
             Entry(f"{theirs}.post_attention_layernorm.weight", f"{ours}.channel.norm.weight", sizes="hidden_size"),
             Entry(f"{theirs}.mlp.gate_proj.weight", f"{ours}.channel.inner.gate.weight", sizes=of_up),
-            Entry(f"{theirs}.mlp.gate_proj.bias", f"{ours}.channel.inner.gate.bias", sizes=of_up),
+            Entry(f"{theirs}.mlp.gate_proj.bias", f"{ours}.channel.inner.gate.bias", sizes="intermediate_size"),
             Entry(f"{theirs}.mlp.up_proj.weight", f"{ours}.channel.inner.up.weight", sizes=of_up),
-            Entry(f"{theirs}.mlp.up_proj.bias", f"{ours}.channel.inner.up.bias", sizes=of_up),
+            Entry(f"{theirs}.mlp.up_proj.bias", f"{ours}.channel.inner.up.bias", sizes="intermediate_size"),
             Entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.channel.inner.down.weight", sizes=of_up),
             Entry(f"{theirs}.mlp.down_proj.bias", f"{ours}.channel.inner.down.bias", sizes="hidden_size"),
             Entry("model.norm.weight", "norm.weight", sizes="hidden_size"),

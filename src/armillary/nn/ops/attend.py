@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from armillary.native.rows import attendable, few_rows_attend
 from armillary.nn.mask import Causal, Mask, dense
 from armillary.nn.ops import plain
 from armillary.nn.ops.blocked import attend_blocked
@@ -180,6 +181,11 @@ def _few(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float) -> Te
     """Few queries: the heads that share keys become rows of one product, so keys are read once."""
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1], k.shape[2]
+    if mask is None or isinstance(mask, Causal):
+        offset = keys if mask is None else mask.offset
+        if not torch.compiler.is_compiling() and attendable(q, k, v):
+            starts = offset if isinstance(offset, Tensor) else torch.full((batch,), offset)
+            return few_rows_attend(q, k, v, starts, scale)
     folded = q.reshape(batch, groups, heads // groups * queries, width)
     scores = (folded @ k.transpose(2, 3)).view(batch, heads, queries, keys)
     lone = queries == 1 and isinstance(mask, Causal) and not isinstance(mask.offset, Tensor)

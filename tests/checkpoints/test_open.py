@@ -125,6 +125,14 @@ def test_every_fault_is_one_message(tmp_path: Path, fault: str) -> None:
     assert str(folder) in message
 
 
+@pytest.mark.parametrize("data", [LLAMA, GPT])
+def test_loaded_parameters_own_their_memory(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Tensors stored as one must not keep one another alive, nor lie scattered in memory."""
+    save_open(tmp_path / "model", _network(data))
+    for parameter in load_open(tmp_path / "model", "cpu").network.parameters():
+        assert parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
 def test_a_second_name_that_agrees_is_read(tmp_path: Path) -> None:
     network = _network()
     save_open(tmp_path / "model", network)

@@ -304,3 +304,10 @@ def test_older_and_newer_rope_keys_mean_the_same() -> None:
     older = Llama().settings(_llama(rope_theta=5e5, rope_scaling=scaling), "")
     newer = Llama().settings(_llama(rope_parameters={"rope_theta": 5e5, **scaling}), "")
     assert older == newer
+
+
+def test_yarn_without_a_factor_stretches_to_the_whole_length() -> None:
+    """By the definition that published folders rely on: the new length over the old."""
+    scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}
+    found = facts(Llama().settings(_llama(max_position_embeddings=96, rope_scaling=scaling), ""))
+    assert found["blocks.0.mixer.position.scaling.factor"] == 3.0

@@ -99,6 +99,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _index(f, lambda m: m.update({"layer.0.weight": "model-00002-of-00005.safetensors"})),
         "'layer.0.weight' is not in model-00002-of-00005.safetensors",
     ),
+    "exchanged": (
+        lambda f: _index(
+            f, lambda m: m.update({"layer.0.weight": m["layer.1.weight"], "layer.1.weight": _first(f).name})
+        ),
+        "'layer.0.weight' is not in model-00002-of-00005.safetensors",
+    ),
+    "subfolder": (
+        lambda f: _index(f, lambda m: m.update(x="sub/x.safetensors")),
+        "'sub/x.safetensors' is not the name",
+    ),
     "tensor twice": (_twice, "'layer.0.weight' is both in"),
     "tensor twice in a header": (_repeat_in_header, "'layer.0.weight' is there twice"),
     "outside above": (lambda f: _index(f, lambda m: m.update(x="../outside.safetensors")), "'../outside.safetensors'"),

@@ -165,3 +165,10 @@ def test_a_broken_compiler_is_named(tmp_path, monkeypatch) -> None:
     finally:
         monkeypatch.undo()
         library.cache_clear()
+
+
+@needs_library
+def test_loading_leaves_subnormal_numbers_alone() -> None:
+    assert library() is not None
+    assert 5e-324 / 1 == 5e-324 and 2.3e-308 / 4 > 0
+    assert float(torch.tensor([1e-40]) * 1.0) > 0

@@ -19,6 +19,7 @@ def agree() -> Agree:
 
     def near(found: Tensor | None, expected: Tensor | None, tolerance: float = 1e-5) -> None:
         assert found is not None and expected is not None
+        found, expected = found.detach(), expected.detach()
         assert found.shape == expected.shape
         size = max(float(expected.abs().max()), 1e-3)
         assert float((found - expected).abs().max()) <= tolerance * size

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from armillary.base.errors import TokenizerError
 from armillary.text import Tokenizer, TokenizerSettings, fertility, train_tokenizer
+from armillary.text.tokenizer import STANDARD
 
 TEXTS = [f"def function_{i}(value):\n    return value + {i}  # héllo wörld\n" for i in range(200)]
 TOKENIZERS = {
@@ -144,3 +149,102 @@ def test_a_byte_fallback_tokenizer(tmp_path) -> None:
     assert tokenizer.token_bytes(vocab["<0xC3>"]) == b"\xc3"
     with pytest.raises(TokenizerError, match="no chat template"):
         tokenizer.chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=5))
+def test_a_batch_is_its_texts_one_by_one(kind: str, texts: list[str]) -> None:
+    tokenizer = TOKENIZERS[kind]
+    for special in (False, True):
+        batch = tokenizer.encode_batch(texts, special=special)
+        assert batch == [tokenizer.encode(text, special=special) for text in texts]
+        assert [tokenizer.decode(ids, special=special) for ids in batch] == texts
+
+
+def test_threads_do_not_mix_text_and_control_tokens() -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    text = "<|user|> x <|end|>"
+    expected = {special: tokenizer.encode(text, special=special) for special in (False, True)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            wanted = [number % 2 == 0 for number in range(4000)]
+            found = list(pool.map(lambda special: tokenizer.encode(text, special=special), wanted))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [expected[special] for special in wanted]
+
+
+def test_ids_may_be_arrays_but_not_anything() -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    ids = tokenizer.encode("héllo")
+    assert tokenizer.decode(np.array(ids)) == tokenizer.decode(iter(ids)) == "héllo"
+    assert tokenizer.decode([]) == tokenizer.decode(np.array([], np.int64)) == ""
+    for wrong in ([[1, 2]], ["a"], [1.5], np.zeros((1, 2), int), [None]):
+        with pytest.raises(TokenizerError, match="flat list of integers"):
+            tokenizer.decode(wrong)  # type: ignore[arg-type]
+    for wrong in (3, None, b"x", ("a", "b")):
+        with pytest.raises(TokenizerError, match="expected text, found"):
+            tokenizer.encode(wrong)  # type: ignore[arg-type]
+
+
+def test_a_copy_in_another_process_is_the_same() -> None:
+    tokenizer = TOKENIZERS["unigram"]
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert (copy.fingerprint, copy.config, copy.special) == (tokenizer.fingerprint, tokenizer.config, tokenizer.special)
+    assert copy.encode("<|end|>") == tokenizer.encode("<|end|>") != [copy.eos]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_transformers_reads_what_is_saved(kind: str, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = train_tokenizer(TokenizerSettings(kind=kind, size=290, special=("<|tool|>",)), TEXTS)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "def  x\n\té😀 don't <|end|><|tool|> a ,b ."
+    ids = tokenizer.encode(text, special=True)
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.encode(text) == [tokenizer.begin, *ids]
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id] == [
+        tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.mask,
+    ]  # fmt: skip
+    theirs.save_pretrained(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.encode(text, special=True) == ids
+    assert (again.special, again.begin, again.chat_template) == (
+        tokenizer.special, tokenizer.begin, tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def test_the_settings_know_the_size_before_training() -> None:
+    for settings_ in (TokenizerSettings(kind="byte", special=("<|a|>", "<|end|>")), TokenizerSettings(size=285)):
+        assert settings_.vocabulary == train_tokenizer(settings_, TEXTS).size
+    assert TokenizerSettings(special=("<|a|>",)).specials == (*STANDARD, "<|a|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"\xff", "tokenizer.json: not UTF-8"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: expected a JSON object"),
+        ("special_tokens_map.json", b"{", "special_tokens_map.json: not valid JSON"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name: str, content: bytes, message: str) -> None:
+    TOKENIZERS["byte"].save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(TokenizerError, match="no such file"):
+        Tokenizer.from_file(tmp_path / "absent.json")
+
+
+def test_fertility_of_known_text() -> None:
+    """By hand: four bytes and two words, then three bytes (é is two) and one."""
+    assert fertility(TOKENIZERS["byte"], ["a bc", "éa"]) == (7 / 3, 1.0)
+    assert fertility(TOKENIZERS["byte"], []) == (0, 0)

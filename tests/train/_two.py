@@ -59,8 +59,6 @@ def main(what: str, *arguments: str) -> None:
         train(Recipe.load(Path(arguments[0])), arguments[1], stop_after=int(arguments[2]) or None)
     else:
         resume(arguments[0])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

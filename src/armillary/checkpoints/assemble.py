@@ -102,8 +102,7 @@ def fill(
     network.tie()
     left = [name for name, part in (*network.named_parameters(), *network.named_buffers()) if part.is_meta]
     assert not left, f"nothing was loaded into {', '.join(left)}"
-    network.to(device)
-    network.tie()
+    network.to(device)  # what is neither parameter nor buffer, such as the frequencies of positions
     network.check_ties()
     return network.compute(dtype or sizes.most_common(1)[0][0])
 

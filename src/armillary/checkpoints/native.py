@@ -144,7 +144,7 @@ def damage(folder: Path, manifest: dict[str, Any] | None = None, *, contents: bo
             size = path.stat().st_size
             if size != signed["bytes"]:
                 return f"'{name}' is damaged: it has {size} bytes, {signed['bytes']} were written"
-            if False:
+            if contents and _signed(path) != signed:
                 return f"'{name}' was changed or damaged since it was written (another sha256)"
     except CheckpointError as error:
         return error.what

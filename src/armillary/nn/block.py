@@ -43,8 +43,9 @@ class BranchSettings(Settings):
             raise ValueError("a branch has either a mixer or a channel")
         if self.look == "memory" and self.mixer is None:
             raise ValueError("only a mixer can look at the memory")
-        if not self.name.isidentifier() or self.name in ("residual", "add_module"):
-            raise ValueError(f"'{self.name}' cannot name a branch: use letters, digits and _")
+        taken = hasattr(Block, self.name) or self.name in ("residual", "path", "names", "parallel", "training")
+        if not self.name.isidentifier() or taken:
+            raise ValueError(f"'{self.name}' cannot name a branch: use a word of letters, digits and _ that is free")
         return self
 
     def cost(self, place: Place, length: int, itemsize: int) -> Cost:

@@ -22,6 +22,7 @@ class PrefixSettings(ObjectiveSettings):
 
     kind: ClassVar[str] = "prefix"
     source: ClassVar[str] = "Raffel et al. 2020, Exploring the Limits of Transfer Learning (prefix LM)"
+    oracle: ClassVar[str] = "tests/objectives/test_prefix.py: log-softmax of the full logits behind the cut"
     shortest: float = Field(0.25, gt=0, lt=1, description="the cut lies no earlier than this share of the window")
     longest: float = Field(0.75, gt=0, lt=1, description="and no later than this one")
 

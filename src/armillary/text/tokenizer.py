@@ -6,26 +6,43 @@ is stored in the common open layout: tokenizer.json and tokenizer_config.json.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
 from pydantic import Field
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, processors
 
 from armillary.base.errors import TokenizerError
-from armillary.base.files import write_atomic
+from armillary.base.files import explained, write_atomic
 from armillary.base.settings import Settings
-from armillary.text.chat import DEFAULT_TEMPLATE, ROLES, render
+from armillary.text.chat import DEFAULT_TEMPLATE, ROLES, broken, compile_template, plain_messages, render
+from armillary.text.learn import BYTES, learn, utf8
+from armillary.text.pieces import Pieces, pieces_of
 from armillary.text.stream import StreamDecoder
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 STANDARD = (END, PAD, MASK, "<|user|>", "<|assistant|>", "<|system|>")
-_BATCH = 256
+_CONFIG: Mapping[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END,
+    "eos_token": END,
+    "pad_token": PAD,
+    "mask_token": MASK,
+    "add_bos_token": True,
+    "clean_up_tokenization_spaces": False,
+}
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Files that the same layout knows for what tokenizer_config.json also holds.
+_BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_NOWHERE = "\U0010fffe"  # a code point that is in no vocabulary: shows what stands for the unknown
 
 
 class TokenizerSettings(Settings):
@@ -36,52 +53,108 @@ class TokenizerSettings(Settings):
     special: tuple[str, ...] = Field((), description="special tokens beyond the standard ones")
     chat_template: str | None = Field(None, description="Jinja template of conversations; by default ours")
 
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """All special tokens, in the order of their ids."""
+        return tuple(dict.fromkeys(STANDARD + self.special))
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the trained vocabulary."""
+        return BYTES + len(self.specials) if self.kind == "byte" else self.size
+
 
 class Tokenizer:
     """Text ↔ ids. Special tokens: `bos`, `eos`, `pad`, `mask` are ids or None; `begin` is the id that
-    documents and prompts start with, or None."""
+    documents and prompts start with, or None.
+
+    inner: the library's tokenizer, which this one takes over; config: what tokenizer_config.json
+    says. What would cut, fill or vary encodings (truncation, padding, dropout) is switched off.
+    Safe to use from several threads. Raises TokenizerError when the two contradict each other.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None) -> None:
         self._inner = inner
+        inner.no_truncation()
+        inner.no_padding()
+        for chance in ("dropout", "alpha", "nbest_size"):
+            if getattr(inner.model, chance, None) is not None:
+                setattr(inner.model, chance, None)
         self.config = dict(config or {})
-        added = inner.get_added_tokens_decoder()
-        self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        _add_declared(inner, self.config)
+        self.special: dict[str, int] = _special(inner, self.config)
         self._special_ids = frozenset(self.special.values())
-        self.size: int = max(inner.get_vocab().values(), default=-1) + 1
-        self.bos = self._named("bos_token")
-        self.eos = self._named("eos_token")
-        self.pad = self._named("pad_token")
-        self.mask = self._named("mask_token")
+        self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
+        self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
         self.begin = self._begin()
         self.chat_template: str | None = self._template()
-        layout = json.loads(inner.to_str())
-        self._bytes_of = _byte_reader(layout)
-        self.strips_leading_space = _strips_leading_space(layout)
+        inner.encode_special_tokens = True  # special tokens typed in a text are text
+        unknown: set[int | None] = {self._named("unk_token")}
+        with contextlib.suppress(TokenizerError):  # a vocabulary without an entry for the unknown
+            unknown.update(_ids(inner, [_NOWHERE])[0])
+        self._control_ids = self._special_ids - unknown
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(size={self.size}, special={list(self.special)})"
 
     # -- text ↔ ids
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of a text. Unless special=True, special tokens typed in the text are ordinary text."""
+        """Ids of a text, nothing put before or after it.
+
+        Unless special=True, special tokens typed in the text are ordinary text and never become
+        control tokens. Raises TokenizerError for text that UTF-8 cannot hold (lone surrogates).
+        """
         return self.encode_batch([text], special=special)[0]
 
-    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str], *, special: bool = False) -> list[list[int]]:
         """Ids of several texts, encoded in parallel."""
-        for text in texts:
-            _checked(text)
-        self._inner.encode_special_tokens = not special
-        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        many = list(texts)
+        for text in many:
+            utf8(text)
+        inner = self._recognising if special else self._inner
+        found = _ids(inner, many)
+        if not special:
+            for index, ids in enumerate(found):
+                if not self._control_ids.isdisjoint(ids):
+                    found[index] = self._broken_up(many[index])
+        return found
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of ids, the exact inverse of `encode`; special=False leaves special tokens out."""
-        kept = [i for i in ids if special or i not in self._special_ids]
-        data = b"".join(self.token_bytes(i) for i in kept)
-        if self.strips_leading_space and data.startswith(b" "):
-            data = data[1:]
-        return data.decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids, the exact inverse of `encode`; special=False leaves special tokens out.
+
+        Bytes that are not UTF-8 become replacement characters, as Python writes them.
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        numbers: list[int] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        try:
+            if numbers and not 0 <= min(numbers) <= max(numbers) < self.size:
+                self._outside(min(numbers) if min(numbers) < 0 else max(numbers))
+            kept = numbers if special else [i for i in numbers if i not in self._special_ids]
+            if not kept:
+                return ""
+            if self.pieces is None:
+                text: str = self._inner.decode(kept, skip_special_tokens=False)
+                return text
+            rest = self.pieces.rest
+            parts = [self.pieces.first[kept[0]], *[rest[i] for i in kept[1:]]]
+        except TypeError:
+            raise TokenizerError("token ids should be a flat list of integers") from None
+        data = b"".join(part if part is not None else self._outside(i) for part, i in zip(parts, kept, strict=True))
+        cut = min(self.pieces.strip, len(data) - len(data.lstrip(b" ")))
+        return data[cut:].decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for."""
-        return self._table[id] if 0 <= id < len(self._table) else self._outside(id)
+        """The bytes that a token stands for inside a text; of a special token, those of its name.
+
+        Raises TokenizerError for an id without a token, and for foreign decoders that do not work
+        token by token.
+        """
+        if self.pieces is None:
+            raise TokenizerError("this tokenizer's decoder does not give each token bytes of its own")
+        found = self.pieces.rest[id] if 0 <= id < self.size else None
+        return self._outside(id) if found is None else found
 
     def is_special(self, id: int) -> bool:
         return id in self._special_ids
@@ -93,22 +166,36 @@ class Tokenizer:
     # -- conversations
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> str:
-        """The conversation as text through the chat template; generate adds what precedes an answer."""
+        """The conversation as text through the chat template; generate adds what precedes an answer.
+
+        Raises TokenizerError for a broken template and for messages that it refuses.
+        """
         return render(self.chat_template or self._no_template(), messages, generate=generate, special=self._names())
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> list[int]:
         """Ids of a conversation.
 
-        With our default template no text inside a message can become a control token. A foreign
-        template mixes both in one text, so there special tokens inside messages are recognised too.
+        With our default template no text inside a message can become a control token: the control
+        tokens are put in as ids, and what the messages say is encoded as plain text.
+        A foreign template writes both into one text. There, every special token typed inside a
+        message is broken apart before rendering and encoded as plain text after it; what can still
+        become a control token is text that the template itself changes (to another case, say) or
+        writes right beside its own. Tokens that were added without being special, such as tags for
+        tools, are recognised wherever they stand.
         """
-        if self.chat_template != DEFAULT_TEMPLATE:
-            return self.encode(self.chat(messages, generate=generate), special=True)
-        self.chat(messages, generate=generate)  # the template's own checks
-        ids: list[int] = []
-        for message in messages:
-            ids += [self.special[f"<|{message['role']}|>"], *self.encode(str(message["content"])), self.special[END]]
-        return [*ids, self.special["<|assistant|>"]] if generate else ids
+        template = self.chat_template or self._no_template()
+        text = self.chat(messages, generate=generate)  # the template's own checks
+        if template == DEFAULT_TEMPLATE and all(token in self.special for token in STANDARD):
+            ids: list[int] = []
+            for message in plain_messages(messages):
+                ids += [self.special[f"<|{message['role']}|>"], *self.encode(message["content"]), self.special[END]]
+            return [*ids, self.special["<|assistant|>"]] if generate else ids
+        data, mark = broken(messages, self.special, template)
+        if data == plain_messages(messages):
+            return self.encode(text, special=True)
+        text = render(template, data, generate=generate, special=self._names())
+        text = text.replace(json.dumps(mark)[1:-1], mark)  # as a template's tojson may write it
+        return [i for ids in self.encode_batch(filter(None, text.split(mark)), special=True) for i in ids]
 
     # -- files
 
@@ -118,10 +205,13 @@ class Tokenizer:
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json and tokenizer_config.json; files of an older tokenizer that would
+        contradict them are removed."""
         place = Path(folder)
         write_atomic(place / "tokenizer.json", self._inner.to_str(pretty=True))
         write_atomic(place / "tokenizer_config.json", json.dumps(self.config, indent=2, ensure_ascii=False))
+        for name in _BESIDE:
+            (place / name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -132,65 +222,76 @@ class Tokenizer:
             raise TokenizerError("there is no tokenizer.json", where=str(place))
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (place / name).is_file():
-                try:
-                    found = json.loads((place / name).read_text("utf-8"))
-                except (ValueError, UnicodeDecodeError) as error:
-                    raise TokenizerError(f"not valid JSON: {error}", where=str(place / name)) from None
-                if not isinstance(found, dict):
-                    raise TokenizerError("expected a JSON object", where=str(place / name))
-                config |= found
+            config |= {key: value for key, value in _object(place / name).items() if value is not None}
+        if added := _object(place / "added_tokens.json"):
+            config["added_tokens_decoder"] = {
+                **{str(index): {"content": token, "special": False} for token, index in added.items()},
+                **config.get("added_tokens_decoder", {}),
+            }
         if (place / "chat_template.jinja").is_file():
-            config["chat_template"] = (place / "chat_template.jinja").read_text("utf-8")
+            config["chat_template"] = _text(place / "chat_template.jinja")
         return cls._read(file, config)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """From one tokenizer.json."""
+        """From one tokenizer.json, which does not say which tokens begin and end a text."""
         return cls._read(Path(path), {})
 
     @classmethod
     def _read(cls, file: Path, config: dict[str, Any]) -> Tokenizer:
+        text = _text(file)
         try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for every fault
             raise TokenizerError(f"not a tokenizer: {error}", where=str(file)) from None
-        return cls(inner, config)
+        try:
+            return cls(inner, config)
+        except TokenizerError as error:
+            raise TokenizerError(error.what, where=str(file.parent), hint=error.hint) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._inner.to_str(), self.config)
 
     # -- parts
 
     @functools.cached_property
-    def _table(self) -> list[bytes]:
-        names: list[str] = [""] * self.size
-        for token, index in self._inner.get_vocab(with_added_tokens=False).items():
-            names[index] = token
-        table = [self._bytes_of(name) for name in names]
-        for index, added in self._inner.get_added_tokens_decoder().items():
-            table[index] = added.content.encode("utf-8")
-        return table
+    def pieces(self) -> Pieces | None:
+        """The bytes of every token; None for a foreign decoder that does not work token by token."""
+        return pieces_of(self._inner)
+
+    @functools.cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """A twin that recognises special tokens: one with a switch could not serve two threads."""
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
+
+    @functools.cached_property
+    def _any_special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
+
+    def _broken_up(self, text: str) -> list[int]:
+        """Ids of a text in which a foreign vocabulary holds a typed special token as a word."""
+        cuts = [found.start() + 1 for found in self._any_special.finditer(text)]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        if "" in parts or len(parts) < 2:
+            raise TokenizerError(
+                "this tokenizer writes a special token for plain text", hint="encode it with special=True if meant"
+            )
+        return [i for ids in self.encode_batch(parts) for i in ids]
 
     def _outside(self, id: int) -> bytes:
+        if 0 <= id < self.size:
+            raise TokenizerError(f"id {id} stands for no token of this vocabulary")
         raise TokenizerError(f"id {id} is outside the vocabulary of {self.size}")
 
     def _named(self, key: str) -> int | None:
-        token = self.config.get(key)
-        if isinstance(token, Mapping):
-            token = token.get("content")
-        if not isinstance(token, str):
-            return None
-        found: int | None = self._inner.token_to_id(token)
-        if found is not None:
-            self.special.setdefault(token, found)
-            self._special_ids |= {found}
-        return found
+        return self.special.get(_content(self.config.get(key)) or "")
 
     def _begin(self) -> int | None:
         if "add_bos_token" in self.config:
             return self.bos if self.config["add_bos_token"] else None
         if self.bos is None:
             return None
-        with_special = self._inner.encode("", add_special_tokens=True).ids
-        return self.bos if self.bos in with_special else None
+        return self.bos if self.bos in self._inner.encode("", add_special_tokens=True).ids else None
 
     def _template(self) -> str | None:
         found = self.config.get("chat_template")
@@ -204,75 +305,27 @@ class Tokenizer:
         raise TokenizerError("this tokenizer has no chat template", hint="use generate with plain text")
 
     def _names(self) -> dict[str, str]:
-        names = {}
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = self.config.get(key)
-            value = value.get("content") if isinstance(value, Mapping) else value
-            names[key] = value if isinstance(value, str) else ""
-        return names
+        named = {key: _content(self.config.get(key)) for key in _ROLES}
+        return {key: token for key, token in named.items() if token is not None}
 
 
 def train_tokenizer(
-    settings: TokenizerSettings, texts: Iterable[str], progress: Callable[[str], None] | None = None
+    settings: TokenizerSettings, texts: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> Tokenizer:
-    """Learn a vocabulary from texts; the same texts in the same order give the same tokenizer.
+    """Learn a vocabulary from texts; the same texts give the same tokenizer.
 
+    progress: called with the bytes read so far. The byte kind reads no text.
     Raises TokenizerError when there is no text, the size is below the 256 bytes and the special
-    tokens, or above what the texts support.
+    tokens or above what the texts support, or the chat template is broken.
     """
-    special = tuple(dict.fromkeys(STANDARD + settings.special))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + len(special)
-    if settings.kind != "byte" and settings.size < smallest:
-        raise TokenizerError(
-            f"a vocabulary of {settings.size} is too small", hint=f"tokenizer.size must be at least {smallest}"
-        )
-    if progress is not None:
-        progress(f"learning a {settings.kind} vocabulary")
-    added = [AddedToken(token, special=True, normalized=False) for token in special]
-    if settings.kind == "byte":
-        inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        inner.add_special_tokens(added)
-    else:
-        seen = _Counted(texts)
-        trainer: Any
-        if settings.kind == "bpe":
-            inner = tokenizers.Tokenizer(models.BPE())
-            trainer = trainers.BpeTrainer(
-                vocab_size=settings.size, special_tokens=added, initial_alphabet=alphabet, show_progress=False
-            )
-        else:
-            inner = tokenizers.Tokenizer(models.Unigram())
-            # The alphabet's 256 entries must survive pruning, or some bytes could not be written.
-            trainer = trainers.UnigramTrainer(
-                vocab_size=settings.size, special_tokens=added, initial_alphabet=alphabet, show_progress=False
-            )
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        inner.train_from_iterator(seen.batches(), trainer=trainer)
-        if not seen.characters:
-            raise TokenizerError("there is no text to learn a vocabulary from", hint="check data.sources")
-        reached = inner.get_vocab_size()
-        if reached < settings.size:
-            raise TokenizerError(
-                f"the text supports a vocabulary of {reached}, but tokenizer.size is {settings.size}",
-                hint=f"set tokenizer.size={reached} or less, or give more text",
-            )
-    inner.decoder = decoders.ByteLevel()
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": PAD,
-        "mask_token": MASK,
-        "add_bos_token": True,
-        "clean_up_tokenization_spaces": False,
-    }
     if settings.chat_template is not None:
-        config["chat_template"] = settings.chat_template
-    if settings.kind == "unigram":
-        inner = _settled(inner, seen.letters)
-    return Tokenizer(inner, config)
+        compile_template(settings.chat_template)
+    inner = learn(settings.kind, settings.size, settings.specials, texts, progress)
+    # Other programs, too, then begin every text with the boundary that documents begin with.
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, STANDARD.index(END))]
+    )
+    return Tokenizer(inner, {**_CONFIG, "chat_template": settings.chat_template or DEFAULT_TEMPLATE})
 
 
 def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, float]:
@@ -285,94 +338,74 @@ def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, float]
     return tokens / max(1, words), tokens / max(1, size)
 
 
-def _settled(inner: tokenizers.Tokenizer, seen: set[int]) -> tokenizers.Tokenizer:
-    """The same unigram model with scores that do not depend on the order in which threads summed.
-
-    The library's sums differ in the last digits from run to run, and letters that the text lacks
-    get scores by chance: round the first, and put the others below everything alike.
-    """
-    layout = json.loads(inner.to_str())
-    absent = {letter for letter, byte in _byte_letters().items() if byte not in seen}
-    scores = {token: round(score, 6) for token, score in layout["model"]["vocab"] if token not in absent}
-    special = {token["content"] for token in layout["added_tokens"]}
-    lowest = round(min(score for token, score in scores.items() if token not in special) - 10, 6)
-    first = [[token, score] for token, score in layout["model"]["vocab"] if token in special]
-    rest = [[token, score] for token, score in scores.items() if token not in special]
-    rest += [[token, lowest] for token in absent]
-    layout["model"]["vocab"] = first + sorted(rest, key=lambda entry: (-entry[1], entry[0]))
-    return tokenizers.Tokenizer.from_str(json.dumps(layout))
-
-
-class _Counted:
-    """Texts in batches (the library learns faster from those), counted on the way."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.characters = texts, 0
-        self.letters: set[int] = set()  # byte values that occur
-
-    def batches(self) -> Iterator[list[str]]:
-        batch: list[str] = []
-        for text in self.texts:
-            self.characters += len(_checked(text))
-            self.letters |= set(text.encode("utf-8"))
-            batch.append(text)
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-
-def _checked(text: str) -> str:
+def _ids(inner: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"character {error.start} is half of a surrogate pair (U+{ord(text[error.start]):04X})",
-            hint="decode the text properly first; UTF-8 cannot hold it",
-        ) from None
-    return text
+        return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"this tokenizer cannot write the text: {error}") from None
 
 
-def _byte_reader(layout: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """How a vocabulary entry spells bytes: byte-level letters, or text with ▁ and <0xNN>."""
-    kinds = {part.get("type") for part in _parts(layout.get("decoder"))}
-    kinds |= {part.get("type") for part in _parts(layout.get("pre_tokenizer"))}
-    if "ByteLevel" in kinds:
-        letters = _byte_letters()
-        return lambda token: b"".join(bytes([letters[c]]) if c in letters else c.encode("utf-8") for c in token)
-    fallback = "ByteFallback" in kinds or bool(layout["model"].get("byte_fallback"))
-
-    def spelled(token: str) -> bytes:
-        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("▁", " ").encode("utf-8")
-
-    return spelled
+def _rebuilt(definition: str, config: Mapping[str, Any]) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(definition), config)
 
 
-def _byte_letters() -> dict[str, int]:
-    """The printable letter that byte-level vocabularies write for each byte (Radford et al. 2019)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(byte): byte for byte in plain}
-    others = (byte for byte in range(256) if byte not in set(plain))
-    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
+def _text(file: Path) -> str:
+    try:
+        with explained("reading", file):
+            return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"not UTF-8 text: {error}", where=str(file)) from None
+    except FileNotFoundError:
+        raise TokenizerError("there is no such file", where=str(file)) from None
 
 
-def _strips_leading_space(layout: Mapping[str, Any]) -> bool:
-    """Whether encoding puts a space before the text, so that decoding takes it away."""
-    for part in _parts(layout.get("decoder")):
-        if part.get("type") == "Strip" and part.get("content") == " " and part.get("start", 0) > 0:
-            return True
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            return True
-    return False
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(_text(file))
+    except ValueError as error:
+        raise TokenizerError(f"not valid JSON: {error}", where=str(file)) from None
+    if not isinstance(found, dict):
+        raise TokenizerError("expected a JSON object", where=str(file))
+    return found
 
 
-def _parts(node: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(node, Mapping):
-        return []
-    if node.get("type") == "Sequence":
-        inner = node.get("decoders") or node.get("pretokenizers") or []
-        return [part for item in inner for part in _parts(item)]
-    return [node]
+def _content(token: Any) -> str | None:
+    """The text of a token that a configuration writes as a string or as an object."""
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else None
+
+
+def _add_declared(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Add the tokens that only the configuration declares, at the ids that it declares."""
+    declared = config.get("added_tokens_decoder") or {}
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    for index in sorted(declared, key=int):
+        entry = declared[index]
+        content = _content(entry)
+        if content is None or content in known:
+            continue
+        flags = {key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry}
+        token = AddedToken(content, special=bool(entry.get("special")), **flags)
+        (inner.add_special_tokens if token.special else inner.add_tokens)([token])
+        if inner.token_to_id(content) != int(index):
+            raise TokenizerError(
+                f"the configuration gives {content!r} the id {index}, tokenizer.json {inner.token_to_id(content)}",
+                hint="use the files of one tokenizer",
+            )
+
+
+def _special(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+    """Special tokens and their ids: marked so in tokenizer.json, or named so by the configuration."""
+    found = {token.content: index for index, token in inner.get_added_tokens_decoder().items() if token.special}
+    names = [config.get(key) for key in _ROLES]
+    for key in _LISTS:
+        many = config.get(key) or []
+        names += many.values() if isinstance(many, Mapping) else many
+    named = dict.fromkeys(token for token in map(_content, names) if token is not None)
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    inner.add_special_tokens([token for token in named if token not in known and inner.token_to_id(token) is not None])
+    found |= {token: index for token in named if (index := inner.token_to_id(token)) is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1]))

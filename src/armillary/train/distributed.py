@@ -6,9 +6,12 @@ the head tied to it are always gathered together. Rank r computes its rows of th
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +112,15 @@ def begin() -> World:
                 f"the processes cannot find each other: {reason}", hint="start with torchrun"
             ) from error
     return World(torch.distributed.get_rank(), size, device)
+
+
+def _end() -> None:
+    """Leave the group while the interpreter is whole. Gloo's threads hold tensors, and one of them
+    that must wait for the interpreter's lock while it closes brings the process down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()  # the group lives on in meshes and sharded modules
+    time.sleep(0.1)
 
 
 def shard(network: Network, world: World) -> None:

@@ -20,6 +20,10 @@ class FFNSettings(ChannelSettings):
 
     kind: ClassVar[str] = "ffn"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
+    oracle: ClassVar[str] = (
+        "tests/nn/test_block.py: PyTorch's Transformer layers; tests/checkpoints/test_families.py: logits of "
+        "transformers' GPT-2"
+    )
     hidden: int | None = Field(None, gt=0, description="hidden features; by default 4 × width")
     activation: Activation = Field("gelu", description="relu, gelu, gelu_tanh or silu")
     bias: bool = Field(False, description="whether both products have biases")

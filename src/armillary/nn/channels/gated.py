@@ -20,6 +20,7 @@ class GatedSettings(ChannelSettings):
 
     kind: ClassVar[str] = "gated"
     source: ClassVar[str] = "Shazeer 2020, GLU Variants Improve Transformer"
+    oracle: ClassVar[str] = "tests/nn/test_block.py: transformers' Llama and Gemma 2 layers; outputs and gradients"
     hidden: int | None = Field(
         None, gt=0, description="hidden features; by default 8/3 × width, rounded up to a multiple of 32"
     )

@@ -20,6 +20,10 @@ class LanguageModelHeadSettings(HeadSettings):
 
     kind: ClassVar[str] = "language_model"
     source: ClassVar[str] = "Press & Wolf 2017, Using the Output Embedding to Improve Language Models"
+    oracle: ClassVar[str] = (
+        "tests/checkpoints/test_families.py: logits of transformers' LLaMA and GPT-2; "
+        "tests/nn/ops/test_cross_entropy.py: PyTorch's cross-entropy of full logits"
+    )
     tied: bool = Field(True, description="share the weight with the embedding")
     bias: bool = Field(False, description="a bias per vocabulary entry")
     softcap: float | None = Field(None, gt=0, description="logits become c·tanh(logit/c)")

@@ -42,6 +42,10 @@ class AttentionSettings(MixerSettings):
 
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
+    oracle: ClassVar[str] = (
+        "tests/nn/mixers/test_attention.py: transformers' Llama, Qwen3, Gemma 2, gpt-oss, GPT-2 and T5 "
+        "layers, PyTorch's cross attention; outputs and gradients"
+    )
     capabilities: ClassVar[Capabilities] = Capabilities(
         causal=True, bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
     )

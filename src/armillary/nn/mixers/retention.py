@@ -43,6 +43,7 @@ class RetentionSettings(MixerSettings):
 
     kind: ClassVar[str] = "retention"
     source: ClassVar[str] = "Sun et al. 2023, Retentive Network: A Successor to Transformer"
+    oracle: ClassVar[str] = "tests/nn/mixers/test_retention.py: equations 5, 6 and 8 of the paper, as loops over tokens"
     capabilities: ClassVar[Capabilities] = Capabilities(state="fixed", rollback="snapshot")
     heads: int = Field(4, gt=0, description="heads, each with its own decay")
     expand: float = Field(2.0, gt=0, description="width of the values relative to the model's")

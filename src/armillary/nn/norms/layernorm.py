@@ -18,6 +18,7 @@ class LayerNormSettings(NormSettings):
 
     kind: ClassVar[str] = "layernorm"
     source: ClassVar[str] = "Ba, Kiros & Hinton 2016, Layer Normalization"
+    oracle: ClassVar[str] = "tests/nn/test_block.py: PyTorch's Transformer layers; outputs and gradients"
     epsilon: float = Field(1e-5, gt=0, description="added to the variance")
     bias: bool = Field(True, description="whether b is there")
 

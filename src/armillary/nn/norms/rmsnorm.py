@@ -21,6 +21,9 @@ class RMSNormSettings(NormSettings):
 
     kind: ClassVar[str] = "rmsnorm"
     source: ClassVar[str] = "Zhang & Sennrich 2019, Root Mean Square Layer Normalization"
+    oracle: ClassVar[str] = (
+        "tests/nn/test_block.py: transformers' Llama and Gemma 2 layers; tests/native/test_rows.py: PyTorch's rms_norm"
+    )
     epsilon: float = Field(1e-5, gt=0, description="added to the mean square")
 
     def build(self, width: int) -> RMSNorm:

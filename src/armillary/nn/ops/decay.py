@@ -40,7 +40,7 @@ def decay_attend(
         state = torch.zeros(batch, heads, width, v.shape[-1], dtype=torch.float32, device=q.device)
     log_decay = log_decay.expand(batch, -1, -1).float()
     pieces = []
-    last: Tensor | None = None  # the document that the carried state belongs to
+    last = None if documents is None else documents[:, 0]  # the document that the carried state belongs to
     for start in range(0, length, CHUNK):
         part = slice(start, min(length, start + CHUNK))
         ids = None if documents is None else documents[:, part]

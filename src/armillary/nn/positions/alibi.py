@@ -19,6 +19,7 @@ class AlibiSettings(PositionSettings):
 
     kind: ClassVar[str] = "alibi"
     source: ClassVar[str] = "Press, Smith & Lewis 2022, Train Short, Test Long"
+    oracle: ClassVar[str] = "tests/nn/positions/test_bias.py: slopes and scores of transformers' BLOOM"
     sites: ClassVar[frozenset[str]] = frozenset({"bias"})
 
     @classmethod

@@ -20,6 +20,7 @@ class LearnedPositionSettings(PositionSettings):
 
     kind: ClassVar[str] = "learned"
     source: ClassVar[str] = "Gehring et al. 2017, Convolutional Sequence to Sequence Learning"
+    oracle: ClassVar[str] = "tests/checkpoints/test_families.py: logits of transformers' GPT-2"
     sites: ClassVar[frozenset[str]] = frozenset({"embed"})
     deviation: float = Field(0.02, gt=0, description="standard deviation at the start")
 

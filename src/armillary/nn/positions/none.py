@@ -17,6 +17,9 @@ class NoPositionSettings(PositionSettings):
 
     kind: ClassVar[str] = "none"
     source: ClassVar[str] = "Haviv et al. 2022, Transformer Language Models without Positional Encodings"
+    oracle: ClassVar[str] = (
+        "tests/nn/mixers/test_attention.py: transformers' GPT-2 layer, which knows no positions itself"
+    )
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> NoPosition:
         return NoPosition()

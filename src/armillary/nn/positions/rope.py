@@ -42,6 +42,9 @@ class RopeSettings(PositionSettings):
 
     kind: ClassVar[str] = "rope"
     source: ClassVar[str] = "Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding"
+    oracle: ClassVar[str] = (
+        "tests/nn/positions/test_rope.py: transformers' frequencies and scalings, GPT-J's interleaved pairs"
+    )
     sites: ClassVar[frozenset[str]] = frozenset({"rotate"})
     base: float = Field(10000.0, gt=0, description="wavelengths grow geometrically up to 2π·base")
     pairing: Literal["half", "interleaved"] = Field(

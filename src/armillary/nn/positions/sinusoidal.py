@@ -19,6 +19,7 @@ class SinusoidalPositionSettings(PositionSettings):
 
     kind: ClassVar[str] = "sinusoidal"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
+    oracle: ClassVar[str] = "tests/nn/positions/test_absolute.py: the formula of section 3.5 of the paper"
     sites: ClassVar[frozenset[str]] = frozenset({"embed"})
     base: float = Field(10000.0, gt=0, description="wavelengths grow geometrically up to 2π·base")
 

@@ -21,6 +21,10 @@ class T5PositionSettings(PositionSettings):
 
     kind: ClassVar[str] = "t5"
     source: ClassVar[str] = "Raffel et al. 2020, Exploring the Limits of Transfer Learning with T5"
+    oracle: ClassVar[str] = (
+        "tests/nn/positions/test_bias.py: buckets of transformers' T5, whose layer is matched in "
+        "tests/nn/mixers/test_attention.py"
+    )
     sites: ClassVar[frozenset[str]] = frozenset({"bias"})
     buckets: int = Field(32, ge=4, description="how many buckets; half of them serve each side of an encoder")
     farthest: int = Field(128, gt=0, description="distances from here on share the last bucket")

@@ -12,6 +12,7 @@ class ConstantSettings(ScheduleSettings):
     """1 after the warm-up."""
 
     kind: ClassVar[str] = "constant"
+    oracle: ClassVar[str] = "tests/recipe/test_schedules.py: its closed form"
 
     def after(self, step: int, steps: int) -> float:
         return 1.0

@@ -16,6 +16,7 @@ class CosineSettings(ScheduleSettings):
 
     kind: ClassVar[str] = "cosine"
     source: ClassVar[str] = "Loshchilov and Hutter 2017, SGDR: Stochastic Gradient Descent with Warm Restarts"
+    oracle: ClassVar[str] = "tests/recipe/test_schedules.py: its closed form"
 
     final: float = Field(0.1, ge=0, le=1, description="share of the rate that is left at the end")
 

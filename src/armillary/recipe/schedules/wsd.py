@@ -22,6 +22,7 @@ class WarmupStableDecaySettings(ScheduleSettings):
         "Hu et al. 2024, MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies; "
         "Hägele et al. 2024, Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"
     )
+    oracle: ClassVar[str] = "tests/recipe/test_schedules.py: its closed form"
 
     decay: Steps = Field(0.2, description="steps of the descent at the end; below 1, a share of all steps")
     final: float = Field(0.0, ge=0, le=1, description="share of the rate that is left at the end")

@@ -1,0 +1,129 @@
+"""docs/coverage.md and docs/performance.md say what the code and the results say, and notice when they do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / "tools"
+
+
+def _tool(name: str) -> ModuleType:
+    """A tool as a module; under a name of its own, since `coverage` is also that of a known package."""
+    spec = importlib.util.spec_from_file_location(f"armillary_tool_{name}", TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[dict[str, ModuleType]]:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        yield {name: _tool(name) for name in ("results", "coverage", "performance")}
+    finally:
+        sys.path.remove(str(TOOLS))
+        sys.modules.pop("results", None)
+
+
+def test_the_page_is_that_of_the_code(tools: dict[str, ModuleType]) -> None:
+    page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+    assert not tools["coverage"].stale(page), "run python tools/coverage.py"
+
+
+def test_a_stale_page_is_noticed(tools: dict[str, ModuleType]) -> None:
+    text = tools["coverage"].page()
+    assert not tools["coverage"].stale(text)
+    assert tools["coverage"].stale(text.replace("| `retention` |", "| `retention2` |"))  # a name
+    assert tools["coverage"].stale(text.replace(", causality,", ",", 1))  # a law
+    assert not tools["coverage"].stale(text.replace("## Figures", "## Figures\n\nanything"))  # figures may change
+
+
+def test_every_registered_name_is_there_with_its_oracle(tools: dict[str, ModuleType]) -> None:
+    coverage = tools["coverage"]
+    for registry in coverage.REGISTRIES:
+        for name, settings in registry:
+            named = re.findall(r"tests/[\w/]+\.py", settings.oracle)
+            assert named, f"{registry.role} '{name}' does not say which test compares it with what (oracle)"
+            for path in named:
+                assert (ROOT / path).is_file(), f"{registry.role} '{name}': there is no {path}"
+            assert settings.oracle.partition(": ")[2], f"{registry.role} '{name}': compared with what?"
+
+
+def test_recipes_are_found_in_nested_choices(tools: dict[str, ModuleType]) -> None:
+    found = tools["coverage"].used_by()
+    assert "hybrid" in found["mixer", "retention"] and "hybrid" in found["mixer", "attention"]
+    assert found["position", "t5"] == ["t5"]  # also inside the encoder's block
+    assert found["objective", "masked"] == ["bert"]
+
+
+def test_results_are_judged_by_their_goal(tools: dict[str, ModuleType], tmp_path: Path) -> None:
+    results = tools["results"]
+    reach = {"speed": {"bound": 1.2, "kind": "min"}, "memory": {"bound": 0.6, "kind": "max"}}
+    lines = [
+        {"benchmark": "a", "figures": {"speed": 9.0}, "reach": {}},
+        {"benchmark": "a", "figures": {"speed": 1.1, "memory": 0.6, "other": 3}, "reach": reach},
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (record,) = results.latest(file)
+    assert results.judged(record, "speed") == ("≥ 1.2", "**missed**")
+    assert results.judged(record, "memory") == ("≤ 0.6", "reached")
+    assert results.judged(record, "other") == ("", "")
+    assert results.latest(tmp_path / "none.jsonl") == []
+
+
+def test_the_performance_page_holds_the_figures(tools: dict[str, ModuleType], tmp_path: Path) -> None:
+    """The page is that of the results at some time; what a benchmark added since may not be on it yet."""
+    results, performance = tools["results"], tools["performance"]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = results.RESULTS.read_text(encoding="utf-8").splitlines() if results.RESULTS.is_file() else []
+    file = tmp_path / "results.jsonl"
+    for count in range(len(lines), -1, -1):
+        file.write_text("\n".join(lines[:count]))
+        if page == performance.page(results.latest(file)):
+            return
+    pytest.fail("docs/performance.md is not what was measured: run python tools/performance.py")
+
+
+def test_a_missed_goal_is_said_and_a_remark_stands_below(
+    tools: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    performance = tools["performance"]
+    monkeypatch.setattr(performance, "REMARKS", tmp_path / "remarks.md")
+    (tmp_path / "remarks.md").write_text("# Remarks\n\n## training\n\nWhat the profile shows.\n")
+    record = {
+        "benchmark": "training",
+        "time": "2030-01-02T03:04:05Z",
+        "processor": "P",
+        "threads": 1,
+        "torch": "2",
+        "figures": {"speed": 1.0},
+        "reach": {"speed": {"bound": 1.25, "kind": "min"}},
+    }
+    page = performance.page([record])
+    assert "| speed | 1 | ≥ 1.25 | **missed** |" in page
+    assert page.index("2030-01-02, P, 1 thread, PyTorch 2.") < page.index("What the profile shows.")
+
+
+def test_the_check_ends_with_its_status() -> None:
+    """As CI calls it: 0 for the page as it is."""
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "coverage.py"), "--check"],
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.base.settings import parse
+from armillary.nn.context import Context
 from armillary.nn.mask import Mask
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.taps import Taps
@@ -162,13 +163,13 @@ def test_padding_on_either_side_changes_nothing(form: str, agree: Any) -> None:
     noise = torch.full((1, 4), 3)
     with torch.no_grad():
         expected = model(ids[:, :9], **more)
-        for side, given, real in (
-            ("left", torch.cat([noise, ids[:, :9]], 1), slice(4, 13)),
-            ("right", torch.cat([ids[:, :9], noise], 1), slice(0, 9)),
+        for given, real in (
+            (torch.cat([noise, ids[:, :9]], 1), slice(4, 13)),
+            (torch.cat([ids[:, :9], noise], 1), slice(0, 9)),
         ):
             padding = torch.zeros(1, 13, dtype=torch.bool)
             padding[:, real] = True
-            agree(model(given, padding=padding, **more)[:, real], expected), side
+            agree(model(given, padding=padding, **more)[:, real], expected)
         if form == "encoder_decoder":
             source = torch.cat([more["source"], noise], 1)
             padded = {"source": source, "source_padding": torch.arange(11)[None] < 7}
@@ -194,7 +195,10 @@ def test_a_mask_from_the_objective_reaches_the_mixers(agree: Any) -> None:
 
 def test_segments_embed_norm_and_scale(agree: Any) -> None:
     """Against the same sum and norm written out."""
-    model, ids = network("encoder", segments=2, embed_scale=3.0, embed_norm="layernorm", position="sinusoidal"), tokens()
+    model, ids = (
+        network("encoder", segments=2, embed_scale=3.0, embed_norm="layernorm", position="sinusoidal"),
+        tokens(),
+    )
     segments = (torch.arange(T) > 6).long().expand(3, T)
     taps = Taps(["embed"])
     model(ids, segments=segments, taps=taps)
@@ -232,6 +236,15 @@ def test_bf16_activations_keep_float32_masters() -> None:
 
 
 # -- parameters
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("form", ["decoder", "mixed", "learned"])
+def test_function_transforms_go_through(form: str, gradients: bool, agree: Any) -> None:
+    """vmap over rows is the batch, on the paths with and without gradients."""
+    model, ids = network(form), tokens()
+    with torch.set_grad_enabled(gradients):
+        agree(torch.vmap(lambda row: model(row[None])[0])(ids), model(ids))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -415,16 +428,10 @@ def test_an_edit_acts_in_forward_and_in_extend(agree: Any) -> None:
         x = model.embed.weight[ids]
         first = model.blocks.get_submodule("0")
         channel = first.get_submodule("channel")
-        x = x + channel(x, _plain())
+        x = x + channel(x, Context())
         assert model.norm is not None
         agree(y, model.norm(x) @ model.embed.weight.t())
         state = model.init_state(3)
         pieces = [model.extend(ids[:, a:b], state, taps=edits) for a, b in ((0, 4), (4, 5), (5, 13))]
         agree(torch.cat(pieces, 1), y)
     assert len(taps.parts[1].seen) == 1  # type: ignore[attr-defined]
-
-
-def _plain() -> Any:
-    from armillary.nn.context import Context
-
-    return Context()

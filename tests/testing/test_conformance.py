@@ -17,7 +17,7 @@ def _laws() -> Iterator[pytest.param]:  # type: ignore[valid-type]
                 yield pytest.param(run, id=f"{registry.role}-{name}-{law}")
 
 
-@pytest.mark.parametrize("law", _laws())
+@pytest.mark.parametrize("law", list(_laws()))
 def test_law(law: Callable[[], None]) -> None:
     try:
         law()

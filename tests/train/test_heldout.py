@@ -10,10 +10,10 @@ import torch
 
 from armillary.base.settings import parse
 from armillary.nn.network import ModelSettings, build
-from armillary.objectives.base import Vocabulary
+from armillary.objectives.base import Prepared, Vocabulary
 from armillary.objectives.causal import CausalSettings
 from armillary.train.distributed import World
-from armillary.train.heldout import HeldOut, bits_per_byte
+from armillary.train.heldout import HeldOut, bits_per_byte, share
 
 
 class Store:
@@ -69,6 +69,15 @@ def test_the_loss_is_the_mean_over_all_windows(batch: int) -> None:
     logits = net(held.ids[:, :-1]).detach()
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 31), held.ids[:, 1:].reshape(-1))
     assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_processes_share_the_windows_and_none_stays_away() -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    prepared = Prepared(ids, ids + 1, torch.ones(3, 4))
+    parts = [share(prepared, World(rank, 4), torch.device("cpu")) for rank in range(4)]
+    assert torch.equal(torch.cat([part.ids for part in parts[:3]]), ids)
+    assert all(float(part.weights.sum()) == 4 for part in parts[:3])
+    assert parts[3].ids.shape == (1, 4) and float(parts[3].weights.sum()) == 0
 
 
 def test_bits_per_byte() -> None:

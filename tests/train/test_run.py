@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from armillary.base.errors import CheckpointError, DataError, InputError, SettingsError, TrainingError
+from armillary.base.files import explained
 from armillary.checkpoints.native import load_native
 from armillary.recipe import Recipe
-from armillary.train import Event, Notice, Run, Sampled, Saved, Stepped, resume, session, train
+from armillary.train import Event, Ledger, Notice, Run, Sampled, Saved, Stepped, resume, session, train
 from armillary.train import checkpoint as checkpoints
 from armillary.train.ledger import verify
 from armillary.train.metrics import read
@@ -170,6 +171,12 @@ def test_other_folders_are_left_alone(recipe: Make, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds other things"):
             train(recipe(), tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    (tmp_path / "thesis.txt").unlink()
+    for name in ("checkpoints", "recipe.yaml"):  # these alone do not make it ours
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match="holds other things"):
+            train(recipe(), tmp_path, overwrite=True)
+        (tmp_path / name).rmdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="this is a file"):
         train(recipe(), tmp_path / "file")
@@ -186,6 +193,13 @@ def test_two_processes_do_not_train_one_run(recipe: Make, tmp_path: Path) -> Non
     train(recipe(steps=2), tmp_path, progress=Watch(Stepped, 1, second))
 
 
+def test_an_unfinished_beginning_is_no_run(recipe: Make, tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger.jsonl").add("created")
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    done = train(recipe(steps=2), tmp_path)
+    assert [path.name for path in done.checkpoints] == ["step-000002"] and len(done.ledger.events) == 5
+
+
 def test_overwriting_with_other_data_leaves_one_corpus(recipe: Make, tmp_path: Path) -> None:
     train(recipe(steps=2), tmp_path)
     other = recipe(steps=2)
@@ -199,7 +213,7 @@ def test_overwriting_with_other_data_leaves_one_corpus(recipe: Make, tmp_path: P
 def test_a_recipe_that_does_not_fit_is_refused(recipe: Make, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="smaller than the tokenizer's"):
         train(recipe(model={"vocabulary": 100}), tmp_path / "a")
-    with pytest.raises(SettingsError, match="cannot be used"):
+    with pytest.raises(InputError, match="cannot be used"):
         train(recipe(device="cuda:7"), tmp_path / "b")
     plain = recipe()
     with pytest.raises(DataError, match="no sources"):
@@ -336,6 +350,23 @@ def test_metrics_wait_for_room(recipe: Make, tmp_path: Path, monkeypatch: pytest
     train(recipe(), tmp_path, progress=watch)
     assert watch.notices.count("metrics wait in memory") == 1
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_ledger_waits_for_room(whole: Run, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Ledger.add
+
+    def refusing(self: Ledger, event: str, **facts: Any) -> None:
+        if event == "checkpoint" and facts["step"] == 4 and not refused:
+            refused.append(1)
+            with explained("writing", self.path):
+                full_disk()
+        real(self, event, **facts)
+
+    refused: list[int] = []
+    monkeypatch.setattr(Ledger, "add", refusing)
+    done = train(recipe(), tmp_path)
+    names = [(entry["event"], entry.get("step")) for entry in done.ledger.events]
+    assert refused and names == [(entry["event"], entry.get("step")) for entry in whole.ledger.events]
 
 
 def test_a_missing_library_is_named(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

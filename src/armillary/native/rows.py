@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from armillary.native.library import library
 
@@ -26,8 +27,10 @@ _functions: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the C library is there and takes this tensor's type and place."""
-    return x.device.type == "cpu" and x.dtype in _SUFFIX and library() is not None
+    """Whether the C library is there and takes this tensor's type and place: a fake tensor, a subclass or
+    one inside a function transform has no memory of its own to read."""
+    plain = type(x) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and x.device.type == "cpu" and x.dtype in _SUFFIX and library() is not None
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:

@@ -81,6 +81,7 @@ class Linear(nn.Module):
             and self.weight.dtype in (x.dtype, torch.float32)
             and x.dtype != torch.float64
             and fits(self.weight)
+            and fits(x)
         )
 
     def extra_repr(self) -> str:

@@ -24,6 +24,7 @@ from armillary.nn.linear import Embedding, LinearSettings
 from armillary.nn.mask import Mask
 from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
 from armillary.nn.norms.rmsnorm import RMSNormSettings
+from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
 from armillary.nn.stack import Stack, StackSettings, share
 from armillary.nn.state import State
@@ -456,8 +457,7 @@ class Network(nn.Module):
                 f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}",
                 hint="pass int64 ids of shape [batch, time]",
             )
-        # A look at the data, which a GPU would have to be waited for.
-        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if readable(ids):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.embed.entries:
                 raise InputError(

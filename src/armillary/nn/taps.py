@@ -18,6 +18,10 @@ VERSION = 1
 Edit = Callable[[Tensor], Tensor]
 
 
+class NotSeen(InputError, KeyError):
+    """A name at which a watch saw nothing; also a KeyError, so that `in` and `get` work on what was seen."""
+
+
 class Seen(Mapping[str, Tensor]):
     """What a watch saw: name → tensor of the latest call; `steps(name)` gives every call's.
 
@@ -32,7 +36,7 @@ class Seen(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._calls:
-            raise InputError(f"nothing was seen at '{name}'", hint=nearest(name, self._calls))
+            raise NotSeen(f"nothing was seen at '{name}'", hint=nearest(name, self._calls))
         return self._read(name, -1)
 
     def steps(self, name: str) -> list[Tensor]:

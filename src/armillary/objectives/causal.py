@@ -18,6 +18,7 @@ class CausalSettings(ObjectiveSettings):
 
     kind: ClassVar[str] = "causal"
     source: ClassVar[str] = "Radford et al. 2018, Improving Language Understanding by Generative Pre-Training"
+    oracle: ClassVar[str] = "tests/train/test_trainer.py: PyTorch's cross-entropy of the full logits"
 
     def check(self, model: ModelSettings) -> None:
         if model.form != "decoder":

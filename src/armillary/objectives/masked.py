@@ -20,6 +20,9 @@ class MaskedSettings(ObjectiveSettings):
 
     kind: ClassVar[str] = "masked"
     source: ClassVar[str] = "Devlin et al. 2019, BERT: Pre-training of Deep Bidirectional Transformers"
+    oracle: ClassVar[str] = (
+        "tests/objectives/test_masked.py: the paper's shares; PyTorch's cross-entropy at the hidden tokens"
+    )
     share: float = Field(0.15, gt=0, lt=1, description="share of tokens to guess")
     replaced: float = Field(0.8, ge=0, le=1, description="share of those that become <|mask|>")
     random: float = Field(0.1, ge=0, le=1, description="share of those that become a random token")
@@ -58,12 +61,12 @@ class Masked(Objective):
     def prepare(self, batch: Batch, generator: torch.Generator) -> Prepared:
         ids = batch.ids
         chosen = torch.rand(ids.shape, generator=generator) < self.settings.share
-        chosen &= ~torch.isin(ids, self.special)
-        empty = ~chosen.any(1)
+        ordinary = ~torch.isin(ids, self.special)
+        chosen &= ordinary
+        empty = ordinary.any(1) & ~chosen.any(1)
         if bool(empty.any()):
             # A row without a question would teach nothing: ask for its first ordinary token.
-            first = (~torch.isin(ids, self.special)).long().argmax(1)
-            chosen[empty.nonzero()[:, 0], first[empty]] = True
+            chosen[empty.nonzero()[:, 0], ordinary.long().argmax(1)[empty]] = True
         fate = torch.rand(ids.shape, generator=generator)
         drawn = self.ordinary[torch.randint(len(self.ordinary), ids.shape, generator=generator)]
         hidden = torch.where(chosen & (fate < self.settings.replaced), self.mask, ids)

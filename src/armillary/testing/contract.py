@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from armillary.base.errors import SettingsError
 from armillary.base.settings import json_schema, parse
@@ -73,6 +74,10 @@ def meta(case: Case) -> None:
     side = {name: tensor.to("meta") for name, tensor in trial.side.items()}
     y = shape(trial.x.to("meta"), Context(memory=memory, side=side))
     require((y.shape, y.dtype) == (expected.shape, expected.dtype), "a call without storage gives another shape")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        ctx = trial.ctx()
+        y = case.bare()(mode.from_tensor(trial.x), ctx)
+        require(y.shape == expected.shape, "a call over fake tensors gives another shape")
 
 
 class _Hidden(Mask):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import gc
 import json
 import os
 import time
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from armillary.base.errors import ArmillaryError, TrainingError
 from armillary.nn.network import Network
 
-FORWARD_METHODS = ("hidden", "cross_entropy", "token_nll", "extend", "init_state")
+# What is called besides `forward`, of the network and of a block: parameters are gathered for these too.
+NETWORK_METHODS = ("hidden", "cross_entropy", "token_nll", "extend", "init_state")
+BLOCK_METHODS = ("extend", "init_state")
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,16 @@ def begin() -> World:
             raise TrainingError(
                 f"the processes cannot find each other: {reason}", hint="start with torchrun"
             ) from error
+        atexit.register(_end)
     return World(torch.distributed.get_rank(), size, device)
 
 
 def _end() -> None:
-    """Leave the group while the interpreter is whole. Gloo's threads hold tensors, and one of them
-    that must wait for the interpreter's lock while it closes brings the process down."""
+    """Leave the group while the interpreter is whole. Gloo's threads let go of their last tensors
+    first: one that waits for the interpreter's lock while it closes brings the process down."""
+    time.sleep(0.1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    gc.collect()  # the group lives on in meshes and sharded modules
-    time.sleep(0.1)
 
 
 def shard(network: Network, world: World) -> None:
@@ -136,8 +137,10 @@ def shard(network: Network, world: World) -> None:
         for stack in network.stacks():
             for block in stack:
                 fully_shard(block, mesh=mesh)
+                for name in BLOCK_METHODS:
+                    register_fsdp_forward_method(block, name)
     fully_shard(network, mesh=mesh)
-    for name in FORWARD_METHODS:
+    for name in NETWORK_METHODS:
         register_fsdp_forward_method(network, name)
     network.check_ties()
 

@@ -69,7 +69,7 @@ class HeldOut:
                     end = start + rows
                     documents = None if self.documents is None else self.documents[start:end]
                     prepared = objective.prepare(Batch(self.ids[start:end], documents), generator)
-                    found = objective.loss(network, _share(prepared, world, network.device))
+                    found = objective.loss(network, share(prepared, world, network.device))
                     total += torch.stack([found.sum.float(), found.weight.to(network.device).float()])
         finally:
             network.train(was_training)
@@ -83,7 +83,7 @@ def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
     return loss / math.log(2) * tokens_per_byte
 
 
-def _share(prepared: Prepared, world: World, device: torch.device) -> Prepared:
+def share(prepared: Prepared, world: World, device: torch.device) -> Prepared:
     """This process's rows; one that has none left computes the first row with weight 0, because
     every process must take part in gathering the parameters."""
     from armillary.train.trainer import take

@@ -14,4 +14,4 @@ from __future__ import annotations
 RECIPE, METRICS, SAMPLES, LEDGER = "recipe.yaml", "metrics.jsonl", "samples.jsonl", "ledger.jsonl"
 EVALUATION, REPORT, CARD = "evaluation.json", "report.html", "card.md"
 DATA, CHECKPOINTS, BOARD, LOCK = "data", "checkpoints", "tensorboard", ".lock"
-FILES = (RECIPE, METRICS, SAMPLES, LEDGER, EVALUATION, REPORT, CARD)
+FILES = (RECIPE, METRICS, SAMPLES, EVALUATION, REPORT, CARD, LEDGER)

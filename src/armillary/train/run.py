@@ -135,25 +135,25 @@ def resume(
 
 
 def _claim(path: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Make the folder this run's own; what is not a run is never removed."""
+    """Make the folder this run's own. Only what has a ledger is a run, and nothing else is ever removed."""
     held = {item.name for item in path.iterdir()} - {LOCK}
-    if RECIPE in held or LEDGER in held:
-        if not overwrite:
+    if LEDGER in held:
+        if RECIPE in held and not overwrite:
             raise InputError(
                 "there is a run in this folder",
                 where=str(path),
                 hint=f"go on with it: armillary resume {path}; or name another folder",
             )
         with explained("replacing a run", path):
-            # The recipe goes first: without it the rest is no run, whenever this is interrupted.
-            for name in FILES:
-                (path / name).unlink(missing_ok=True)
+            # The recipe goes first and the ledger last, so that an interruption leaves no half of a run.
+            (path / RECIPE).unlink(missing_ok=True)
             for name in (CHECKPOINTS, BOARD):
                 shutil.rmtree(path / name, ignore_errors=True)
-    elif held - {DATA, CHECKPOINTS, BOARD, *FILES}:
+            for name in FILES:
+                (path / name).unlink(missing_ok=True)
+    elif held - {DATA}:
         raise InputError("this folder holds other things and is not a run", where=str(path), hint="name another folder")
-    ledger = Ledger(path / LEDGER)
-    ledger.add("created", armillary=armillary.__version__, recipe=recipe.fingerprint, name=recipe.name)
+    Ledger(path / LEDGER).add("created", armillary=armillary.__version__, recipe=recipe.fingerprint, name=recipe.name)
     recipe.save(path / RECIPE)
 
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 
 from armillary.base.errors import ArmillaryError, DataError, SettingsError, TrainingError
+from armillary.checkpoints.assemble import pick_device
 from armillary.checkpoints.native import load_native
 from armillary.data.batch import Batch
 from armillary.data.corpus import Corpus
@@ -91,6 +92,7 @@ class Session:
         self.course = Course()
         self.saved: int | None = None  # step of the latest checkpoint
         self._heldout_now: float | None = None  # measured at the present step
+        self._unwritten: list[tuple[str, dict[str, Any]]] = []  # lines of the ledger that found no room
         self._owed: int | None = None  # step at which a save that found no room is tried again
 
     # -- the whole way
@@ -162,7 +164,7 @@ class Session:
     def _build(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         recipe, training = self._complete(), self.training
         self.recipe = recipe
-        device = self._device()
+        device = pick_device(self.training.device if self.world.size == 1 else self.world.device)
         if found is None:
             network = build(recipe.model, seed=recipe.seed)
         else:
@@ -230,21 +232,6 @@ class Session:
                 hint="leave it out, and it comes from the tokenizer",
             )
         return self.recipe if given else self.recipe.derive(model=self.recipe.model.derive(vocabulary=size))
-
-    def _device(self) -> torch.device:
-        if self.world.size > 1:
-            return torch.device(self.world.device)
-        name = self.training.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise SettingsError(
-                f"the device '{name}' cannot be used ({reason})", path=("training", "device"), hint="auto, cpu, cuda"
-            ) from None
-        return torch.device(name)
 
     def _ask_to_stop(self) -> None:
         self.trainer.stop_asked = True
@@ -316,7 +303,7 @@ class Session:
         loss, course, limit = self._heldout_now, self.course, self.training.guards.stall
         if loss is None:
             return False
-        if course.best_loss is None or loss < course.best_loss:
+        if math.isfinite(loss) and (course.best_loss is None or loss < course.best_loss):
             course.best_loss, course.stale = loss, 0
             return False
         course.stale += 1
@@ -392,8 +379,9 @@ class Session:
         step, course, training = self.trainer.steps_done, self.course, self.training
         self._owed = None
         before = course.best_checkpoint
-        if self._heldout_now is not None and (before is None or self._heldout_now < before[0]):
-            course.best_checkpoint = (self._heldout_now, step)
+        loss = self._heldout_now
+        if loss is not None and math.isfinite(loss) and (before is None or loss < before[0]):
+            course.best_checkpoint = (loss, step)
         more = {
             "course": course.to_data(),
             "recipe": self.recipe.fingerprint,
@@ -464,8 +452,18 @@ class Session:
             logger.warning(text)
 
     def _note(self, event: str, **facts: Any) -> None:
-        if self.ledger is not None:
-            self.ledger.add(event, **facts)
+        """A line of the ledger; one that finds no room is written with the next."""
+        if self.ledger is None:
+            return
+        self._unwritten.append((event, facts))
+        try:
+            while self._unwritten:
+                name, found = self._unwritten[0]
+                self.ledger.add(name, **found)
+                del self._unwritten[0]
+        except ArmillaryError as error:
+            if not disk_full(error):
+                raise
 
     def _tell(self, step: int, pace: Pace) -> None:
         if self._progress is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from armillary.base.errors import CheckpointError, InputError, TrainingError
+from armillary.checkpoints.assemble import pick_device
 from armillary.data.batch import Batch
 from armillary.nn.network import Network
 from armillary.objectives.base import Prepared, Vocabulary
@@ -80,7 +81,7 @@ class Trainer:
         self.world = world or World()
         self.notice: Notice = notice or (lambda text: None)
         if training.device != "auto":
-            network.to(training.device)
+            network.to(pick_device(training.device))
             network.tie()
         network.compute(DTYPES[training.precision])
         network.recompute_blocks(training.recompute == "blocks")

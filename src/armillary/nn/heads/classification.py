@@ -18,6 +18,7 @@ class ClassificationHeadSettings(HeadSettings):
 
     kind: ClassVar[str] = "classification"
     source: ClassVar[str] = "Devlin et al. 2019, BERT"
+    oracle: ClassVar[str] = "tests/nn/heads/test_pooled.py: NumPy, row by row over the real tokens"
     classes: int = Field(2, gt=1, description="how many classes")
     labels: tuple[str, ...] | None = Field(None, description="their names")
     pool: Pool = Field("mean", description="mean, first or last token")

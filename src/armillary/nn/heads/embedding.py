@@ -19,6 +19,7 @@ class EmbeddingHeadSettings(HeadSettings):
 
     kind: ClassVar[str] = "embedding"
     source: ClassVar[str] = "Reimers & Gurevych 2019, Sentence-BERT"
+    oracle: ClassVar[str] = "tests/nn/heads/test_pooled.py: NumPy, row by row over the real tokens"
     pool: Pool = Field("mean", description="mean, first or last token")
     normalise: bool = Field(True, description="scale to unit length")
 

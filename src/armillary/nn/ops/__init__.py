@@ -8,12 +8,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 _plain = False
 
 
 def plain() -> bool:
     """Whether ops take their plain form now."""
     return _plain
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at now without waiting or breaking a trace: a plain tensor on the
+    CPU, outside compilers and function transforms."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from armillary.base.errors import InputError
 from armillary.nn.cost import Cost
 from armillary.nn.linear import Embedding
 from armillary.nn.mechanism import Place, Position, PositionSettings, positions
+from armillary.nn.ops import readable
 
 
 @positions.register
@@ -42,8 +42,7 @@ class LearnedPosition(Position):
         self.table = Embedding(length, width, role="position", deviation=deviation)
 
     def embed(self, positions: Tensor) -> Tensor:
-        checked = not torch.compiler.is_compiling()  # compiled code checks its own indices
-        if checked and type(positions) is Tensor and positions.numel() and not positions.is_meta:
+        if readable(positions):
             last = int(positions.max())
             if last >= self.length:
                 raise InputError(

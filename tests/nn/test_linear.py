@@ -1,0 +1,82 @@
+"""The product seam: values in every type and shape, its fast path for few rows, and where it may not go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from armillary.base.settings import parse
+from armillary.nn.linear import DenseSettings, Embedding, Linear
+from armillary.nn.mechanism import Place
+from armillary.nn.network import ModelSettings, build
+
+
+def product(inputs: int = 24, outputs: int = 17, bias: bool = True) -> Linear:
+    made = Linear(inputs, outputs, role="q", bias=bias)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (2, 2, 24), (5, 3, 24), (0, 24)])
+def test_values_are_pytorchs(shape: tuple[int, ...], bias: bool, gradients: bool, agree: Any) -> None:
+    module, x = product(bias=bias), torch.randn(shape)
+    with torch.set_grad_enabled(gradients):
+        y = module(x)
+        assert y.shape == (*shape[:-1], 17) and y.dtype == torch.float32
+        if x.numel():
+            agree(y, F.linear(x, module.weight, module.bias))
+        low = module(x.bfloat16())
+        assert low.dtype == torch.bfloat16
+        if x.numel():
+            agree(low.float(), F.linear(x, module.weight, module.bias), 0.02)
+
+
+def test_float64_is_not_rounded_on_the_way(agree: Any) -> None:
+    module, x = product(), torch.randn(1, 24).double()
+    with torch.no_grad():
+        agree(module(x), F.linear(x, module.weight.double(), module.bias.double()), 1e-12)
+
+
+def test_rows_and_weights_that_do_not_lie_in_order(agree: Any) -> None:
+    """A weight given as a transposed view, and every other row of an input, mean what they mean elsewhere."""
+    module = product(bias=False)
+    stored = torch.randn(24, 17)
+    module.weight = torch.nn.Parameter(stored.t())
+    x = torch.randn(4, 24)
+    with torch.no_grad():
+        agree(module(x[::2]), x[::2] @ stored)
+        agree(module(x.t()[:, :1].expand(24, 24)[:1]), x.t()[:, :1].expand(24, 24)[:1] @ stored)
+
+
+def test_the_start_has_the_stated_variance() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for role, depth, expected in (("q", 8, 256**-0.5), ("o", 8, 256**-0.5 / 4), ("down", 2, 256**-0.5 / 2)):
+        made = DenseSettings().build(256, 128, role=role, bias=True, depth=depth)
+        made.reset(generator)
+        assert float(made.weight.detach().std()) == pytest.approx(expected, rel=0.02)
+        assert made.bias is not None and not bool(made.bias.any())
+    table = Embedding(500, 64)
+    table.reset(generator)
+    assert float(table.weight.detach().std()) == pytest.approx(64**-0.5, rel=0.02)
+
+
+def test_a_role_picks_its_settings() -> None:
+    """The kind named for a role wins over that of all; the recipe reaches every product."""
+
+    class Marked(DenseSettings):
+        def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
+            made = super().build(inputs, outputs, role=role, bias=bias, depth=depth)
+            made.marked = True  # type: ignore[assignment]
+            return made
+
+    place = Place(16, linear={"q": Marked(), "all": DenseSettings()})
+    assert hasattr(place.product(16, 16, "q"), "marked")
+    assert not hasattr(place.product(16, 16, "k"), "marked")
+    model = build(parse(ModelSettings, {"width": 16, "depth": 1, "vocabulary": 9, "linear": {"all": "dense"}}))
+    assert sum(isinstance(module, Linear) for module in model.modules()) == 4 + 3 + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -89,8 +88,9 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 def peak_rss() -> int:
-    """Bytes of the largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of the largest resident set so far (of this program: getrusage would count its parent's too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def report(name: str, figures: dict[str, Any], reach: dict[str, tuple[float, str]]) -> None:

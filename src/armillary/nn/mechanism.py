@@ -318,6 +318,27 @@ class Mixer(nn.Module):
         ctx.taps.lazy(name, lambda: self.matrix(frozen, batch, source, values))
         return frozen
 
+    def tapped_values(self, values: Tensor, ctx: Context) -> Tensor:
+        """The taps on a chunk's values in the `extend` of a mixer whose state holds no tokens: its weights
+        over earlier ones do not exist, so they can be neither shown nor edited."""
+        assert ctx.taps is not None
+        name = f"{self.path}.weights"
+        if ctx.taps.edited(name):
+            raise UnsupportedError(
+                "weights over tokens that only live in the state cannot be edited",
+                where=self.path,
+                hint="edit them in a whole forward call",
+            )
+        ctx.taps.lazy(name, self._no_weights)
+        return ctx.taps(f"{self.path}.v", values)
+
+    def _no_weights(self) -> Tensor:
+        raise UnsupportedError(
+            "weights over tokens that only live in the state do not exist",
+            where=self.path,
+            hint="watch a whole forward call instead",
+        )
+
 
 class ChannelMixer(nn.Module):
     """Works within each position; x and the result are [B, T, D]. Most carry no state."""

@@ -62,7 +62,7 @@ def meta(case: Case) -> None:
     """Built and called without storage: the same names, shapes and types as for real."""
     real = case.build()
     with torch.device("meta"):
-        shape = case.bare()
+        shape: Any = case.bare()
     ours = {name: (tuple(p.shape), p.dtype) for name, p in shape.state_dict().items()}
     wanted = {name: (tuple(p.shape), p.dtype) for name, p in real.state_dict().items()}
     require(ours == wanted, f"parameters differ: {sorted(set(ours.items()) ^ set(wanted.items()))}")
@@ -74,9 +74,15 @@ def meta(case: Case) -> None:
     side = {name: tensor.to("meta") for name, tensor in trial.side.items()}
     y = shape(trial.x.to("meta"), Context(memory=memory, side=side))
     require((y.shape, y.dtype) == (expected.shape, expected.dtype), "a call without storage gives another shape")
+    if case.extends and not case.reads and case.order != "prefix":  # a prefix's length is data
+        state = shape.init_state(trial.batch, 4, torch.float32, "meta", memory)
+        for start in (0, 5):
+            places = torch.arange(start, start + 5, device="meta")[None]
+            ctx = Context(positions=places, memory=memory, side=side)
+            y = shape.extend(trial.x[:, :5].to("meta"), state, ctx)
+            require(y.shape == expected[:, :5].shape, "extend without storage gives another shape")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        ctx = trial.ctx()
-        y = case.bare()(mode.from_tensor(trial.x), ctx)
+        y = case.bare()(mode.from_tensor(trial.x), trial.ctx())
         require(y.shape == expected.shape, "a call over fake tensors gives another shape")
 
 

@@ -155,27 +155,13 @@ class Retention(Mixer):
         assert isinstance(state, FixedState)
         values = self.values(x, ctx)
         if ctx.taps is not None:
-            values = ctx.taps(f"{self.path}.v", values)
-            if ctx.taps.edited(f"{self.path}.weights"):
-                raise UnsupportedError(
-                    "weights over tokens that only live in the state cannot be edited",
-                    where=self.path,
-                    hint="edit them in a whole forward call",
-                )
-            ctx.taps.lazy(f"{self.path}.weights", self._no_weights)
+            values = self.tapped_values(values, ctx)
         parts = self.freeze(x, ctx).parts
         mixed, held = decay_attend(parts["q"], parts["k"], values, parts["decay"], state=state.tensors["matrix"])
         state.put("matrix", held)
         if ctx.taps is not None:
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
-
-    def _no_weights(self) -> Tensor:
-        raise UnsupportedError(
-            "weights over tokens that only live in the state do not exist",
-            where=self.path,
-            hint="watch a whole forward call instead",
-        )
 
 
 def _parallel(mixer: Retention, x: Tensor, ctx: Context) -> Tensor:

@@ -7,10 +7,10 @@ import statistics
 import time
 
 import torch
-from common import VOCABULARY, interleaved, ours, ratio, report, theirs
 
 from armillary.native import available
 from armillary.native.rows import read_all
+from common import VOCABULARY, interleaved, ours, ratio, report, theirs
 
 PROMPT, TOKENS = 512, 32
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from common import DEPTH, HEADS, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, interleaved, ours, ratio, report
 
 PROMPT = 512

@@ -12,6 +12,7 @@ import sys
 import time
 
 import torch
+
 from common import VOCABULARY, interleaved, matmul_peak, ours, peak_rss, ratio, report, theirs
 
 BATCH, LENGTH, STEPS = 4, 512, 2
@@ -81,10 +82,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        import armillary.recipe.training
-        import armillary.train
-        import transformers  # both sides import the same, so that only the models differ
-
         start = peak_rss()
         run = side(sys.argv[1])
         for _ in range(3):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armillary.cli.shared import AsJson, emit, table
+
+if TYPE_CHECKING:
+    from armillary.testing import LawResult
 
 
 def mechanisms(
@@ -44,14 +47,15 @@ def check(
 
     if file is not None:
         load_file(file)
-    results = run(role, name)
+
+    def tell(one: LawResult) -> None:
+        if not json:
+            verdict = "FAILED" if not one.passed else "-" if one.skipped else "ok"
+            print(f"  {verdict:<6}  {one.law:<28}  {one.seconds:5.1f} s  {one.detail}".rstrip(), flush=True)
+
+    results = run(role, name, tell)
     if json:
         emit([vars(one) for one in results])
-    else:
-        table(
-            ("ok" if one.passed else "FAILED", one.law, f"{one.seconds:.1f} s", one.detail if not one.passed else "")
-            for one in results
-        )
     if not all(one.passed for one in results):
         raise typer.Exit(1)
 

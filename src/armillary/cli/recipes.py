@@ -68,8 +68,7 @@ def show(
         settings = recipe.model
         if settings.vocabulary is None:
             vocabulary_known = False
-            size = 262 + len(recipe.tokenizer.special) if recipe.tokenizer.kind == "byte" else recipe.tokenizer.size
-            settings = settings.derive(vocabulary=size)
+            settings = settings.derive(vocabulary=recipe.tokenizer.vocabulary)
     training = recipe.training if recipe is not None else None
     tokens = length or (training.context if training is not None else settings.context)
     rows = (training.micro_batch or training.batch) if training is not None else 1

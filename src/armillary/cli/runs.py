@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,6 +177,8 @@ def demo(
 def _finish(run: Run, json: bool) -> None:
     """Measure a finished run and say where its things are."""
     _stopped(run)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes the first one measures
     note("measuring on the held-out files")
     _, found = _measured(run)
     if json:

@@ -27,7 +27,7 @@ from armillary.recipe.migrate import SCHEMA_VERSION
 from armillary.recipe.source import Node
 from armillary.recipe.training import TrainingSettings
 from armillary.recipe.write import to_yaml
-from armillary.text.tokenizer import STANDARD, TokenizerSettings
+from armillary.text.tokenizer import TokenizerSettings
 
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,127}\Z")
 
@@ -59,9 +59,7 @@ class Recipe(Settings):
                 path=("training", "context"),
                 hint=f"set model.context={self.training.context}, or make the sequences shorter",
             )
-        vocabulary, size = self.model.vocabulary, self.tokenizer.size
-        if self.tokenizer.kind == "byte":
-            size = 256 + len({*STANDARD, *self.tokenizer.special})
+        vocabulary, size = self.model.vocabulary, self.tokenizer.vocabulary
         if vocabulary is not None and vocabulary < size:
             raise SettingsError(
                 f"a vocabulary of {vocabulary} is smaller than the tokenizer's, {size}",

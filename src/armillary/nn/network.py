@@ -185,7 +185,9 @@ class Network(nn.Module):
         self.settings = settings
         self.dtype = torch.float32
         place = settings.place()
-        self.embed = Embedding(settings.vocabulary, settings.width)
+        # A tied table must also score, so it starts small; on its own it starts at the scale that blocks add.
+        tied = isinstance(settings.head, LanguageModelHeadSettings) and settings.head.tied
+        self.embed = Embedding(settings.vocabulary, settings.width, deviation=None if tied else 1.0)
         sites = settings.position.sites if settings.position is not None else frozenset()
         self.position = settings.position.build(place.at("position")) if settings.position and sites else None
         self.segment = Embedding(settings.segments, settings.width, role="segment") if settings.segments else None

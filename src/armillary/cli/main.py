@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -49,6 +50,7 @@ def main() -> None:
     # OpenMP's threads spin for long while they wait, and slow each other down as soon as anything else
     # runs; a short spin keeps most of the speed. PyTorch reads this when it is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # a user has no use for our line
     from armillary.base.errors import ArmillaryError
 
     try:

@@ -10,7 +10,7 @@
 #   make clean                remove what can be made again, .venv included
 #
 # PYTHON picks the interpreter (3.11 or newer). PIP_ARGS goes to `pip install`: where PyTorch would
-# come with gigabytes of CUDA, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu".
+# come with gigabytes of CUDA, name an index of CPU builds with PIP_ARGS="--extra-index-url …".
 
 PYTHON ?= python3
 PIP_ARGS ?=

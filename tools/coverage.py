@@ -67,6 +67,7 @@ LAWS = {
     "bf16": "bf16 stays within tolerance of float32",
     "poison": "memory that was never written leaves no trace",
     "determinism": "the same seed gives the same numbers",
+    "noise": "noise in an update follows from its seed alone; without an update there is none",
     "recipe": "settings survive YAML and JSON, and the schema knows them",
     "meta": "a build without storage has the same names, shapes and types",
     "sites": "a position acts where it says and refuses elsewhere",

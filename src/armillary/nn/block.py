@@ -7,6 +7,7 @@ placement, parallel branches and residual scaling are settings of the block and 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -36,6 +37,9 @@ class BranchSettings(Settings):
     norm_at: Placement = Field("pre", description="pre: before f; post: after the sum; sandwich: before and after f")
     scale: float = Field(1.0, description="factor on the branch's result")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the result dropped in training")
+    beside: bool = Field(
+        False, description="reads what the branch before it read: heads of several kinds, added like one mixer's"
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> BranchSettings:
@@ -81,6 +85,10 @@ class BlockSettings(Settings):
         names = [branch.name for branch in self.all()]
         if len(set(names)) < len(names):
             raise ValueError(f"branch names repeat: {', '.join(names)}")
+        if self.all()[0].beside:
+            raise ValueError("the first branch has none before it that it could stand beside")
+        if any(a.norm_at == "post" and b.beside for a, b in pairwise(self.all())):
+            raise ValueError("no branch can stand beside one with norm_at: post, which needs the sum of one branch")
         if self.parallel and any(branch.norm_at == "post" for branch in self.all()):
             raise ValueError("parallel branches cannot have norm_at: post, which needs the sum of one branch")
         return self
@@ -126,6 +134,7 @@ class Branch(nn.Module):
         self.name, self.path = settings.name, f"{place.path}.{settings.name}"
         self.norm_at, self.scale, self.dropout = settings.norm_at, settings.scale, settings.dropout
         self.looks_back = settings.look == "memory"
+        self.beside = settings.beside
         inner = dataclasses.replace(place.at(settings.name), cross=self.looks_back)
         chosen = settings.mixer or settings.channel
         assert chosen is not None
@@ -141,7 +150,7 @@ class Branch(nn.Module):
         if not self.looks_back and ctx.memory is not None:
             ctx = dataclasses.replace(ctx, memory=None)
         elif self.looks_back:
-            ctx = Context(memory=ctx.memory, side=ctx.side, taps=ctx.taps)
+            ctx = Context(memory=ctx.memory, side=ctx.side, training=ctx.training, taps=ctx.taps)
         h = self.inner.extend(h, state, ctx) if extending else self.inner(h, ctx)
         if self.norm_after is not None:
             h = self.norm_after(h)
@@ -194,8 +203,10 @@ class Block(nn.Module):
             branch: Branch = self._modules[name]  # type: ignore[assignment]
             if ctx.taps is not None and name == last and len(self.names) > 1 and not self.parallel:
                 x = ctx.taps(f"{self.path}.residual.mid", x)
+            if not (branch.beside or self.parallel):
+                start = x
             held = None if state is None else state.get(name)
-            h = branch(start if self.parallel else x, ctx, held, state is not None)
+            h = branch(start, ctx, held, state is not None)
             x = x + h
             if branch.norm_at == "post":
                 x = branch.norm(x)

@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from armillary.nn.mask import Mask
     from armillary.nn.taps import Taps
+    from armillary.nn.training import Training
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Context:
     """positions: [B, T] or [1, T] int64, None = 0 … T-1; lengths: [B] valid tokens of each row of
     this chunk (extend only), None = all; documents: [B, T] ids of packed documents; padding:
     [B, T] True for real tokens; mask: the objective's predicate; memory: the encoder's output for
-    cross mixers; ids: [B, T] token ids; side: named tensors; taps: watches and edits."""
+    cross mixers; ids: [B, T] token ids; side: named tensors; training: the update that this call belongs
+    to, None outside of one: noise and auxiliary losses come from it; taps: watches and edits."""
 
     positions: Tensor | None = None
     lengths: Tensor | None = None
@@ -41,7 +43,7 @@ class Context:
     memory: Memory | None = None
     ids: Tensor | None = None
     side: Mapping[str, Tensor] = field(default_factory=dict)
-    generator: torch.Generator | None = None
+    training: Training | None = None
     taps: Taps | None = None
 
     def where(self, x: Tensor) -> Tensor:

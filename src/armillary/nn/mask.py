@@ -22,6 +22,10 @@ class Mask:
         """No query row below `stop` looks at a key at or beyond this bound."""
         return keys
 
+    def low(self, start: int) -> int:
+        """No query row from `start` on looks at a key below this bound."""
+        return 0
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
@@ -44,6 +48,76 @@ class Causal(Mask):
 
     def reach(self, stop: int, keys: int) -> int:
         return keys if isinstance(self.offset, Tensor) else min(keys, stop + self.offset)
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """Key s is visible to query t when −right ≤ t − s ≤ left and dilation divides t − s.
+
+    left, right: how far a query looks; None = without end. t and s are places in the row: rows and
+    columns of the call with `offset` keys before the chunk, or the given indices [B or 1, T] and
+    [B or 1, S] (of a ring, whose slots are in no order; an empty slot has a negative index).
+    """
+
+    left: int | None = None
+    right: int | None = 0
+    dilation: int = 1
+    offset: int | Tensor = 0
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        columns = k[None] if self.keys is None else self.keys[:, k]
+        if self.queries is not None:
+            lines = self.queries[:, q]
+        else:
+            lines = q[None] + (self.offset[:, None] if isinstance(self.offset, Tensor) else self.offset)
+        distance = lines[:, :, None] - columns[:, None]
+        seen = columns[:, None] >= 0
+        if self.left is not None:
+            seen = seen & (distance <= self.left)
+        if self.right is not None:
+            seen = seen & (distance >= -self.right)
+        if self.dilation > 1:
+            seen = seen & (distance % self.dilation == 0)
+        return seen[:, None]
+
+    def reach(self, stop: int, keys: int) -> int:
+        if self.right is None or self.keys is not None or isinstance(self.offset, Tensor):
+            return keys
+        return min(keys, stop + self.offset + self.right)
+
+    def low(self, start: int) -> int:
+        if self.left is None or self.keys is not None or isinstance(self.offset, Tensor):
+            return 0
+        return max(0, start + self.offset - self.left)
+
+
+@dataclass(frozen=True)
+class Others(Mask):
+    """A query does not look at itself."""
+
+    offset: int | Tensor = 0
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        lines = q[None] + (self.offset[:, None] if isinstance(self.offset, Tensor) else self.offset)
+        return (lines[:, :, None] != k)[:, None]
+
+
+@dataclass(frozen=True)
+class PerHead(Mask):
+    """Another predicate for each head (or each group of heads)."""
+
+    heads: tuple[Mask, ...]
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(torch.broadcast_tensors(*(mask.rows(q, k) for mask in self.heads)), 1)
+
+    def reach(self, stop: int, keys: int) -> int:
+        return max(mask.reach(stop, keys) for mask in self.heads)
+
+    def low(self, start: int) -> int:
+        return min(mask.low(start) for mask in self.heads)
 
 
 @dataclass(frozen=True)
@@ -90,6 +164,9 @@ class Both(Mask):
     def reach(self, stop: int, keys: int) -> int:
         return min(self.a.reach(stop, keys), self.b.reach(stop, keys))
 
+    def low(self, start: int) -> int:
+        return max(self.a.low(start), self.b.low(start))
+
 
 @dataclass(frozen=True)
 class Either(Mask):
@@ -103,6 +180,9 @@ class Either(Mask):
 
     def reach(self, stop: int, keys: int) -> int:
         return max(self.a.reach(stop, keys), self.b.reach(stop, keys))
+
+    def low(self, start: int) -> int:
+        return min(self.a.low(start), self.b.low(start))
 
 
 def both(a: Mask | None, b: Mask | None) -> Mask | None:

@@ -65,7 +65,7 @@ class Capabilities:
     packed: documents side by side in one row; padding: rows with padded tokens; mask: a predicate
     from the objective; rollback: how its state goes back; chunking: whether any chunking gives the
     same numbers; sight: whether it has an exact token-to-token matrix; side: the named tensors that
-    it needs.
+    it needs; noise: whether it draws noise in training updates (and only there).
     """
 
     causal: bool = True
@@ -80,6 +80,7 @@ class Capabilities:
     chunking: bool = True
     sight: Literal["exact", "jacobian"] = "exact"
     side: tuple[str, ...] = ()
+    noise: bool = False
 
 
 class MechanismSettings(Choice):

@@ -29,6 +29,7 @@ from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
 from armillary.nn.stack import Stack, StackSettings, share
 from armillary.nn.state import State
 from armillary.nn.taps import Taps
+from armillary.nn.training import Training
 
 Form = Literal["decoder", "encoder", "encoder_decoder", "prefix"]
 _ORDER: dict[str, Order] = {
@@ -290,6 +291,7 @@ class Network(nn.Module):
         segments: Tensor | None = None,
         side: Mapping[str, Tensor] | None = None,
         mask: Mask | None = None,
+        training: Training | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
         """The last hidden states [B, T, D], after the final norm.
@@ -297,8 +299,9 @@ class Network(nn.Module):
         ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
         True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
         default counted from 0 in each document; segments: [B, T]; side: named tensors that the
-        mechanisms ask for; mask: a predicate from the objective. Raises InputError or
-        UnsupportedError for what the network cannot honour.
+        mechanisms ask for; mask: a predicate from the objective; training: the update that this call
+        belongs to, which brings noise and auxiliary losses. Raises InputError or UnsupportedError for
+        what the network cannot honour.
         """
         self._check_ids(ids, "ids")
         side = dict(side or {})
@@ -307,7 +310,7 @@ class Network(nn.Module):
             positions = _counted(ids, documents, padding)
         if documents is not None and self.settings.encoder is not None:
             raise UnsupportedError("an encoder–decoder has one source per row, so its rows hold one document each")
-        memory = self._memory(source, source_padding, taps, ids.shape[0])
+        memory = self._memory(source, source_padding, taps, ids.shape[0], training)
         ctx = Context(
             positions=positions,
             documents=documents,
@@ -316,6 +319,7 @@ class Network(nn.Module):
             memory=memory,
             ids=ids,
             side=side,
+            training=training,
             taps=taps,
         )
         x = self.blocks(self._embedded(ids, segments, ctx, taps), ctx)
@@ -433,7 +437,14 @@ class Network(nn.Module):
         x = x if self.norm is None else self.norm(x)
         return x if taps is None else taps("norm", x)
 
-    def _memory(self, source: Tensor | None, padding: Tensor | None, taps: Taps | None, batch: int) -> Memory | None:
+    def _memory(
+        self,
+        source: Tensor | None,
+        padding: Tensor | None,
+        taps: Taps | None,
+        batch: int,
+        training: Training | None = None,
+    ) -> Memory | None:
         if self.settings.encoder is None:
             if source is not None or padding is not None:
                 raise InputError("this network has no encoder, so it takes no source")
@@ -444,7 +455,7 @@ class Network(nn.Module):
         if source.shape[0] != batch:
             raise InputError(f"the source has {source.shape[0]} rows, the ids {batch}")
         positions = None if padding is None else _counted(source, None, padding)
-        ctx = Context(positions=positions, padding=padding, ids=source, taps=taps)
+        ctx = Context(positions=positions, padding=padding, ids=source, training=training, taps=taps)
         x = self.encoder(self._embedded(source, None, ctx, None), ctx)
         return Memory(x if self.encoder_norm is None else self.encoder_norm(x), padding)
 

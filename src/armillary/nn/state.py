@@ -191,3 +191,88 @@ class SpanState(State):
             grown = t.new_zeros(*t.shape[:2], capacity, *t.shape[3:])
             grown[:, :, :held] = t
             self.tensors[name] = grown
+
+
+class WindowState(State):
+    """The last `window` tokens of each row, in a ring along axis 2: [B, G, window, …]; the token with
+    index i of its row (counted from 0) lies in slot i % window.
+
+    lengths: [B] tokens that each row has seen; `uniform` is their common value as a Python number,
+    or None once rows differ.
+    """
+
+    kind: ClassVar[str] = "window"
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        first = next(iter(self.tensors.values()))
+        self.window = first.shape[2]
+        self.lengths = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+        self.uniform: int | None = 0
+
+    def append(self, parts: Mapping[str, Tensor], lengths: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """What the tokens of a chunk can look back at, and the chunk itself; then the ring moves on.
+
+        parts: [B, G, T, …]; lengths: [B] valid tokens of each row's chunk, None means all T.
+        Returns tensors [B, G, window + T, …] and the index of each entry in its row [B or 1, window +
+        T] int64, negative where a slot is still empty. Tokens of the chunk beyond a row's length come
+        behind its valid ones, as causality wants it.
+        """
+        count = next(iter(parts.values())).shape[2]
+        if lengths is not None and self.uniform is not None and bool((lengths == count).all()):
+            lengths = None
+        steps = torch.arange(count, device=self.lengths.device)
+        slots = torch.arange(self.window, device=self.lengths.device)
+        seen = self.lengths[:1] if self.uniform is not None else self.lengths
+        # the newest index below `seen` that lies in the slot
+        index = seen[:, None] - 1 - (seen[:, None] - 1 - slots) % self.window
+        places = torch.cat([index, seen[:, None] + steps], 1)
+        held = {
+            name: torch.cat([self.tensors[name], part.to(self.tensors[name].dtype)], 2) for name, part in parts.items()
+        }
+        if lengths is None and self.uniform is not None:
+            kept = min(count, self.window)
+            where = (self.uniform + steps[count - kept :]) % self.window
+            for name, part in parts.items():
+                target = self.tensors[name].clone() if torch.is_grad_enabled() else self.tensors[name]
+                target[:, :, where] = part[:, :, count - kept :].to(target.dtype)
+                self.tensors[name] = target
+            self.uniform += count
+            self.lengths = self.lengths + count
+        else:
+            added = torch.full_like(self.lengths, count) if lengths is None else lengths.to(self.lengths)
+            fresh = (steps < added[:, None]) & (steps >= added[:, None] - self.window)
+            rows, tokens = fresh.nonzero(as_tuple=True)
+            where = (self.lengths[rows] + tokens) % self.window
+            for name, part in parts.items():
+                target = self.tensors[name].clone() if torch.is_grad_enabled() else self.tensors[name]
+                target[rows, :, where] = part[rows, :, tokens].to(target.dtype)
+                self.tensors[name] = target
+            self.lengths = self.lengths + added
+            self.uniform = None
+        return held, places
+
+    def select(self, rows: Tensor) -> Self:
+        other = super().select(rows)
+        other._set_lengths(self.lengths[rows])
+        return other
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        joined = super().join(states)
+        joined._set_lengths(torch.cat([state.lengths for state in states]))
+        return joined
+
+    def restore(self, snapshot: Self) -> None:
+        super().restore(snapshot)
+        self._set_lengths(snapshot.lengths)
+
+    def to(self, device: torch.device | str) -> Self:
+        other = super().to(device)
+        other.lengths = self.lengths.to(device)
+        return other
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths.clone()
+        same = bool((lengths == lengths[0]).all())
+        self.uniform = int(lengths[0]) if same else None

@@ -16,6 +16,7 @@ from armillary.nn.context import Context
 from armillary.nn.cost import count
 from armillary.nn.example import Example, Limit
 from armillary.nn.ops import plain_ops
+from armillary.nn.training import Training
 from armillary.testing.cases import Case, NotApplicable, Trial
 from armillary.testing.compare import near, require, same, slopes_near
 
@@ -228,6 +229,23 @@ def determinism(case: Case) -> None:
     before = torch.get_rng_state()
     same(trial.whole(), trial.whole(), "the same call twice")
     require(torch.equal(torch.get_rng_state(), before), "a call draws from the global generator")
+
+
+def noise(case: Case) -> None:
+    """In an update noise follows from the update's seed alone; what declares none is unmoved by it."""
+    trial = Trial(case, length=18)
+    one, again, other = (_run(trial, training=Training.of(seed)) for seed in (1, 1, 2))
+    for a, b in zip(one, again, strict=True):
+        same(a, b, "the same seed twice")
+    drawn = case.mixes and case.can.noise
+    if drawn:
+        require(not torch.equal(one[0], other[0]), "noise is declared, yet another seed changes nothing")
+    else:
+        same(other[0], one[0], "noise is not declared: the output under another seed")
+        same(trial.whole().detach(), one[0], "noise is not declared: the output outside an update")
+    before = torch.get_rng_state()
+    trial.whole(training=Training.of(3))
+    require(torch.equal(torch.get_rng_state(), before), "a call in an update draws from the global generator")
 
 
 def limits(role: str, name: str, settings: type[Any]) -> list[tuple[str, Callable[[], None]]]:

@@ -78,6 +78,7 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
     ("bf16", numerics.bf16, _always),
     ("poison", numerics.poison, _always),
     ("determinism", numerics.determinism, _always),
+    ("noise", numerics.noise, _always),
     ("recipe", contract.recipe, _always),
     ("meta", contract.meta, _always),
     ("sites", contract.sites, _positioned),

@@ -6,6 +6,7 @@ moments and the number of the step alone, and nothing is lost by stopping anywhe
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import statistics
@@ -21,6 +22,7 @@ from armillary.base.errors import CheckpointError, InputError, TrainingError
 from armillary.checkpoints.assemble import pick_device
 from armillary.data.batch import Batch
 from armillary.nn.network import Network
+from armillary.nn.training import Training
 from armillary.objectives.base import Prepared, Vocabulary
 from armillary.recipe.training import TrainingSettings
 from armillary.train import compiling, distributed
@@ -156,6 +158,10 @@ class Trainer:
         for number, part in enumerate(parts):
             taken = take(prepared, None if len(part) == rows else part, rows, self.network.device)
             self.world.sync_gradients(self.network, number + 1 == len(parts))
+            seed = derived_seed(self.seed, "call", step, self.world.rank, number)
+            share = float(prepared.weights[part].sum()) * scale
+            training = Training.of(seed, share, self.network.device)
+            taken = dataclasses.replace(taken, inputs={**taken.inputs, "training": training})
             for name, value in self._backward(taken, scale).items():
                 value = value.to(self.network.device, torch.float32)
                 sums[name] = sums[name] + value if name in sums else value

@@ -64,11 +64,12 @@ def attend(
     mass: Tensor | None = None
     for start in range(0, queries, BLOCK):
         stop = min(queries, start + BLOCK)
-        reach = keys if mask is None else mask.reach(stop, keys)
-        part, weight = _rows(q, k, v, start, stop, reach, mask, bias, scale, softcap, sinks, want_mass)
+        low, reach = (0, keys) if mask is None else (mask.low(start), mask.reach(stop, keys))
+        low = min(low, reach - 1)  # rows that see nothing still need a key to be masked
+        part, weight = _rows(q, k, v, start, stop, low, reach, mask, bias, scale, softcap, sinks, want_mass)
         pieces.append(part)
         if weight is not None:
-            weight = F.pad(weight, (0, keys - reach))
+            weight = F.pad(weight, (low, keys - reach))
             mass = weight if mass is None else mass + weight
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)), mass
 
@@ -139,6 +140,7 @@ def _rows(
     v: Tensor,
     start: int,
     stop: int,
+    low: int,
     reach: int,
     mask: Mask | None,
     bias: Bias | None,
@@ -152,7 +154,7 @@ def _rows(
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = torch.arange(start, stop, device=q.device)
-        columns = torch.arange(reach, device=q.device)
+        columns = torch.arange(low, reach, device=q.device)
         allowed = None if mask is None else mask.rows(rows, columns)
         added = None if bias is None else bias(rows, columns)
         if softcap is None and sinks is None and not want_mass and v.shape[-1] == q.shape[-1]:
@@ -165,7 +167,7 @@ def _rows(
         weights = _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks)
         return weights.to(v.dtype) @ _per_head(v, q.shape[1]), weights.sum(2) if want_mass else None
 
-    q, k, v = q[:, :, start:stop], k[:, :, :reach], v[:, :, :reach]
+    q, k, v = q[:, :, start:stop], k[:, :, low:reach], v[:, :, low:reach]
     if torch.is_grad_enabled() and stop - start == BLOCK:
         return checkpoint(block, q, k, v, use_reentrant=False)  # type: ignore[no-any-return]
     return block(q, k, v)

@@ -55,7 +55,7 @@ def attach(y: Tensor, loss: Tensor, ctx: Context) -> Tensor:
     return _Attach.apply(y, loss, ctx.training.share)  # type: ignore[no-any-return,no-untyped-call]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _stream(path: str, name: str) -> int:
     return zlib.crc32(f"{path}|{name}".encode())
 
@@ -68,7 +68,7 @@ class _Attach(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (share,) = ctx.saved_tensors
         return grad, share.to(ctx.kind), None
 

@@ -60,6 +60,13 @@ class State:
     def restore(self, snapshot: Self) -> None:
         self.tensors = {name: t.clone() for name, t in snapshot.tensors.items()}
 
+    def put(self, name: str, value: Tensor) -> None:
+        """Give a tensor of constant size new contents: in place without gradients, replaced with them."""
+        if torch.is_grad_enabled():
+            self.tensors[name] = value
+        else:
+            self.tensors[name].copy_(value)
+
     def truncate(self, lengths: Tensor) -> None:
         """Forget the tokens from lengths[b] on; only where the past can be cut (span)."""
         raise UnsupportedError(f"a {self.kind} state cannot be truncated", hint="take a snapshot before and restore it")
@@ -77,12 +84,6 @@ class FixedState(State):
     """Tensors of constant size (recurrent matrices, an encoder's keys and values)."""
 
     kind: ClassVar[str] = "fixed"
-
-    def put(self, name: str, value: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self.tensors[name] = value
-        else:
-            self.tensors[name].copy_(value)
 
 
 class SpanState(State):

@@ -175,6 +175,17 @@ class PerHead(Mask):
     def low(self, start: int) -> int:
         return min(mask.low(start) for mask in self.heads)
 
+    def marks(self, keys: int) -> Tensor | None:
+        found = [each for each in (mask.marks(keys) for mask in self.heads) if each is not None]
+        return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
+
+    def most(self, keys: int) -> int:
+        return min(keys, sum(mask.most(keys) for mask in dict.fromkeys(self.heads)))
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        kinds = {one: one.take(places, keys) for one in dict.fromkeys(self.heads)}
+        return PerHead(tuple(kinds[one] for one in self.heads))
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Mask):

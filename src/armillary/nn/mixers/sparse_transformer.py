@@ -69,7 +69,7 @@ class SparseTransformerSettings(AttentionSettings):
             Example("strided", cls(**strided, position=rope), compiled=True),
             Example("fixed_union", cls(stride=5, summary=2, combine="union")),
             Example("strided_union", cls(**strided, combine="union")),
-            Example("fixed_layers", cls(**fixed, combine="layers", distinct=False), {"layer": 1}),
+            Example("fixed_layers", cls(stride=2, summary=1, combine="layers", distinct=False), {"layer": 1}),
             Example("strided_layers", cls(**strided, combine="layers"), {"layer": 1}),
             Example("sinks", cls(**fixed, sinks=True)),
             Example("fixed_both_ways", cls(**fixed), both_ways),

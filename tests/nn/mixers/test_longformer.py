@@ -126,7 +126,7 @@ def test_global_products_start_as_the_local_ones() -> None:
     for name in "qkv":
         local, own = getattr(mixer, name), getattr(mixer, f"{name}_global")
         assert torch.equal(local.weight, own.weight) and local.weight is not own.weight
-        assert float(local.weight.std()) > 0
+        assert local.weight.std().item() > 0
 
 
 @pytest.mark.parametrize("order", ["causal", "bidirectional"])

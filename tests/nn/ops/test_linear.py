@@ -80,7 +80,9 @@ def test_chunks_give_the_loop(
 @pytest.mark.parametrize("documents", [None, [5, 1, 37]])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("eps", [1e-3, None])
-def test_it_is_the_matrix(eps: float | None, scaled: bool, documents: list[int] | None, causal: bool, agree: Any) -> None:
+def test_it_is_the_matrix(
+    eps: float | None, scaled: bool, documents: list[int] | None, causal: bool, agree: Any
+) -> None:
     if scaled and not causal:
         scaled = False
     q, k, v = tensors()

@@ -56,9 +56,7 @@ def linear_attend(
     if not causal:
         return _both_ways(q, k, v, eps, documents), None
     if plain() or q.dtype == torch.float64:
-        return linear_attend_plain(
-            q, k, v, eps=eps, scale=scale, state=state, before=before, documents=documents
-        )
+        return linear_attend_plain(q, k, v, eps=eps, scale=scale, state=state, before=before, documents=documents)
     if q.shape[1] == 1:
         return _step(q, k, v, eps, scale, state, before)
     y, end, _, _ = _attend(q, k, v, scale, state, before, documents, eps or 0.0, eps is not None)
@@ -129,8 +127,8 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, eps: float | None, documents: Te
     wide = v.to(kind) if eps is None else _with_ones(v.to(kind))
     q, k = q.to(kind), k.to(kind)
     if documents is None:
-        state = k.permute(0, 2, 3, 1) @ wide.transpose(1, 2)
-        mixed = (q.transpose(1, 2) @ state).transpose(1, 2)
+        state = torch.einsum("bshk,bshv->bhkv", k, wide)
+        mixed = torch.einsum("bthk,bhkv->bthv", q, state)
     elif plain() or kind == torch.float64:
         same = documents[:, None, :, None] == documents[:, None, None, :]
         weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).masked_fill(~same, 0)
@@ -239,7 +237,9 @@ class _Segments:
     def take(self, x: Tensor, start: int, stop: int, ones: bool = False) -> Tensor:
         """[B, T, H, W] → [B, n, H, C, W], zeros behind the end, and with a last column of ones if asked."""
         count, width = self.chunks(start, stop), x.shape[-1]
-        made = torch.empty(self.batch, count, self.heads, self.chunk, width + ones, dtype=torch.float32, device=x.device)
+        made = torch.empty(
+            self.batch, count, self.heads, self.chunk, width + ones, dtype=torch.float32, device=x.device
+        )
         part = x[:, start:stop]
         if stop - start < count * self.chunk:
             part = F.pad(part, (0, 0, 0, 0, 0, count * self.chunk - (stop - start)))
@@ -264,7 +264,8 @@ class _Segments:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[B, n, H, i, j] by [B, n, H, j, k], as one product of three axes."""
-    return torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
+    made: Tensor = torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])  # type: ignore[no-untyped-call]
+    return made
 
 
 def _scan(added: Tensor, through: Tensor | None, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
@@ -372,9 +373,7 @@ def _attend_backward(
             outer[..., -1] = -(inner * work.take(y, start, stop)).sum(-1)
             outer.div_(total)
         states, _ = work.states(ks, vs, by, held[i])
-        slopes, slope = _scan(
-            _product(_times(qs, by.inward).transpose(3, 4), outer), by.through, slope, back=True
-        )
+        slopes, slope = _scan(_product(_times(qs, by.inward).transpose(3, 4), outer), by.through, slope, back=True)
         scores = by.mask_(_product(qs, ks.transpose(3, 4)))
         inner_v = _product(scores.transpose(3, 4), outer[..., : work.values])
         past = _product(ks, slopes[..., : work.values])
@@ -432,6 +431,8 @@ def _flops(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **_: Any) 
 
 
 @register_flop_formula(torch.ops.armillary.linear_attend_backward)
-def _flops_backward(grad: Any, grad_end: Any, q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+def _flops_backward(
+    grad: Any, grad_end: Any, q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
     batch, length, heads, keys = q
     return int(2 * batch * length * heads * (CHUNK * (3 * keys + 2 * v[-1]) + 5 * keys * v[-1]))

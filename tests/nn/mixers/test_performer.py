@@ -90,7 +90,7 @@ def test_errors_fall_with_features_and_with_orthogonality() -> None:
     few, many = (estimates(q, k, 3000, count, False).var(0) for count in (8, 32))
     assert float((few / many).mean()) == pytest.approx(4.0, rel=0.15)  # error ∝ 1/√m
     straight = estimates(q, k, 3000, 8, True).var(0)
-less = straight / few
+    less = straight / few
     assert float(less.log().mean()) < -0.05 and float((less < 1).double().mean()) > 0.7
 
 

@@ -44,9 +44,8 @@ def small(name: str) -> Recipe:
         words.append("model.encoder.depth=2")
     for place, block in _blocks(recipe):
         if block.get("mixer"):
-            words += [f"{place}.mixer.heads=2"]
-            if block["mixer"].get("kv_heads"):
-                words += [f"{place}.mixer.kv_heads=1"]
+            narrow = {"heads": 2, "kv_heads": 1, "head_width": 8}
+            words += [f"{place}.mixer.{key}={value}" for key, value in narrow.items() if block["mixer"].get(key)]
         if block.get("cross"):
             words += [f"{place}.cross.heads=2"]
         if (block.get("channel") or {}).get("hidden"):

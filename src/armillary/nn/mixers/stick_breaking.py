@@ -14,14 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from armillary.base.errors import UnsupportedError
-from armillary.nn.context import Context, Memory
+from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mask import Causal, Documents, Keys, Mask, both
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mask import Mask
+from armillary.nn.mechanism import Capabilities, MixerSettings, Place, mixers
 from armillary.nn.ops.stick import stick_attend
-from armillary.nn.state import SpanState, State
+from armillary.nn.span import SpanMixer, head_width
 
 
 @mixers.register
@@ -54,20 +53,11 @@ class StickBreakingSettings(MixerSettings):
     def groups(self) -> int:
         return self.kv_heads or self.heads
 
-    def features(self, width: int) -> int:
-        """Features per head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
-
     def build(self, place: Place) -> StickBreaking:
         return StickBreaking(self, place)
 
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
-        width, each = place.width, self.features(place.width)
+        width, each = place.width, head_width(place.width, self.heads, self.head_width)
         query, key = self.heads * each, self.groups * each
         flops = 2 * linear_flops(width, query, length) + 2 * linear_flops(width, key, length)
         # two products; scale, softplus, running sum, difference, exponential
@@ -75,74 +65,25 @@ class StickBreakingSettings(MixerSettings):
         return Cost(flops, length * 2.0 * key * itemsize)
 
 
-class StickBreaking(Mixer):
+class StickBreaking(SpanMixer):
     """x [B, T, D] → [B, T, D]; its state are the keys and values so far."""
 
     def __init__(self, settings: StickBreakingSettings, place: Place) -> None:
-        super().__init__(settings, place)
-        self.heads, self.groups = settings.heads, settings.groups
-        self.width = settings.features(place.width)
-        self.value_groups = self.groups
+        width = head_width(place.width, settings.heads, settings.head_width)
+        super().__init__(settings, place, heads=settings.heads, groups=settings.groups, width=width)
         self.q = place.product(place.width, self.heads * self.width, "q")
-        self.k = place.product(place.width, self.groups * self.width, "k")
-        self.v = place.product(place.width, self.groups * self.width, "v")
         self.o = place.product(self.heads * self.width, place.width, "o")
 
-    def values(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.v(x).unflatten(-1, (self.groups, self.width))  # type: ignore[no-any-return]
+    def queries(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.q(x).unflatten(-1, (self.heads, self.width)), {}
 
-    def freeze(self, x: Tensor, ctx: Context) -> Frozen:
-        q, k = self._scored(x, ctx)
-        mask = both(Causal(), ctx.mask)
-        if ctx.documents is not None:
-            mask = both(mask, Documents(ctx.documents, ctx.documents))
-        if ctx.padding is not None:
-            mask = both(mask, Keys(ctx.padding))
-        return Frozen({"q": q, "k": k, "mask": mask})
-
-    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
-        if frozen.weights is not None:
-            each = values.repeat_interleave(self.heads // self.groups, 2).transpose(1, 2)
-            return (frozen.weights.to(each.dtype) @ each).transpose(1, 2)
-        q, k, mask = (frozen.parts[name] for name in ("q", "k", "mask"))
-        return self._attend(q, k.transpose(1, 2), values.transpose(1, 2), mask)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return stick_attend(q, k, v, mask=mask, scale=self.width**-0.5)
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(mixed.flatten(2))  # type: ignore[no-any-return]
-
-    def init_state(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
-    ) -> State:
-        shape = (batch, self.groups, capacity, self.width)
-        return SpanState({name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")})
-
-    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        self.accept(ctx, extending=True)
-        assert isinstance(state, SpanState)
-        q, k = self._scored(x, ctx)
-        values = self.values(x, ctx)
-        if ctx.taps is not None:
-            values = ctx.taps(f"{self.path}.v", values)
-        start, uniform = state.lengths, state.uniform
-        held = state.append({"k": k.transpose(1, 2), "v": values.transpose(1, 2)}, ctx.lengths)
-        mask = Causal(start if uniform is None or state.uniform is None else uniform)
-        if ctx.taps is None:
-            return self.finish(self._attend(q, held["k"], held["v"], mask), x, ctx)
-        values = held["v"].transpose(1, 2)
-        frozen = Frozen({"q": q, "k": held["k"].transpose(1, 2), "mask": mask})
-        mixed = self.mix(self._weights(frozen, values, ctx), values)
-        return self.finish(ctx.taps(f"{self.path}.mixed", mixed), x, ctx)
-
-    def _scored(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Queries [B, T, H, K] and keys [B, T, G, K]."""
-        q = self.q(x).unflatten(-1, (self.heads, self.width))
-        k = self.k(x).unflatten(-1, (self.groups, self.width))
-        if ctx.taps is not None:
-            q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        return q, k
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        return stick_attend(q.transpose(1, 2), k, v, mask=mask, scale=self.width**-0.5).transpose(1, 2)
 
 
 def _products(mixer: StickBreaking, x: Tensor, ctx: Context) -> Tensor:

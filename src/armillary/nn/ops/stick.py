@@ -19,12 +19,13 @@ from armillary.nn.ops import plain
 BLOCK = 256  # query rows at a time
 
 
-def stick_attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
+def stick_attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, scale: float) -> Tensor:
     """q [B, H, T, K]; k [B, G, S, K]; v [B, G, S, V], H a multiple of G → [B, H, T, V].
 
     Keys that the mask hides break nothing off. A query that may see nothing gives zeros; weights sum
     to at most 1, the rest of the stick is dropped.
     """
+    assert mask is not None, "a stick has an end: the order of the keys must be causal"
     queries, keys = q.shape[2], k.shape[2]
     if plain():
         return _rows(q, k, v, mask, 0, queries, 0, keys, scale)

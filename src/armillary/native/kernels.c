@@ -1,7 +1,7 @@
 /* Row kernels that tensors do slowly on a CPU. Plain C, auto-vectorised, no PyTorch headers.
  *
  * bf16 is passed as uint16_t. Every function splits its rows over OpenMP threads. Each has a plain
- * PyTorch form beside its operator (see operators.py), against which it is tested.
+ * PyTorch form beside its operator (see rows.py), against which it is tested.
  */
 #include <math.h>
 #include <stdint.h>
@@ -42,28 +42,31 @@ static inline float exp_down(float x) {
 }
 
 #define ROW_KERNELS(NAME, T, LOAD, STORE)                                                              \
-    /* scores [rows, cols] -> softmax(scores * scale) in place. Rows come in groups of `size`; with    \
-     * causal, row r of a group sees the first start + r + 1 columns, the others become 0. */          \
+    /* scores [rows, cols] -> softmax(scores * scale) in place. Rows come in groups of `size`; row r of \
+     * a group sees the columns from start + r - left to start + r + right, the others become 0. */    \
     void softmax_rows_##NAME(T *scores, int64_t rows, int64_t cols, int64_t size, int64_t start,       \
-                             int causal, float scale) {                                                \
+                             int64_t left, int64_t right, float scale) {                               \
         _Pragma("omp parallel") {                                                                      \
             float *line = malloc(sizeof(float) * (size_t)cols);                                        \
             _Pragma("omp for schedule(static)") for (int64_t r = 0; r < rows; r++) {                   \
                 T *s = scores + r * cols;                                                              \
-                int64_t seen = causal ? start + r % size + 1 : cols;                                   \
+                int64_t at = start + r % size;                                                         \
+                int64_t first = at - left > 0 ? at - left : 0;                                         \
+                int64_t seen = at + right + 1 < cols ? at + right + 1 : cols;                          \
                 float peak = -INFINITY, total = 0.0f;                                                  \
-                for (int64_t c = 0; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                                   \
                     float x = LOAD(s[c]) * scale;                                                      \
                     line[c] = x;                                                                       \
                     peak = x > peak ? x : peak;                                                        \
                 }                                                                                      \
-                for (int64_t c = 0; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                                   \
                     float e = exp_down(line[c] - peak);                                                \
                     line[c] = e;                                                                       \
                     total += e;                                                                        \
                 }                                                                                      \
                 float share = 1.0f / total;                                                            \
-                for (int64_t c = 0; c < seen; c++) s[c] = STORE(line[c] * share);                      \
+                for (int64_t c = first; c < seen; c++) s[c] = STORE(line[c] * share);                      \
+                memset(s, 0, sizeof(T) * (size_t)first);                                               \
                 memset(s + seen, 0, sizeof(T) * (size_t)(cols - seen));                                \
             }                                                                                          \
             free(line);                                                                                \
@@ -71,14 +74,18 @@ static inline float exp_down(float x) {
     }                                                                                                  \
     /* slopes [rows, cols] (gradient of the weights) -> gradient of the scores, in place */            \
     void softmax_rows_backward_##NAME(const T *weights, T *slopes, int64_t rows, int64_t cols,         \
-                                      int64_t size, int64_t start, int causal, float scale) {          \
+                                      int64_t size, int64_t start, int64_t left, int64_t right,        \
+                                      float scale) {                                                   \
         _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {              \
             const T *w = weights + r * cols;                                                           \
             T *d = slopes + r * cols;                                                                  \
-            int64_t seen = causal ? start + r % size + 1 : cols;                                       \
+            int64_t at = start + r % size;                                                             \
+            int64_t first = at - left > 0 ? at - left : 0;                                             \
+            int64_t seen = at + right + 1 < cols ? at + right + 1 : cols;                              \
             float dot = 0.0f;                                                                          \
-            for (int64_t c = 0; c < seen; c++) dot += LOAD(w[c]) * LOAD(d[c]);                         \
-            for (int64_t c = 0; c < seen; c++) d[c] = STORE(LOAD(w[c]) * (LOAD(d[c]) - dot) * scale);  \
+            for (int64_t c = first; c < seen; c++) dot += LOAD(w[c]) * LOAD(d[c]);                     \
+            for (int64_t c = first; c < seen; c++) d[c] = STORE(LOAD(w[c]) * (LOAD(d[c]) - dot) * scale); \
+            memset(d, 0, sizeof(T) * (size_t)first);                                                   \
             memset(d + seen, 0, sizeof(T) * (size_t)(cols - seen));                                    \
         }                                                                                              \
     }                                                                                                  \

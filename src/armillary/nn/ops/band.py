@@ -13,7 +13,7 @@ backward, so time and memory are linear in length (Kitaev et al. 2020, Reformer)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +49,11 @@ def band_attend(
     q, k: [B, H, T, K]; v: [B, H, T, V]; orders: of each order the tokens in it, sorted by place,
     [B, H, L] int64; places: [B, H, R, T] int32; widths: R of them. Returns [B, H, T, V].
     """
+    widths = [min(width, q.shape[2]) for width in widths]  # as far apart as `sort_groups` puts two groups
     if plain() or q.dtype == torch.float64:
         weights = band_weights(q, k, orders, places, widths, scale)
         return weights.to(v.dtype) @ v
-    y, sums = _attend(q, k, v, list(orders), places, list(widths), scale)
+    y, sums = _attend(q, k, v, list(orders), places, widths, scale)
     return torch.where((sums == -torch.inf)[..., None], v, y)
 
 
@@ -78,6 +79,104 @@ def band_seen(orders: Sequence[Tensor], places: Tensor, widths: Sequence[int]) -
         seen = seen | (inside & ~found & member[..., :, None] & member[..., None, :])
         found = found | inside
     return seen
+
+
+def ranks(groups: Tensor) -> Tensor:
+    """How many tokens of its group come before each, [..., T] int64."""
+    order = torch.argsort(groups, stable=True, dim=-1)
+    grouped = groups.gather(-1, order)
+    steps = torch.arange(groups.shape[-1], device=groups.device).expand_as(groups)
+    fresh = torch.ones_like(grouped, dtype=torch.bool)
+    fresh[..., 1:] = grouped[..., 1:] != grouped[..., :-1]
+    begun = torch.where(fresh, steps, 0).cummax(-1).values
+    return torch.empty_like(groups).scatter_(-1, order, steps - begun)
+
+
+def chunk_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Tensor,
+    codes: Tensor,
+    held: Mapping[str, Tensor],
+    orders: Sequence[tuple[int, int]],
+    *,
+    scale: float,
+    spacing: int,
+) -> Tensor:
+    """`band_attend` of a chunk's queries over what its bands hold of earlier tokens and the chunk itself.
+
+    q, k, v: [B, H, T, K]; groups: [B, H, R, T] of the chunk's tokens; codes: [B, H, T, R], spacing ·
+    group + number in the group; held: k, v [B, H, slots, K] and codes [B, H, slots, R], a ring for
+    every group of every order, and counts [B, H, groups]; orders: (groups, width) of each.
+    """
+    slots = held["k"].shape[2]
+    if q.shape[2] * sum(width for _, width in orders) <= slots:
+        return _few(q, k, v, groups, codes, held, orders, scale)
+    # Each order sorts the tokens of its own rings and those of the chunk. Places count from the oldest
+    # that the chunk could see; a token that an order's ring has lost is nowhere in it.
+    length, device = q.shape[2], q.device
+    every = torch.cat([held["codes"], codes], 2).transpose(2, 3)  # [B, H, R, slots + T]
+    tokens = torch.arange(slots, slots + length, device=device)
+    sorted_orders, places, start, first = [], [], 0, 0
+    for number, (count, width) in enumerate(orders):
+        code = every[:, :, number]
+        group, serial = code.div(spacing, rounding_mode="floor"), code.remainder(spacing)
+        begun = held["counts"][:, :, first : first + count]
+        begun = torch.cat([begun, torch.zeros_like(begun[..., :1])], -1)  # of tokens that are not there
+        step = serial - begun.gather(2, group.clamp(min=0)) + width
+        absent = (group < 0) | (step < 0)
+        place = torch.where(
+            group == count, count * (2 * width + length + 1) + serial, group * (2 * width + length + 1) + step
+        )
+        place = place.masked_fill(absent, NOWHERE)
+        ring = torch.arange(start, start + count * width, device=device)
+        members = torch.cat([ring, tokens])
+        sorted_orders.append(members[torch.argsort(place[:, :, members], dim=-1, stable=True)])
+        places.append(place)
+        start, first = start + count * width, first + count
+    whole = [torch.cat([held[name].to(x.dtype), x], 2) for name, x in (("k", q), ("k", k), ("v", v))]
+    widths = [width for _, width in orders]
+    y = band_attend(whole[0], whole[1], whole[2], sorted_orders, torch.stack(places, 2).int(), widths, scale)
+    return y[:, :, slots:]
+
+
+def _few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Tensor,
+    codes: Tensor,
+    held: Mapping[str, Tensor],
+    orders: Sequence[tuple[int, int]],
+    scale: float,
+) -> Tensor:
+    """A few queries: each gathers the rings of its own groups."""
+    batch, heads, length, _ = q.shape
+    device = q.device
+    widths = torch.tensor([width for _, width in orders], device=device)
+    rings, start = [], 0
+    for number, (count, size) in enumerate(orders):
+        rings.append(start + groups[:, :, number, :, None] * size + torch.arange(size, device=device))
+        start += count * size
+    slots = torch.cat(rings, -1)  # [B, H, T, C]
+    ring = torch.arange(len(orders), device=device).repeat_interleave(widths, output_size=slots.shape[3])
+
+    def gathered(x: Tensor) -> Tensor:
+        at = slots.flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
+        return x.gather(2, at).view(batch, heads, length, -1, x.shape[3])
+
+    distance = codes[:, :, :, None] - gathered(held["codes"])
+    inside = (distance > 0) & (distance <= widths)
+    older = inside.any(-1) & (inside.long().argmax(-1) == ring)  # in the first order that has the pair
+    distance = codes[:, :, :, None] - codes[:, :, None]
+    newer = ((distance > 0) & (distance <= widths)).any(-1)
+    alone = ~(older.any(-1) | newer.any(-1))[..., None] & torch.eye(length, dtype=torch.bool, device=device)
+    scores = torch.cat([(gathered(held["k"]).to(q.dtype) @ q[..., None])[..., 0], q @ k.transpose(2, 3)], -1)
+    scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+    weights = torch.softmax(scores.masked_fill(~torch.cat([older, newer | alone], -1), -torch.inf), -1).to(v.dtype)
+    past = weights[..., None, : slots.shape[3]] @ gathered(held["v"]).to(v.dtype)
+    return past[..., 0, :] + weights[..., slots.shape[3] :] @ v
 
 
 class _Sorted:
@@ -297,6 +396,16 @@ def _flops(q: Any, k: Any, v: Any, orders: Any, places: Any, widths: Any, scale:
 
 @register_flop_formula(torch.ops.armillary.band_attend_backward)
 def _flops_backward(
-    grad: Any, out: Any, sums: Any, q: Any, k: Any, v: Any, orders: Any, places: Any, widths: Any, scale: float, **_: Any
+    grad: Any,
+    out: Any,
+    sums: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    orders: Any,
+    places: Any,
+    widths: Any,
+    scale: float,
+    **_: Any,
 ) -> int:
     return 2 * _pairs(q, orders, widths) * int(3 * q[3] + 2 * v[3])

@@ -158,7 +158,8 @@ def orthogonal_directions(rows: int, width: int, generator: torch.Generator) -> 
         blocks.append((q * r.diagonal().sign()).t())  # with the signs it is uniform over rotations (Mezzadri 2007)
     lengths = torch.linalg.vector_norm(_normal(rows, width, generator), dim=1, keepdim=True)
     drawn: Tensor = torch.cat(blocks)[:rows]
-    return drawn * lengths
+    made: Tensor = drawn * lengths
+    return made
 
 
 def _normal(rows: int, width: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Additive attention that stops after the global query: the Ladaformer block of LadaGAN (Morales-Juarez & Fuentes-Pineda 2024).
+"""Additive attention that stops after the global query: the block of LadaGAN (Morales-Juarez & Fuentes-Pineda 2024).
 
 α = softmax over positions of w·q / √K, one logit per head from the queries of all heads, gives the
 global query g = Σ α q of each head, and out = W (g ⊙ k ⊙ v): tokens meet in g alone.

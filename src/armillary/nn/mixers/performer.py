@@ -157,7 +157,9 @@ def orthogonal_directions(rows: int, width: int, generator: torch.Generator) -> 
         q, r = torch.linalg.qr(_normal(width, width, generator))
         blocks.append((q * r.diagonal().sign()).t())  # with the signs it is uniform over rotations (Mezzadri 2007)
     lengths = torch.linalg.vector_norm(_normal(rows, width, generator), dim=1, keepdim=True)
-    return torch.cat(blocks)[:rows] * lengths
+    drawn: Tensor = torch.cat(blocks)[:rows]
+    made: Tensor = drawn * lengths
+    return made
 
 
 def _normal(rows: int, width: int, generator: torch.Generator) -> Tensor:

@@ -264,7 +264,7 @@ class _Segments:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[B, n, H, i, j] by [B, n, H, j, k], as one product of three axes."""
-    made: Tensor = torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])  # type: ignore[no-untyped-call]
+    made: Tensor = torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
     return made
 
 

@@ -8,6 +8,7 @@ Team 2024, Gemma 2; learned sinks: a logit per head that takes part in the softm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -152,6 +153,7 @@ class Attention(Mixer):
             else None
         )
         self.rotates, self.biases = "rotate" in sites, "bias" in sites
+        self.tracks = self.biases  # whether the state holds where its tokens stand
         self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
@@ -214,7 +216,7 @@ class Attention(Mixer):
         shape = (batch, self.groups, capacity, self.width)
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
         tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
-        if self.biases:
+        if self.tracks:
             tensors["positions"] = torch.zeros(batch, 1, capacity, dtype=torch.int64, device=device)
         return SpanState(tensors)
 
@@ -239,12 +241,12 @@ class Attention(Mixer):
             v = ctx.taps(f"{self.path}.v", v)
         parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
         positions = ctx.where(x).expand(x.shape[0], -1)
-        if self.biases:
+        if self.tracks:
             parts["positions"] = positions[:, None]
         start, uniform = state.lengths, state.uniform
         held = state.append(parts, ctx.lengths)
         before: int | Tensor = start if uniform is None or state.uniform is None else uniform
-        mask = self._extend_mask(before, ctx, x)
+        mask = self._extend_mask(before, ctx, x, held)
         bias = self._bias(positions, held["positions"][:, 0]) if self.biases else None
         return self._mixed(q, held["k"], held["v"], mask, bias, x, ctx)
 
@@ -295,7 +297,7 @@ class Attention(Mixer):
             mask = both(mask, Keys(ctx.padding))
         return mask
 
-    def _extend_mask(self, before: int | Tensor, ctx: Context, x: Tensor) -> Mask:
+    def _extend_mask(self, before: int | Tensor, ctx: Context, x: Tensor, held: Mapping[str, Tensor]) -> Mask:
         causal = Causal(before)
         if self.order != "prefix":
             return causal

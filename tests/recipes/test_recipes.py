@@ -22,6 +22,7 @@ from armillary.train import Trainer
 
 NAMES = library.names()
 CONTEXT, BATCH, STEPS = 32, 4, 3
+NARROW = {"heads": 2, "kv_heads": 1, "hidden": 64}
 
 
 def small(name: str) -> Recipe:
@@ -43,15 +44,20 @@ def small(name: str) -> Recipe:
     if recipe.model.encoder is not None:
         words.append("model.encoder.depth=2")
     for place, block in _blocks(recipe):
-        if block.get("mixer"):
-            words += [f"{place}.mixer.heads=2"]
-            if block["mixer"].get("kv_heads"):
-                words += [f"{place}.mixer.kv_heads=1"]
-        if block.get("cross"):
-            words += [f"{place}.cross.heads=2"]
-        if (block.get("channel") or {}).get("hidden"):
-            words += [f"{place}.channel.hidden=64"]
+        words += _narrow(place, block)
     return Recipe.load(name, *words)
+
+
+def _narrow(place: str, part: dict) -> list[str]:
+    """Overrides that narrow the mixers and the channel named in a block, or inside one of its mechanisms."""
+    words = []
+    for role in ("mixer", "cross", "channel"):
+        inner = part.get(role)
+        if not inner:
+            continue
+        words += [f"{place}.{role}.{key}={value}" for key, value in NARROW.items() if inner.get(key)]
+        words += _narrow(f"{place}.{role}", inner)
+    return words
 
 
 def _blocks(recipe: Recipe) -> list[tuple[str, dict]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,7 +92,7 @@ def _windows(opened: Model, folder: str, data: str | None, rows: int, length: in
                 break
         tokens = np.array(ids, np.int64)
         starts = np.arange(len(tokens) // size) * size
-        taken = [tokens[start : start + size] for start in starts[:rows]]
+        taken: list[Any] = [tokens[start : start + size] for start in starts[:rows]]
     elif place is not None:
         store = Corpus.open(place).train
         starts = np.linspace(0, max(0, store.tokens - size), rows).astype(np.int64)

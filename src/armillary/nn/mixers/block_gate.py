@@ -173,7 +173,7 @@ class BlockGate(Mixer):
 
             def bias(rows: Tensor, columns: Tensor) -> Tensor:
                 index = own[:, None, None, columns].expand(-1, self.heads, len(rows), -1)
-                return gate[:, :, rows].gather(3, index)
+                return gate[:, :, rows].gather(3, index)  # type: ignore[no-any-return]
 
             return attend(q, k, v, mask=parts["mask"], bias=bias, scale=self.scale)[0].transpose(1, 2)
         y = self._sparse(q, k, v, gate, parts.get("front", 0), parts.get("offset"), parts.get("tile", self.tile))
@@ -339,7 +339,7 @@ class BlockSpanState(SpanState):
 def _means(k: Tensor, blocks: int, block: int) -> Tensor:
     """k [B, T, G, K] → the mean key of the first blocks, [B, G, blocks, K]."""
     wide = torch.promote_types(k.dtype, torch.float32)
-    each = k[:, : blocks * block].to(wide).unflatten(1, (blocks, block))
+    each: Tensor = k[:, : blocks * block].to(wide).unflatten(1, (blocks, block))
     return each.mean(2).transpose(1, 2)
 
 

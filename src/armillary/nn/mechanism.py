@@ -304,7 +304,10 @@ class Mixer(nn.Module):
             else:
                 y = self(source, ctx)
             outputs: Tensor = y.sum(0)  # rows of a batch do not meet, so one pass serves them all
-            slopes = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in outputs.flatten()]
+            slopes = [
+                torch.autograd.grad(each, source, retain_graph=True, materialize_grads=True)[0]
+                for each in outputs.flatten()
+            ]
         return torch.stack(slopes, 1).view(x.shape[0], *outputs.shape, *source.shape[1:])
 
     def matrix(self, frozen: Frozen, batch: int, source: int, like: Tensor) -> Tensor:

@@ -173,8 +173,7 @@ class BlockGate(Mixer):
 
             def bias(rows: Tensor, columns: Tensor) -> Tensor:
                 index = own[:, None, None, columns].expand(-1, self.heads, len(rows), -1)
-                picked: Tensor = gate[:, :, rows].gather(3, index)
-                return picked
+                return gate[:, :, rows].gather(3, index)  # type: ignore[no-any-return]
 
             return attend(q, k, v, mask=parts["mask"], bias=bias, scale=self.scale)[0].transpose(1, 2)
         y = self._sparse(q, k, v, gate, parts.get("front", 0), parts.get("offset"), parts.get("tile", self.tile))
@@ -340,9 +339,8 @@ class BlockSpanState(SpanState):
 def _means(k: Tensor, blocks: int, block: int) -> Tensor:
     """k [B, T, G, K] → the mean key of the first blocks, [B, G, blocks, K]."""
     wide = torch.promote_types(k.dtype, torch.float32)
-    each = k[:, : blocks * block].to(wide).unflatten(1, (blocks, block))
-    mean: Tensor = each.mean(2)
-    return mean.transpose(1, 2)
+    each: Tensor = k[:, : blocks * block].to(wide).unflatten(1, (blocks, block))
+    return each.mean(2).transpose(1, 2)
 
 
 def _scattered_means(k: Tensor, own: Tensor, padding: Tensor | None, blocks: int, block: int) -> Tensor:

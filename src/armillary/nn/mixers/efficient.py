@@ -22,7 +22,7 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, Place, mixers
-from armillary.nn.mixers.linear import KernelSettings, present
+from armillary.nn.mixers.linear import KernelSettings, present, tokens_so_far
 from armillary.nn.ops.columns import column_attend
 from armillary.nn.ops.linear import LOWEST, linear_attend
 from armillary.nn.state import FixedState, State
@@ -163,20 +163,11 @@ def _over(sums: Tensor, count: Tensor) -> Tensor:
 def _count(x: Tensor, real: Tensor | None, documents: Tensor | None, causal: bool) -> Tensor:
     """How many tokens each sees, [B, T] int64."""
     ones = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device) if real is None else real.long()
-    ahead = _so_far(ones, documents)
+    ahead = tokens_so_far(ones, documents)
     if causal:
         return ahead
-    back = _so_far(ones.flip(1), None if documents is None else documents.flip(1)).flip(1)
+    back = tokens_so_far(ones.flip(1), None if documents is None else documents.flip(1)).flip(1)
     return ahead + back - ones
-
-
-def _so_far(ones: Tensor, documents: Tensor | None) -> Tensor:
-    total = ones.cumsum(1)
-    if documents is None:
-        return total
-    new = torch.ones_like(documents, dtype=torch.bool)
-    new[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return total - torch.where(new, total - ones, 0).cummax(1).values
 
 
 def _averages(mixer: Efficient, x: Tensor, ctx: Context) -> Tensor:

@@ -33,6 +33,16 @@ def present(x: Tensor, ctx: Context) -> Tensor | None:
     return ctx.padding
 
 
+def tokens_so_far(real: Tensor, documents: Tensor | None) -> Tensor:
+    """How many tokens of the same document there are up to each place; real [B, T] int64, 1 for a token."""
+    total = real.cumsum(1)
+    if documents is None:
+        return total
+    new = torch.ones_like(documents, dtype=torch.bool)
+    new[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return total - torch.where(new, total - real, 0).cummax(1).values
+
+
 class KernelSettings(MixerSettings):
     """What the mixers of this kind share."""
 

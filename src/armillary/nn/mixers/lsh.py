@@ -25,6 +25,13 @@ from armillary.nn.mechanism import Place, mixers
 from armillary.nn.mixers.banded import BandedSettings, BandMixer, full_shared
 
 
+def check_buckets(buckets: int | tuple[int, ...]) -> None:
+    """Raises ValueError for numbers of buckets that directions cannot give."""
+    factors = buckets if isinstance(buckets, tuple) else (buckets,)
+    if buckets != 1 and (not factors or any(one < 2 or one % 2 for one in factors)):
+        raise ValueError(f"buckets ({buckets}) must be even, since each direction gives two")
+
+
 class HashSettings(BandedSettings):
     """Settings of mixers that hash."""
 
@@ -36,8 +43,7 @@ class HashSettings(BandedSettings):
 
     @model_validator(mode="after")
     def _even(self) -> Self:
-        if self.buckets != 1 and any(one < 2 or one % 2 for one in self.factors):
-            raise ValueError(f"buckets ({self.buckets}) must be even, since each direction gives two")
+        check_buckets(self.buckets)
         return self
 
     @property
@@ -87,10 +93,10 @@ class Rotations:
     No buffer: casting the weights to bf16, or building on the meta device, must leave them alone.
     """
 
-    def __init__(self, settings: HashSettings, heads: int, width: int, layer: int) -> None:
-        self.rounds, self.factors = settings.rounds, settings.factors
-        generator = torch.Generator(device="cpu").manual_seed(settings.seed * 1_000_003 + layer)
-        shape = (heads, width, settings.rounds * sum(one // 2 for one in self.factors))
+    def __init__(self, rounds: int, factors: tuple[int, ...], heads: int, width: int, seed: int) -> None:
+        self.rounds, self.factors = rounds, factors
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        shape = (heads, width, rounds * sum(one // 2 for one in factors))
         self.directions = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def hash(self, q: Tensor) -> Tensor:
@@ -115,7 +121,8 @@ class LSH(BandMixer):
 
     def __init__(self, settings: HashSettings, place: Place) -> None:
         super().__init__(settings, place)
-        self.rotations = Rotations(settings, self.heads, self.width, place.layer)
+        seed = settings.seed * 1_000_003 + place.layer
+        self.rotations = Rotations(settings.rounds, settings.factors, self.heads, self.width, seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LSH:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -157,12 +157,13 @@ class Scoring:
 class Look:
     """Who looks at whom in one call: `before` keys lie before its queries (one number, or [B] of them),
     in the order of the row unless `index` [B or 1, S] says which token each key is (a ring); positions
-    of the queries [B or 1, T] and, for a mixer that tracks them, of the keys [B or 1, S]."""
+    of the queries [B or 1, T] and, for a mixer that tracks them, of the keys [B or 1, S]; and the call itself."""
 
     before: int | Tensor
     queries: Tensor
     keys: Tensor | None
     index: Tensor | None = None
+    ctx: Context = field(default_factory=Context)
 
 
 class Attention(Mixer):
@@ -217,12 +218,10 @@ class Attention(Mixer):
             if ctx.taps is not None:
                 q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
             return Frozen({"q": q, "k": k, "scoring": Scoring(mask)})
-        q, k = self._queries(x, ctx), self._keys(x, ctx)
-        if self.position is not None and self.rotates:
-            q, k = self.position.rotate(q, k, ctx.where(x))
+        q, k = self._turned(x, ctx)
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        look = Look(0, ctx.where(x), ctx.where(x))
+        look = Look(0, ctx.where(x), ctx.where(x), ctx=ctx)
         return Frozen({"q": q, "k": k, "scoring": self._scoring(self._mask(ctx, look), look)})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
@@ -264,8 +263,8 @@ class Attention(Mixer):
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
-        q = self._queries(x, ctx)
         if isinstance(state, FixedState):
+            q = self._queries(x, ctx)
             padding = state.tensors.get("padding")
             seen = None if padding is None else Keys(padding)
             k, v = state.tensors["k"], state.tensors["v"]
@@ -273,9 +272,7 @@ class Attention(Mixer):
                 q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k.transpose(1, 2)).transpose(1, 2)
                 v = ctx.taps(f"{self.path}.v", v.transpose(1, 2)).transpose(1, 2)
             return self._mixed(q, k, v, Scoring(seen), x, ctx)
-        k = self._keys(x, ctx)
-        if self.position is not None and self.rotates:
-            q, k = self.position.rotate(q, k, ctx.where(x))
+        q, k = self._turned(x, ctx)
         v = self.v(x).unflatten(-1, (self.groups, self.width))
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
@@ -291,7 +288,7 @@ class Attention(Mixer):
         else:
             held = state.append(parts, ctx.lengths)
         before: int | Tensor = start if uniform is None or state.uniform is None else uniform
-        look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index)
+        look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index, ctx)
         mask = self.narrow(self._extend_mask(look, ctx, x), look)
         return self._mixed(q, held["k"], held["v"], self._scoring(mask, look), x, ctx)
 
@@ -333,6 +330,11 @@ class Attention(Mixer):
             modify=how.modify,
         )
         return y.transpose(1, 2)
+
+    def _turned(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, K] and keys [B, T, G, K] of the same tokens, turned by their positions."""
+        q, k = self._queries(x, ctx), self._keys(x, ctx)
+        return self.position.rotate(q, k, ctx.where(x)) if self.position is not None and self.rotates else (q, k)
 
     def _queries(self, x: Tensor, ctx: Context) -> Tensor:
         q: Tensor = self.q(x).unflatten(-1, (self.heads, self.width))

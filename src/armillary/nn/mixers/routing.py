@@ -14,6 +14,7 @@ heads are local: a branch of kind `window` `beside` this one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -117,4 +118,4 @@ class Routing(BandMixer):
 
     def _on_sphere(self, x: Tensor) -> Tensor:
         """At the length of the normalised queries, √K, so that the largest product is the least distance."""
-        return F.normalize(x, dim=-1) * float(self.width) ** 0.5
+        return F.normalize(x, dim=-1) * math.sqrt(self.width)

@@ -18,39 +18,57 @@ CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # bf16 keeps 8 bits: one st
 
 @needs_library
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("size", "start", "columns", "causal"), [(4, 3, 7, True), (5, 0, 5, True), (3, 0, 70, False)])
-def test_softmax_rows(dtype: torch.dtype, size: int, start: int, columns: int, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "start", "columns", "left", "right"),
+    [
+        (4, 3, 7, None, 0),
+        (5, 0, 5, None, 0),
+        (3, 0, 70, None, None),
+        (4, 6, 10, 3, 0),
+        (4, 2, 9, 2, 3),
+        (4, 1, 6, 0, 0),
+    ],
+)
+def test_softmax_rows(
+    dtype: torch.dtype, size: int, start: int, columns: int, left: int | None, right: int | None
+) -> None:
     scores = (torch.randn(size * 6, columns, generator=torch.Generator().manual_seed(1)) * 8).to(dtype)
-    expected = rows.softmax_rows_plain_(scores.clone(), size, start, causal, 0.3)
-    found = rows.softmax_rows_(scores.clone(), size, start, causal, 0.3)
+    expected = rows.softmax_rows_plain_(scores.clone(), size, start, left, right, 0.3)
+    found = rows.softmax_rows_(scores.clone(), size, start, left, right, 0.3)
     assert torch.allclose(found.float(), expected.float(), atol=CLOSE[dtype])
     assert torch.allclose(found.float().sum(1), torch.ones(len(found)), atol=0.02)
-    if causal:
-        hidden = torch.ones(size, columns, dtype=torch.bool).triu(start + 1).repeat(6, 1)
-        assert (found[hidden] == 0).all()
+    distance = start + torch.arange(size)[:, None] - torch.arange(columns)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left is not None:
+        hidden |= distance > left
+    if right is not None:
+        hidden |= -distance > right
+    assert (found[hidden.repeat(6, 1)] == 0).all() and (found[~hidden.repeat(6, 1)] > 0).all()
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", TYPES)
 def test_softmax_rows_survive_large_scores(dtype: torch.dtype) -> None:
     scores = torch.tensor([[3e4, -3e4, 0.0], [-3e38, -3e38, -3e38]], dtype=dtype)
-    found = rows.softmax_rows_(scores, 1, 0, False, 1.0).float()
+    found = rows.softmax_rows_(scores, 1, 0, None, None, 1.0).float()
     assert torch.allclose(found, torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]), atol=2e-3)
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_softmax_rows_backward_against_autograd(dtype: torch.dtype, causal: bool) -> None:
+@pytest.mark.parametrize(("left", "right"), [(None, 0), (None, None), (3, 1)])
+def test_softmax_rows_backward_against_autograd(dtype: torch.dtype, left: int | None, right: int | None) -> None:
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(8, 9, generator=generator).to(dtype).float().requires_grad_()
     slopes = torch.randn(8, 9, generator=generator).to(dtype)
     masked = scores * 0.5
-    if causal:
-        masked = masked.masked_fill(torch.ones(4, 9, dtype=torch.bool).triu(6).repeat(2, 1), -torch.inf)
+    distance = (5 + torch.arange(4)[:, None] - torch.arange(9)).repeat(2, 1)
+    far = 9
+    hidden = (distance > (far if left is None else left)) | (-distance > (far if right is None else right))
+    masked = masked.masked_fill(hidden, -torch.inf)
     weights = torch.softmax(masked, -1)
     (weights * slopes.float()).sum().backward()
-    found = rows.softmax_rows_backward_(weights.detach().to(dtype), slopes.clone(), 4, 5, causal, 0.5)
+    found = rows.softmax_rows_backward_(weights.detach().to(dtype), slopes.clone(), 4, 5, left, right, 0.5)
     assert torch.allclose(found.float(), scores.grad, atol=4 * CLOSE[dtype])
 
 
@@ -140,8 +158,8 @@ def test_without_a_compiler_the_plain_form_runs_and_says_so(tmp_path) -> None:
         "with warnings.catch_warnings(record=True) as said:\n"
         "    warnings.simplefilter('always')\n"
         "    from armillary.native import rows\n"
-        "    out = rows.softmax_rows_(torch.zeros(2, 4), 1, 0, False, 1.0)\n"
-        "    rows.softmax_rows_(torch.zeros(2, 4), 1, 0, False, 1.0)\n"
+        "    out = rows.softmax_rows_(torch.zeros(2, 4), 1, 0, None, None, 1.0)\n"
+        "    rows.softmax_rows_(torch.zeros(2, 4), 1, 0, None, None, 1.0)\n"
         "assert torch.equal(out, torch.full((2, 4), 0.25))\n"
         "texts = [str(one.message) for one in said if 'compiler' in str(one.message)]\n"
         "assert len(texts) == 1, texts\n"

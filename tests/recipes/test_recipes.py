@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from armillary.train import Trainer
 
 NAMES = library.names()
 CONTEXT, BATCH, STEPS = 32, 4, 3
-NARROW = {"heads": 2, "kv_heads": 1, "hidden": 64}
 
 
 def small(name: str) -> Recipe:
@@ -43,32 +43,18 @@ def small(name: str) -> Recipe:
     ]
     if recipe.model.encoder is not None:
         words.append("model.encoder.depth=2")
-    for place, block in _blocks(recipe):
-        words += _narrow(place, block)
-    return Recipe.load(name, *words)
+    data = Recipe.load(name, *words).to_data()
+    _narrow(data["model"])
+    return Recipe.load(data)
 
 
-def _narrow(place: str, part: dict) -> list[str]:
-    """Overrides that narrow the mixers and the channel named in a block, or inside one of its mechanisms."""
-    words = []
-    for role in ("mixer", "cross", "channel"):
-        inner = part.get(role)
-        if not inner:
-            continue
-        words += [f"{place}.{role}.{key}={value}" for key, value in NARROW.items() if inner.get(key)]
-        words += _narrow(f"{place}.{role}", inner)
-    return words
-
-
-def _blocks(recipe: Recipe) -> list[tuple[str, dict]]:
-    """(dotted place, plain data) of every block that a recipe names."""
-    model = recipe.model.to_data()
-    found = [("model.block", model["block"])] if model.get("block") else []
-    found += [(f"model.blocks.{name}", block) for name, block in (model.get("blocks") or {}).items()]
-    encoder = model.get("encoder") or {}
-    if encoder.get("block"):
-        found.append(("model.encoder.block", encoder["block"]))
-    return found
+def _narrow(data: Any) -> None:
+    """Fewer and narrower heads wherever a block says how many it has."""
+    if isinstance(data, dict):
+        small = {"heads": 2, "kv_heads": 1, "head_width": 8, "hidden": 64}
+        data |= {key: value for key, value in small.items() if type(data.get(key)) is int}
+    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _narrow(part)
 
 
 @pytest.fixture(scope="module")

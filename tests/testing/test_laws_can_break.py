@@ -17,7 +17,7 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, Place, mixers
-from armillary.nn.mixers.attention import Attention, AttentionSettings
+from armillary.nn.mixers.attention import Attention, AttentionSettings, Look
 from armillary.nn.mixers.retention import Retention, RetentionSettings
 from armillary.nn.ops import plain
 from armillary.nn.positions.alibi import Alibi, AlibiSettings
@@ -156,9 +156,9 @@ class SeesTheEnd(Attention):
 
 
 class SeesOnlyThePast(Attention):
-    def _mask(self, ctx: Context) -> Any:
+    def _mask(self, ctx: Context, look: Look) -> Any:
         self.order = "causal"
-        return super()._mask(ctx)
+        return super()._mask(ctx, look)
 
 
 class IgnoresDocuments(Attention):
@@ -353,8 +353,8 @@ class KeptOnCPU(Attention):
 
 
 class IgnoresTheMask(Attention):
-    def _mask(self, ctx: Context) -> Any:
-        return super()._mask(ctx.replace(mask=None))
+    def _mask(self, ctx: Context, look: Look) -> Any:
+        return super()._mask(ctx.replace(mask=None), look)
 
 
 class ExtendsAnyway(Attention):

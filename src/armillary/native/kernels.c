@@ -1,7 +1,7 @@
 /* Row kernels that tensors do slowly on a CPU. Plain C, auto-vectorised, no PyTorch headers.
  *
  * bf16 is passed as uint16_t. Every function splits its rows over OpenMP threads. Each has a plain
- * PyTorch form beside its operator (see operators.py), against which it is tested.
+ * PyTorch form beside its operator (see rows.py), against which it is tested.
  */
 #include <math.h>
 #include <stdint.h>
@@ -42,28 +42,31 @@ static inline float exp_down(float x) {
 }
 
 #define ROW_KERNELS(NAME, T, LOAD, STORE)                                                              \
-    /* scores [rows, cols] -> softmax(scores * scale) in place. Rows come in groups of `size`; with    \
-     * causal, row r of a group sees the first start + r + 1 columns, the others become 0. */          \
+    /* scores [rows, cols] -> softmax(scores * scale) in place. Rows come in groups of `size`; row r of \
+     * a group sees the columns from start + r - left to start + r + right, the others become 0. */    \
     void softmax_rows_##NAME(T *scores, int64_t rows, int64_t cols, int64_t size, int64_t start,       \
-                             int causal, float scale) {                                                \
+                             int64_t left, int64_t right, float scale) {                               \
         _Pragma("omp parallel") {                                                                      \
             float *line = malloc(sizeof(float) * (size_t)cols);                                        \
             _Pragma("omp for schedule(static)") for (int64_t r = 0; r < rows; r++) {                   \
                 T *s = scores + r * cols;                                                              \
-                int64_t seen = causal ? start + r % size + 1 : cols;                                   \
+                int64_t at = start + r % size;                                                         \
+                int64_t first = at - left > 0 ? at - left : 0;                                         \
+                int64_t seen = at + right + 1 < cols ? at + right + 1 : cols;                          \
                 float peak = -INFINITY, total = 0.0f;                                                  \
-                for (int64_t c = 0; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                                   \
                     float x = LOAD(s[c]) * scale;                                                      \
                     line[c] = x;                                                                       \
                     peak = x > peak ? x : peak;                                                        \
                 }                                                                                      \
-                for (int64_t c = 0; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                                   \
                     float e = exp_down(line[c] - peak);                                                \
                     line[c] = e;                                                                       \
                     total += e;                                                                        \
                 }                                                                                      \
                 float share = 1.0f / total;                                                            \
-                for (int64_t c = 0; c < seen; c++) s[c] = STORE(line[c] * share);                      \
+                for (int64_t c = first; c < seen; c++) s[c] = STORE(line[c] * share);                      \
+                memset(s, 0, sizeof(T) * (size_t)first);                                               \
                 memset(s + seen, 0, sizeof(T) * (size_t)(cols - seen));                                \
             }                                                                                          \
             free(line);                                                                                \
@@ -71,14 +74,18 @@ static inline float exp_down(float x) {
     }                                                                                                  \
     /* slopes [rows, cols] (gradient of the weights) -> gradient of the scores, in place */            \
     void softmax_rows_backward_##NAME(const T *weights, T *slopes, int64_t rows, int64_t cols,         \
-                                      int64_t size, int64_t start, int causal, float scale) {          \
+                                      int64_t size, int64_t start, int64_t left, int64_t right,        \
+                                      float scale) {                                                   \
         _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {              \
             const T *w = weights + r * cols;                                                           \
             T *d = slopes + r * cols;                                                                  \
-            int64_t seen = causal ? start + r % size + 1 : cols;                                       \
+            int64_t at = start + r % size;                                                             \
+            int64_t first = at - left > 0 ? at - left : 0;                                             \
+            int64_t seen = at + right + 1 < cols ? at + right + 1 : cols;                              \
             float dot = 0.0f;                                                                          \
-            for (int64_t c = 0; c < seen; c++) dot += LOAD(w[c]) * LOAD(d[c]);                         \
-            for (int64_t c = 0; c < seen; c++) d[c] = STORE(LOAD(w[c]) * (LOAD(d[c]) - dot) * scale);  \
+            for (int64_t c = first; c < seen; c++) dot += LOAD(w[c]) * LOAD(d[c]);                     \
+            for (int64_t c = first; c < seen; c++) d[c] = STORE(LOAD(w[c]) * (LOAD(d[c]) - dot) * scale); \
+            memset(d, 0, sizeof(T) * (size_t)first);                                                   \
             memset(d + seen, 0, sizeof(T) * (size_t)(cols - seen));                                    \
         }                                                                                              \
     }                                                                                                  \
@@ -181,9 +188,98 @@ static inline float exp_down(float x) {
         }                                                                                              \
     }
 
+/* Bands: rows of a sequence sorted into groups, in blocks of `size`; row c of block i has its scores
+ * against the `span` sorted tokens that end with its block. `places` [orders, stride] holds the tokens'
+ * places in every order (in the order of the rows, span - size of them before the first block); a
+ * pair is seen in the last order when the places there differ by 1 .. widths[last], and in no earlier one. */
+static inline void band_row(float *line, const int32_t *places, const int32_t *widths, int64_t orders,
+                            int64_t stride, int64_t base, int64_t self, int64_t low) {
+    for (int64_t o = 0; o < orders; o++) {
+        const int32_t *at = places + o * stride + base;
+        uint32_t mine = (uint32_t)at[self], width = (uint32_t)widths[o];
+        if (o + 1 == orders) {
+            for (int64_t c = low; c < self; c++)
+                line[c] = mine - (uint32_t)at[c] - 1u < width ? line[c] : -INFINITY;
+        } else {
+            for (int64_t c = low; c < self; c++)
+                line[c] = mine - (uint32_t)at[c] - 1u < width ? -INFINITY : line[c];
+        }
+    }
+}
+
+#define BAND_KERNELS(NAME, T, LOAD, STORE)                                                             \
+    /* scores [blocks, size, span] -> weights, in place; sums [blocks, size]: the logarithm of what    \
+     * they were divided by, -inf where nothing is seen */                                             \
+    void band_softmax_##NAME(T *scores, float *sums, const int32_t *places, const int32_t *widths,     \
+                             int64_t orders, int64_t stride, int64_t first, int64_t blocks,            \
+                             int64_t size, int64_t span, float scale) {                                \
+        _Pragma("omp parallel") {                                                                      \
+            float *line = malloc(sizeof(float) * (size_t)span);                                        \
+            _Pragma("omp for schedule(static)") for (int64_t r = 0; r < blocks * size; r++) {          \
+                T *s = scores + r * span;                                                              \
+                int64_t self = span - size + r % size, base = (first + r / size) * size;               \
+                int64_t low = self > widths[orders - 1] ? self - widths[orders - 1] : 0;               \
+                float peak = -INFINITY, total = 0.0f;                                                  \
+                for (int64_t c = low; c < self; c++) line[c] = LOAD(s[c]) * scale;                     \
+                band_row(line, places, widths, orders, stride, base, self, low);                       \
+                for (int64_t c = low; c < self; c++) peak = line[c] > peak ? line[c] : peak;           \
+                sums[r] = -INFINITY;                                                                   \
+                if (peak == -INFINITY) {                                                               \
+                    memset(s, 0, sizeof(T) * (size_t)span);                                            \
+                    continue;                                                                          \
+                }                                                                                      \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    float e = exp_down(line[c] - peak);                                                \
+                    line[c] = line[c] == -INFINITY ? 0.0f : e;                                         \
+                    total += line[c];                                                                  \
+                }                                                                                      \
+                float share = 1.0f / total;                                                            \
+                sums[r] = logf(total) + peak;                                                          \
+                memset(s, 0, sizeof(T) * (size_t)low);                                                 \
+                for (int64_t c = low; c < self; c++) s[c] = STORE(line[c] * share);                    \
+                memset(s + self, 0, sizeof(T) * (size_t)(span - self));                                \
+            }                                                                                          \
+            free(line);                                                                                \
+        }                                                                                              \
+    }                                                                                                  \
+    /* scores -> weights under the rows' common logarithms `sums` (of all orders together), and slopes \
+     * (gradient of the weights) -> gradient of the scores, both in place; dots [blocks, size]: of     \
+     * each row's output with its gradient */                                                          \
+    void band_softmax_backward_##NAME(T *scores, T *slopes, const float *sums, const float *dots,      \
+                                      const int32_t *places, const int32_t *widths, int64_t orders,    \
+                                      int64_t stride, int64_t first, int64_t blocks, int64_t size,     \
+                                      int64_t span, float scale) {                                     \
+        _Pragma("omp parallel") {                                                                      \
+            float *line = malloc(sizeof(float) * (size_t)span);                                        \
+            _Pragma("omp for schedule(static)") for (int64_t r = 0; r < blocks * size; r++) {          \
+                T *s = scores + r * span, *d = slopes + r * span;                                      \
+                int64_t self = span - size + r % size, base = (first + r / size) * size;               \
+                int64_t low = self > widths[orders - 1] ? self - widths[orders - 1] : 0;               \
+                if (sums[r] == -INFINITY) low = self;                                                  \
+                for (int64_t c = low; c < self; c++) line[c] = LOAD(s[c]) * scale - sums[r];           \
+                band_row(line, places, widths, orders, stride, base, self, low);                       \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    float e = exp_down(line[c]);                                                       \
+                    line[c] = line[c] == -INFINITY ? 0.0f : e;                                         \
+                }                                                                                      \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    d[c] = STORE(line[c] * (LOAD(d[c]) - dots[r]) * scale);                            \
+                    s[c] = STORE(line[c]);                                                             \
+                }                                                                                      \
+                memset(s, 0, sizeof(T) * (size_t)low);                                                 \
+                memset(d, 0, sizeof(T) * (size_t)low);                                                 \
+                memset(s + self, 0, sizeof(T) * (size_t)(span - self));                                \
+                memset(d + self, 0, sizeof(T) * (size_t)(span - self));                                \
+            }                                                                                          \
+            free(line);                                                                                \
+        }                                                                                              \
+    }
+
 #define SAME(x) (x)
 ROW_KERNELS(bf16, uint16_t, from_bf16, to_bf16)
 ROW_KERNELS(f32, float, SAME, SAME)
+BAND_KERNELS(bf16, uint16_t, from_bf16, to_bf16)
+BAND_KERNELS(f32, float, SAME, SAME)
 
 /* Reads everything once and gives a sum: the bandwidth floor that decoding is measured against. */
 float read_all(const float *x, int64_t count) {

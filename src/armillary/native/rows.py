@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from armillary.native.library import library
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ARGUMENTS: dict[str, list[Any]] = {
-    "softmax_rows": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_int, c_float],
-    "softmax_rows_backward": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int, c_float],
+    "softmax_rows": [c_void_p] + [c_int64] * 6 + [c_float],
+    "softmax_rows_backward": [c_void_p] * 2 + [c_int64] * 6 + [c_float],
     "cross_entropy_rows": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
     "few_rows_product": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
     "few_rows_attend": [c_void_p] * 5 + [c_int64] * 8 + [c_float],
@@ -44,38 +44,44 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return found
 
 
-def softmax_rows_(scores: Tensor, size: int, start: int, causal: bool, scale: float) -> Tensor:
+def softmax_rows_(scores: Tensor, size: int, start: int, left: int | None, right: int | None, scale: float) -> Tensor:
     """softmax(scores · scale) over the last axis, in place; scores [rows, S] contiguous.
 
-    Rows come in groups of `size`; with causal, row r of a group sees its first start + r + 1 columns.
+    Rows come in groups of `size`; row r of a group sees its columns from start + r − left to start + r
+    + right (None: to the end), at least one.
     """
     if not fits(scores):
-        return softmax_rows_plain_(scores, size, start, causal, scale)
+        return softmax_rows_plain_(scores, size, start, left, right, scale)
     rows, columns = scores.shape
     call = _function("softmax_rows", scores.dtype)
-    call(scores.data_ptr(), rows, columns, size, start, int(causal), scale)
+    call(scores.data_ptr(), rows, columns, size, start, _far(left), _far(right), scale)
     return scores
 
 
-def softmax_rows_plain_(scores: Tensor, size: int, start: int, causal: bool, scale: float) -> Tensor:
+def softmax_rows_plain_(
+    scores: Tensor, size: int, start: int, left: int | None, right: int | None, scale: float
+) -> Tensor:
     """The plain form of `softmax_rows_`."""
     wide = scores if scores.dtype == torch.float64 else scores.float()
     wide = wide * scale
-    if causal:
-        future = torch.ones(size, scores.shape[1], dtype=torch.bool, device=scores.device).triu_(start + 1)
-        wide.view(-1, size, scores.shape[1]).masked_fill_(future, -torch.inf)
+    hidden = torch.zeros(size, scores.shape[1], dtype=torch.bool, device=scores.device)
+    if right is not None:
+        hidden |= torch.ones_like(hidden).triu_(start + right + 1)
+    if left is not None:
+        hidden |= torch.ones_like(hidden).tril_(start - left - 1)
+    wide.view(-1, size, scores.shape[1]).masked_fill_(hidden, -torch.inf)
     return scores.copy_(torch.softmax(wide, -1))
 
 
 def softmax_rows_backward_(
-    weights: Tensor, slopes: Tensor, size: int, start: int, causal: bool, scale: float
+    weights: Tensor, slopes: Tensor, size: int, start: int, left: int | None, right: int | None, scale: float
 ) -> Tensor:
     """Gradient of the scores from the gradient `slopes` of the weights, in place on `slopes`."""
     if not fits(slopes):
         return softmax_rows_backward_plain_(weights, slopes, scale)
     rows, columns = slopes.shape
     call = _function("softmax_rows_backward", slopes.dtype)
-    call(weights.data_ptr(), slopes.data_ptr(), rows, columns, size, start, int(causal), scale)
+    call(weights.data_ptr(), slopes.data_ptr(), rows, columns, size, start, _far(left), _far(right), scale)
     return slopes
 
 
@@ -83,6 +89,10 @@ def softmax_rows_backward_plain_(weights: Tensor, slopes: Tensor, scale: float) 
     """The plain form of `softmax_rows_backward_`; weights of 0 give 0 whatever the mask was."""
     kind = torch.float64 if slopes.dtype == torch.float64 else torch.float32
     return slopes.copy_(torch._softmax_backward_data(slopes.to(kind), weights.to(kind), -1, kind) * scale)
+
+
+def _far(bound: int | None) -> int:
+    return 2**40 if bound is None else bound
 
 
 def cross_entropy_rows_(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Mask:
         """No query row from `start` on looks at a key below this bound."""
         return 0
 
+    def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """For every query the keys [queries, n] beyond which it sees none, where they are fewer than all; an
+        index that is not a key (negative, or ≥ keys) stands for nothing."""
+        return None
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
@@ -33,7 +38,7 @@ class Mask:
         return Either(self, other)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Causal(Mask):
     """Key s is visible to query t when s <= t + offset; offset counts the keys before the chunk
     (one number, or [B] of them for ragged rows)."""
@@ -50,7 +55,7 @@ class Causal(Mask):
         return keys if isinstance(self.offset, Tensor) else min(keys, stop + self.offset)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window(Mask):
     """Key s is visible to query t when −right ≤ t − s ≤ left and dilation divides t − s.
 
@@ -92,21 +97,41 @@ class Window(Mask):
             return 0
         return max(0, start + self.offset - self.left)
 
+    def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        if self.keys is not None or self.queries is not None or isinstance(self.offset, Tensor):
+            return None
+        back, ahead = self.spans(keys)
+        steps = torch.arange(-back, ahead + 1, device=device) * self.dilation
+        return torch.arange(queries, device=device)[:, None] + self.offset + steps
 
-@dataclass(frozen=True)
+    def spans(self, keys: int) -> tuple[int, int]:
+        """How many keys back and ahead a query can look among so many."""
+        most = (keys - 1) // self.dilation
+        back, ahead = (most if far is None else min(most, far // self.dilation) for far in (self.left, self.right))
+        return back, ahead
+
+
+@dataclass(frozen=True, eq=False)
 class Others(Mask):
-    """A query does not look at itself."""
+    """A query does not look at itself; offset and keys as for `Window`; alone: [B or 1, T], the queries
+    that nevertheless do, since they have nobody else."""
 
     offset: int | Tensor = 0
+    keys: Tensor | None = None
+    alone: Tensor | None = None
 
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        columns = k[None] if self.keys is None else self.keys[:, k]
         lines = q[None] + (self.offset[:, None] if isinstance(self.offset, Tensor) else self.offset)
-        return (lines[:, :, None] != k)[:, None]
+        seen = lines[:, :, None] != columns[:, None]
+        if self.alone is not None:
+            seen = seen | self.alone[:, q, None]
+        return seen[:, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerHead(Mask):
-    """Another predicate for each head (or each group of heads)."""
+    """Another predicate for each query head; heads with the very same one are worked on together."""
 
     heads: tuple[Mask, ...]
 
@@ -120,7 +145,7 @@ class PerHead(Mask):
         return min(mask.low(start) for mask in self.heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix(Mask):
     """Every query sees the first length[b] keys of its row (joined with `Causal` by |)."""
 
@@ -130,7 +155,7 @@ class Prefix(Mask):
         return (k[None] < self.length[:, None])[:, None, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents(Mask):
     """Queries see keys of their own document; ids [B, T] and [B, S]."""
 
@@ -141,7 +166,7 @@ class Documents(Mask):
         return (self.queries[:, q, None] == self.keys[:, None, k])[:, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Keys(Mask):
     """Only keys marked True in valid [B, S] are seen (padding)."""
 
@@ -151,7 +176,7 @@ class Keys(Mask):
         return self.valid[:, None, None, k]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Both(Mask):
     """a ∧ b."""
 
@@ -167,8 +192,12 @@ class Both(Mask):
     def low(self, start: int) -> int:
         return max(self.a.low(start), self.b.low(start))
 
+    def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        found = [each.candidates(queries, keys, device) for each in (self.a, self.b)]
+        return min((each for each in found if each is not None), key=lambda each: each.shape[1], default=None)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Either(Mask):
     """a ∨ b."""
 
@@ -186,9 +215,14 @@ class Either(Mask):
 
 
 def both(a: Mask | None, b: Mask | None) -> Mask | None:
-    """a ∧ b, where None allows everything."""
+    """a ∧ b, where None allows everything; kinds of heads stay apart."""
     if a is None or b is None:
         return a if b is None else b
+    if isinstance(b, PerHead) and not isinstance(a, PerHead):
+        a, b = b, a
+    if isinstance(a, PerHead) and not isinstance(b, PerHead):
+        kinds = {one: one & b for one in dict.fromkeys(a.heads)}
+        return PerHead(tuple(kinds[one] for one in a.heads))
     return a & b
 
 

@@ -3,12 +3,13 @@
 Vaswani et al. 2017, Attention Is All You Need; grouped queries: Ainslie et al. 2023, GQA; query and
 key norms: Henry et al. 2020, Query-Key Normalization for Transformers; soft-capped scores: Gemma
 Team 2024, Gemma 2; learned sinks: a logit per head that takes part in the softmax without a value
-(Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks).
+(Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks); tokens that do not see
+themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in Self-attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mask import Causal, Documents, Keys, Mask, Prefix, both
+from armillary.nn.mask import Causal, Documents, Keys, Mask, Others, Prefix, Window, both
 from armillary.nn.mechanism import (
     Capabilities,
     Frozen,
@@ -32,9 +33,9 @@ from armillary.nn.mechanism import (
     mixers,
 )
 from armillary.nn.norms.rmsnorm import RMSNormSettings
-from armillary.nn.ops.attend import Bias, attend
+from armillary.nn.ops.attend import Bias, Modify, attend
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import FixedState, SpanState, State
+from armillary.nn.state import FixedState, SpanState, State, WindowState
 
 
 @mixers.register
@@ -50,6 +51,7 @@ class AttentionSettings(MixerSettings):
     capabilities: ClassVar[Capabilities] = Capabilities(
         causal=True, bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
     )
+    tracked: ClassVar[bool] = False  # whether the mask needs the positions of earlier tokens
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
     head_width: int | None = Field(None, gt=0, description="features per head; by default width / heads")
@@ -60,6 +62,9 @@ class AttentionSettings(MixerSettings):
     scale: float | None = Field(None, gt=0, description="factor on the scores; by default 1/√head_width")
     bias: bool = Field(False, description="biases on q, k and v")
     out_bias: bool | None = Field(None, description="bias on the output product; by default as `bias`")
+    diagonal: bool = Field(
+        True, description="whether a token sees itself; without, a causal row's first token still does"
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> AttentionSettings:
@@ -80,7 +85,9 @@ class AttentionSettings(MixerSettings):
             Example("sinks", cls(kv_heads=2, sinks=True)),
             Example("qk_norm", cls(position=rope, norm=rms)),
             Example("wide_biased", cls(head_width=6, bias=True, scale=0.3)),
+            Example("no_diagonal", cls(position=rope, diagonal=False)),
             Example("bidirectional", cls(position=rope), {"order": "bidirectional"}),
+            Example("no_diagonal_both_ways", cls(diagonal=False), {"order": "bidirectional"}),
             Example("prefix", cls(position=rope), {"order": "prefix"}),
             Example("cross", cls(kv_heads=2), {"cross": True}),
         ]
@@ -114,7 +121,7 @@ class AttentionSettings(MixerSettings):
         out_bias = self.bias if self.out_bias is None else self.out_bias
         flops = linear_flops(width, query, length, self.bias) + 2 * linear_flops(width, key, length, self.bias)
         flops += linear_flops(query, width, length, out_bias)
-        pairs = float(self.heads * length * length)
+        pairs = self.pairs(place, length)
         flops += pairs * (4 * each + 6)  # two products, scale, softmax
         if self.softcap is not None:
             flops += 3 * pairs
@@ -124,13 +131,49 @@ class AttentionSettings(MixerSettings):
             flops += self.norm.flops(each, float(length * (self.heads + self.groups)))
         if self.position is not None:
             flops += self.position.cost(place, length, self.heads, self.groups, each).flops
-        tracked = self.position is not None and "bias" in self.position.sites
-        kept = 0 if place.order == "bidirectional" and not place.cross else length
+        tracked = self.tracked or (self.position is not None and "bias" in self.position.sites)
+        kept = 0 if place.order == "bidirectional" and not place.cross else self.kept(length)
         return Cost(flops, kept * (2 * key * itemsize + (8 if tracked else 0)))
+
+    def pairs(self, place: Place, length: int) -> float:
+        """How many scores a row of `length` tokens takes, over all heads."""
+        return float(self.heads * length * length)
+
+    def kept(self, length: int) -> int:
+        """How many tokens the state has room for after `length` of them."""
+        return length
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the scores of one call are made beyond q kᵀ: which of them count, what is added, what changes them."""
+
+    mask: Mask | None = None
+    bias: Bias | None = None
+    modify: Modify | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """Who looks at whom in one call: `before` keys lie before its queries (one number, or [B] of them),
+    in the order of the row unless `index` [B or 1, S] says which token each key is (a ring); positions
+    of the queries [B or 1, T] and, for a mixer that tracks them, of the keys [B or 1, S]; and the call itself."""
+
+    before: int | Tensor
+    queries: Tensor
+    keys: Tensor | None
+    index: Tensor | None = None
+    ctx: Context = field(default_factory=Context)
 
 
 class Attention(Mixer):
-    """x [B, T, D] → [B, T, D]; with cross, keys and values come from ctx.memory [B, S, D]."""
+    """x [B, T, D] → [B, T, D]; with cross, keys and values come from ctx.memory [B, S, D].
+
+    Kinds of attention that differ in what is seen or how it is scored derive from it: `narrow` is the
+    mask of their own, `modify` changes scores, and `window` bounds the state.
+    """
+
+    window: int | None = None  # how many tokens back anything can look; the state holds no more
 
     def __init__(self, settings: AttentionSettings, place: Place) -> None:
         super().__init__(settings, place)
@@ -139,6 +182,7 @@ class Attention(Mixer):
         self.value_groups = self.groups
         self.scale = settings.scale or self.width**-0.5
         self.softcap = settings.softcap
+        self.diagonal = settings.diagonal or place.cross
         out_bias = settings.bias if settings.out_bias is None else settings.out_bias
         self.q = place.product(place.width, self.heads * self.width, "q", settings.bias)
         self.k = place.product(place.width, self.groups * self.width, "k", settings.bias)
@@ -153,7 +197,7 @@ class Attention(Mixer):
             else None
         )
         self.rotates, self.biases = "rotate" in sites, "bias" in sites
-        self.tracks = self.biases  # whether the state holds where its tokens stand
+        self.tracks = self.biases or settings.tracked
         self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
@@ -173,14 +217,12 @@ class Attention(Mixer):
             mask: Mask | None = None if memory.padding is None else Keys(memory.padding)
             if ctx.taps is not None:
                 q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-            return Frozen({"q": q, "k": k, "mask": mask, "bias": None})
-        q, k = self._queries(x, ctx), self._keys(x, ctx)
-        if self.position is not None and self.rotates:
-            q, k = self.position.rotate(q, k, ctx.where(x))
+            return Frozen({"q": q, "k": k, "scoring": Scoring(mask)})
+        q, k = self._turned(x, ctx)
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        bias = self._bias(ctx.where(x), ctx.where(x)) if self.biases else None
-        return Frozen({"q": q, "k": k, "mask": self._mask(ctx), "bias": bias})
+        look = Look(0, ctx.where(x), ctx.where(x), ctx=ctx)
+        return Frozen({"q": q, "k": k, "scoring": self._scoring(self._mask(ctx, look), look)})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
         if frozen.weights is not None:
@@ -190,8 +232,7 @@ class Attention(Mixer):
             frozen.parts["q"].transpose(1, 2),
             frozen.parts["k"].transpose(1, 2),
             values.transpose(1, 2),
-            frozen.parts["mask"],
-            frozen.parts["bias"],
+            frozen.parts["scoring"],
         )
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
@@ -213,28 +254,25 @@ class Attention(Mixer):
             return FixedState(parts)
         if self.order == "bidirectional":
             raise UnsupportedError("a bidirectional mixer cannot be extended", where=self.path)
-        shape = (batch, self.groups, capacity, self.width)
+        shape = (batch, self.groups, capacity if self.window is None else self.window, self.width)
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
         tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
         if self.tracks:
-            tensors["positions"] = torch.zeros(batch, 1, capacity, dtype=torch.int64, device=device)
-        return SpanState(tensors)
+            tensors["positions"] = torch.zeros(batch, 1, shape[2], dtype=torch.int64, device=device)
+        return SpanState(tensors) if self.window is None else WindowState(tensors)
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
-        q = self._queries(x, ctx)
         if isinstance(state, FixedState):
+            q = self._queries(x, ctx)
             padding = state.tensors.get("padding")
             seen = None if padding is None else Keys(padding)
             k, v = state.tensors["k"], state.tensors["v"]
             if ctx.taps is not None:
                 q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k.transpose(1, 2)).transpose(1, 2)
                 v = ctx.taps(f"{self.path}.v", v.transpose(1, 2)).transpose(1, 2)
-            return self._mixed(q, k, v, seen, None, x, ctx)
-        assert isinstance(state, SpanState)
-        k = self._keys(x, ctx)
-        if self.position is not None and self.rotates:
-            q, k = self.position.rotate(q, k, ctx.where(x))
+            return self._mixed(q, k, v, Scoring(seen), x, ctx)
+        q, k = self._turned(x, ctx)
         v = self.v(x).unflatten(-1, (self.groups, self.width))
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
@@ -243,26 +281,60 @@ class Attention(Mixer):
         positions = ctx.where(x).expand(x.shape[0], -1)
         if self.tracks:
             parts["positions"] = positions[:, None]
-        start, uniform = state.lengths, state.uniform
-        held = state.append(parts, ctx.lengths)
+        assert isinstance(state, (SpanState, WindowState))
+        start, uniform, index = state.lengths, state.uniform, None
+        if isinstance(state, WindowState):
+            held, index = state.append(parts, ctx.lengths)
+        else:
+            held = state.append(parts, ctx.lengths)
         before: int | Tensor = start if uniform is None or state.uniform is None else uniform
-        mask = self._extend_mask(before, ctx, x, held)
-        bias = self._bias(positions, held["positions"][:, 0]) if self.biases else None
-        return self._mixed(q, held["k"], held["v"], mask, bias, x, ctx)
+        look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index, ctx)
+        mask = self.narrow(self._extend_mask(look, ctx, x), look)
+        return self._mixed(q, held["k"], held["v"], self._scoring(mask, look), x, ctx)
 
-    def _mixed(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Bias | None, x: Tensor, ctx: Context
-    ) -> Tensor:
+    def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
+        """The order's mask, narrowed to what this kind of attention looks at."""
+        if self.diagonal:
+            return mask
+        return both(mask, Others(look.before, look.index, look.queries == 0 if self.order == "causal" else None))
+
+    def modify(self, look: Look) -> Modify | None:
+        """How this kind of attention changes its scores."""
+        return None
+
+    def _scoring(self, mask: Mask | None, look: Look) -> Scoring:
+        bias: Bias | None = None
+        if self.biases:
+            assert self.position is not None and look.keys is not None
+            bias = partial(_bias_rows, self.position, look.queries, look.keys)
+        return Scoring(mask, bias, self.modify(look))
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring, x: Tensor, ctx: Context) -> Tensor:
         if ctx.taps is None:
-            return self.finish(self._attend(q.transpose(1, 2), k, v, mask, bias), x, ctx)
-        frozen = Frozen({"q": q, "k": k.transpose(1, 2), "mask": mask, "bias": bias})
+            return self.finish(self._attend(q.transpose(1, 2), k, v, how), x, ctx)
+        frozen = Frozen({"q": q, "k": k.transpose(1, 2), "scoring": how})
         values = v.transpose(1, 2)
         mixed = self.mix(self._weights(frozen, values, ctx), values)
         return self.finish(ctx.taps(f"{self.path}.mixed", mixed), x, ctx)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Bias | None) -> Tensor:
-        y, _ = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
+        y, _ = attend(
+            q,
+            k,
+            v,
+            mask=how.mask,
+            bias=how.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            modify=how.modify,
+        )
         return y.transpose(1, 2)
+
+    def _turned(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, K] and keys [B, T, G, K] of the same tokens, turned by their positions."""
+        q, k = self._queries(x, ctx), self._keys(x, ctx)
+        return self.position.rotate(q, k, ctx.where(x)) if self.position is not None and self.rotates else (q, k)
 
     def _queries(self, x: Tensor, ctx: Context) -> Tensor:
         q: Tensor = self.q(x).unflatten(-1, (self.heads, self.width))
@@ -272,16 +344,12 @@ class Attention(Mixer):
         k: Tensor = self.k(x).unflatten(-1, (self.groups, self.width))
         return k if self.k_norm is None else self.k_norm(k)
 
-    def _bias(self, q_pos: Tensor, k_pos: Tensor) -> Bias:
-        assert self.position is not None
-        return partial(_bias_rows, self.position, q_pos, k_pos)
-
     def _memory(self, ctx: Context) -> Memory:
         if ctx.memory is None:
             raise UnsupportedError("cross attention needs a memory", where=self.path, hint="pass source=…")
         return ctx.memory
 
-    def _mask(self, ctx: Context) -> Mask | None:
+    def _mask(self, ctx: Context, look: Look) -> Mask | None:
         mask: Mask | None = None
         if self.order == "causal":
             mask = Causal()
@@ -290,14 +358,17 @@ class Attention(Mixer):
             # Padding on the left moves the prefix: its tokens are counted, not its places.
             early = None if ctx.padding is None else ctx.padding.long().cumsum(1) <= prefix[:, None]
             mask = Causal() | (Prefix(prefix) if early is None else Keys(early))
-        mask = both(mask, ctx.mask)
+        mask = both(self.narrow(mask, look), ctx.mask)
         if ctx.documents is not None:
             mask = both(mask, Documents(ctx.documents, ctx.documents))
         if ctx.padding is not None:
             mask = both(mask, Keys(ctx.padding))
         return mask
 
-    def _extend_mask(self, before: int | Tensor, ctx: Context, x: Tensor, held: Mapping[str, Tensor]) -> Mask:
+    def _extend_mask(self, look: Look, ctx: Context, x: Tensor) -> Mask:
+        before = look.before
+        if look.index is not None:
+            return Window(offset=before, keys=look.index)
         causal = Causal(before)
         if self.order != "prefix":
             return causal

@@ -13,7 +13,6 @@ calibrated mask must beat, a window or random pairs of the same number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,11 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.nn.context import Context
-from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
-from armillary.nn.mask import Mask
+from armillary.nn.mask import Mask, both
 from armillary.nn.mechanism import Capabilities, Place, mixers
-from armillary.nn.mixers.attention import Attention, AttentionSettings
+from armillary.nn.mixers.attention import Attention, AttentionSettings, Look
 from armillary.nn.positions.alibi import AlibiSettings
 from armillary.nn.positions.rope import RopeSettings
 
@@ -46,6 +44,7 @@ class PrunedSettings(AttentionSettings):
     capabilities: ClassVar[Capabilities] = Capabilities(
         bidirectional=True, mask=True, state="span", rollback="truncate"
     )
+    tracked: ClassVar[bool] = True
     length: int = Field(512, gt=0, description="positions of the mask; later ones go by distance")
     mask: Literal["full", "window", "random"] = Field("full", description="the mask before any calibration")
     keep: float = Field(1.0, gt=0, le=1, description="share of the pairs that a window or a random mask keeps")
@@ -72,11 +71,6 @@ class PrunedSettings(AttentionSettings):
     def build(self, place: Place) -> Pruned:
         return Pruned(self, place)
 
-    def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
-        whole = super().cost(place, length, itemsize)
-        tracked = self.position is not None and "bias" in self.position.sites
-        return whole if tracked or place.order == "bidirectional" else whole + Cost(0, 8.0 * length)
-
 
 class Pruned(Attention):
     """x [B, T, D] → [B, T, D]. kept: bool [H, L, L] over (query, key); distances: bool [H, 2L + 1] over
@@ -88,7 +82,6 @@ class Pruned(Attention):
     def __init__(self, settings: PrunedSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.length, self.start, self.layer = settings.length, settings, place.layer
-        self.tracks = True
         length = settings.length
         self.register_buffer("kept", torch.ones(self.heads, length, length, dtype=torch.bool))
         self.register_buffer("distances", torch.ones(self.heads, 2 * length + 1, dtype=torch.bool))
@@ -99,28 +92,23 @@ class Pruned(Attention):
         self.kept.copy_(kept)
         self.distances.copy_(distances)
 
-    def _mask(self, ctx: Context) -> Mask | None:
-        fixed = _Fixed(self.kept, self.distances, ctx.positions, ctx.positions)
-        mask = super()._mask(ctx)
-        return fixed if mask is None else mask & fixed
-
-    def _extend_mask(self, before: int | Tensor, ctx: Context, x: Tensor, held: Mapping[str, Tensor]) -> Mask:
-        fixed = _Fixed(self.kept, self.distances, ctx.where(x), held["positions"][:, 0])
-        return super()._extend_mask(before, ctx, x, held) & fixed
+    def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
+        # In a whole sequence queries and keys are the same tokens.
+        keys = look.queries if look.keys is None else look.keys
+        return both(super().narrow(mask, look), _Fixed(self.kept, self.distances, look.queries, keys))
 
 
 @dataclass(frozen=True)
 class _Fixed(Mask):
-    """The pairs that a head keeps; queries and keys: positions [B or 1, T] and [B or 1, S], None = places."""
+    """The pairs that a head keeps; queries and keys: positions [B or 1, T] and [B or 1, S]."""
 
     kept: Tensor
     distances: Tensor
-    queries: Tensor | None
-    keys: Tensor | None
+    queries: Tensor
+    keys: Tensor
 
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
-        i = (q[None] if self.queries is None else self.queries[:, q])[:, :, None]
-        j = (k[None] if self.keys is None else self.keys[:, k])[:, None]
+        i, j = self.queries[:, q, None], self.keys[:, None, k]
         length = self.kept.shape[1]
         inside = (i < length) & (j < length)
         near = self.kept[:, i.clamp(max=length - 1), j.clamp(max=length - 1)]

@@ -10,6 +10,7 @@ Memory).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from armillary.native.rows import attendable, few_rows_attend
-from armillary.nn.mask import Causal, Mask, dense
+from armillary.nn.mask import Causal, Mask, PerHead, Window, dense
 from armillary.nn.ops import plain
 from armillary.nn.ops.blocked import attend_blocked
 
 Bias = Callable[[Tensor, Tensor], Tensor]  # rows of queries [q], columns of keys [S] → [B or 1, H or 1, q, S]
+Modify = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores [B, H, q, S], rows [q], columns [S] → other scores
 BLOCK = 512  # query rows at a time
 FEW = 16  # up to this many query rows, two products beat the fused kernel on a CPU
 
@@ -36,29 +38,33 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    modify: Modify | None = None,
     want_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(cap(q kᵀ · scale) + bias, masked) v.
+    """softmax(modify(cap(q kᵀ · scale)) + bias, masked) v.
 
     q: [B, H, T, K]; k: [B, G, S, K]; v: [B, G, S, V] with H a multiple of G; sinks: [H] logits that
     take part in the softmax and carry no value (Xiao et al. 2023, Efficient Streaming Language
-    Models with Attention Sinks; learned form). softcap c: c·tanh(score/c) before bias and mask.
-    A query that may see nothing gives zeros. Returns y [B, H, T, V] and, when asked, the mass
-    [B, H, S] that each key received, summed over queries.
+    Models with Attention Sinks; learned form). softcap c: c·tanh(score/c) before bias and mask; modify:
+    any other change of the scores, before the bias. A query that may see nothing gives zeros. Returns
+    y [B, H, T, V] and, when asked, the mass [B, H, S] that each key received, summed over queries.
     """
+    whole = bias is None and sinks is None and modify is None and not want_mass
+    if whole and isinstance(mask, PerHead) and len(set(mask.heads)) > 1:
+        return _each_kind_of_head(q, k, v, mask, scale, softcap), None
     if plain():
         return attend_plain(
-            q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, want_mass=want_mass
+            q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, modify=modify, want_mass=want_mass
         )
     queries, keys = q.shape[2], k.shape[2]
-    fusable = bias is None and softcap is None and sinks is None and not want_mass
+    fusable = whole and softcap is None
     if fusable and queries <= FEW and not torch.is_grad_enabled():
         return _few(q, k, v, mask, scale), None
     if fusable and v.shape[-1] == q.shape[-1]:
-        simple = isinstance(mask, Causal) and not isinstance(mask.offset, Tensor) and mask.offset == 0
-        if mask is None or (simple and queries == keys):
-            if q.device.type == "cpu" and q.dtype != torch.float64:
-                return attend_blocked(q, k, v, causal=mask is not None, scale=scale), None
+        band = _band(mask, queries, keys)
+        if band is not None and q.device.type == "cpu" and q.dtype != torch.float64:
+            return _banded(q, k, v, *band, scale), None
+        if mask is None or (isinstance(mask, Causal) and band is not None):
             return _fused(q, k, v, None, mask is not None, scale), None
     pieces = []
     mass: Tensor | None = None
@@ -66,7 +72,7 @@ def attend(
         stop = min(queries, start + BLOCK)
         low, reach = (0, keys) if mask is None else (mask.low(start), mask.reach(stop, keys))
         low = min(low, reach - 1)  # rows that see nothing still need a key to be masked
-        part, weight = _rows(q, k, v, start, stop, low, reach, mask, bias, scale, softcap, sinks, want_mass)
+        part, weight = _rows(q, k, v, start, stop, low, reach, mask, bias, scale, softcap, sinks, modify, want_mass)
         pieces.append(part)
         if weight is not None:
             weight = F.pad(weight, (low, keys - reach))
@@ -84,12 +90,40 @@ def attend_plain(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    modify: Modify | None = None,
     want_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, with the whole [B, H, T, S] matrix."""
-    weights = attend_weights(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks)
+    """The definition, with the whole [B, H, T, S] matrix, or with the part of it that the mask leaves."""
+    simple = bias is None and sinks is None and modify is None and not want_mass
+    if simple and mask is not None and not isinstance(mask, PerHead):
+        places = mask.candidates(q.shape[2], k.shape[2], q.device)
+        if places is not None and places.shape[1] < k.shape[2]:
+            return _gathered(q, k, v, places, mask, scale, softcap), None
+    weights = attend_weights(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, modify=modify)
     y = weights.to(v.dtype) @ _per_head(v, q.shape[1])
     return y, weights.sum(2) if want_mass else None
+
+
+def _gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Every query against its own few keys, places [T, n]."""
+    queries, keys = q.shape[2], k.shape[2]
+    rows, columns = torch.arange(queries, device=q.device), torch.arange(keys, device=q.device)
+    chosen = places.clamp(0, keys - 1)
+
+    seen = mask.rows(rows, columns).expand(-1, -1, queries, -1)
+    allowed = seen.gather(3, chosen.expand(*seen.shape[:2], -1, -1)) & (places == chosen)
+    k, v = _per_head(k, q.shape[1]), _per_head(v, q.shape[1])
+    scores = (q[:, :, :, None] @ k[:, :, chosen].transpose(3, 4))[:, :, :, 0]
+    weights = _softmax(scores, allowed, None, scale, softcap, None)
+    return (weights.to(v.dtype)[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0]
 
 
 def attend_weights(
@@ -101,13 +135,19 @@ def attend_weights(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    modify: Modify | None = None,
 ) -> Tensor:
     """The attention weights [B, H, T, S], in float32 (float64 for float64 input)."""
     queries = torch.arange(q.shape[2], device=q.device)
     keys = torch.arange(k.shape[2], device=q.device)
     allowed = dense(mask, q.shape[2], k.shape[2], q.device)
     added = None if bias is None else bias(queries, keys)
-    return _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks)
+    change = None if modify is None else partial(_changed, modify, queries, keys)
+    return _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks, change)
+
+
+def _changed(modify: Modify, rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
+    return modify(scores, rows, columns)
 
 
 def _softmax(
@@ -117,10 +157,13 @@ def _softmax(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if change is not None:
+        scores = change(scores)
     if added is not None:
         scores = scores + added.to(scores.dtype)
     if allowed is not None:
@@ -147,6 +190,7 @@ def _rows(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    modify: Modify | None,
     want_mass: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One block of query rows against the keys it can reach; the mask is made inside, so that the
@@ -157,20 +201,73 @@ def _rows(
         columns = torch.arange(low, reach, device=q.device)
         allowed = None if mask is None else mask.rows(rows, columns)
         added = None if bias is None else bias(rows, columns)
-        if softcap is None and sinks is None and not want_mass and v.shape[-1] == q.shape[-1]:
+        plainly = softcap is None and sinks is None and modify is None and not want_mass
+        if plainly and v.shape[-1] == q.shape[-1]:
             if added is None:
                 return _fused(q, k, v, allowed, False, scale), None
             if not added.requires_grad:
                 added = added.to(q.dtype)
                 both = added if allowed is None else added.masked_fill(~allowed, -torch.inf)
                 return _fused(q, k, v, both.expand(q.shape[0], q.shape[1], -1, -1), False, scale), None
-        weights = _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks)
+        change = None if modify is None else partial(_changed, modify, rows, columns)
+        weights = _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks, change)
         return weights.to(v.dtype) @ _per_head(v, q.shape[1]), weights.sum(2) if want_mass else None
 
     q, k, v = q[:, :, start:stop], k[:, :, low:reach], v[:, :, low:reach]
     if torch.is_grad_enabled() and stop - start == BLOCK:
         return checkpoint(block, q, k, v, use_reentrant=False)  # type: ignore[no-any-return]
     return block(q, k, v)
+
+
+def _band(mask: Mask | None, queries: int, keys: int) -> tuple[int | None, int | None, int] | None:
+    """(left, right, dilation) when a mask is a band along the diagonal and nothing else."""
+    if mask is None:
+        return None, None, 1
+    if queries != keys or not isinstance(mask, (Causal, Window)):
+        return None
+    if isinstance(mask.offset, Tensor) or mask.offset != 0:
+        return None
+    if isinstance(mask, Causal):
+        return None, 0, 1
+    if mask.queries is not None or mask.keys is not None:
+        return None
+    return mask.left, mask.right, mask.dilation
+
+
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, dilation: int, scale: float
+) -> Tensor:
+    """A dilated band is a plain one among the tokens of each residue; at the end a residue may lack a token."""
+    if dilation == 1:
+        return attend_blocked(q, k, v, left=left, right=right, scale=scale)
+    length = q.shape[2]
+    left, right = (None if bound is None else bound // dilation for bound in (left, right))
+    out = torch.empty_like(q)
+    for first, stop in ((0, length % dilation), (length % dilation, dilation)):
+        # residues [first, stop) have equally many tokens
+        steps = torch.arange(first, length, dilation, device=q.device)
+        if stop == first or not len(steps):
+            continue
+        places = steps[None] + torch.arange(stop - first, device=q.device)[:, None]
+        parts = [x[:, :, places].transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        y = attend_blocked(parts[0], parts[1], parts[2], left=left, right=right, scale=scale)
+        out = out.index_copy(2, places.flatten(), y.unflatten(0, (-1, stop - first)).transpose(1, 2).flatten(2, 3))
+    return out
+
+
+def _each_kind_of_head(q: Tensor, k: Tensor, v: Tensor, mask: PerHead, scale: float, softcap: float | None) -> Tensor:
+    """Heads with equal masks together, so that each kind is lowered by itself."""
+    heads, share = q.shape[1], q.shape[1] // k.shape[1]
+    order: list[int] = []
+    parts = []
+    for one in dict.fromkeys(mask.heads):
+        chosen = [head for head in range(heads) if mask.heads[head] == one]
+        groups = [head // share for head in chosen]
+        y, _ = attend(q[:, chosen], k[:, groups], v[:, groups], mask=one, scale=scale, softcap=softcap)
+        parts.append(y)
+        order += chosen
+    back = sorted(range(heads), key=order.__getitem__)
+    return torch.cat(parts, 1)[:, back]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -225,9 +225,9 @@ def _weights(inputs: _Inputs, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
     scores = torch.bmm(q, k.transpose(1, 2))
     count, width = group.blocks.shape[1], scores.shape[-1]
     if not (inputs.masked or group.partial):
-        causal = group.start is not None
         start = (count - 1) * columns + (group.start or 0)
-        softmax_rows_(scores.view(-1, width), rows, start, causal, inputs.scale)
+        right = None if group.start is None else 0
+        softmax_rows_(scores.view(-1, width), rows, start, None, right, inputs.scale)
         return q, k, scores
     wide = (scores if scores.dtype == torch.float64 else scores.float()) * inputs.scale
     closed = _closed(inputs, group, wide)
@@ -368,7 +368,7 @@ def _attend_backward(
         grad_v.index_add_(0, into, add.view(len(into), -1).to(wide))
         slopes = torch.bmm(given, _taken(inputs.v, group, columns).transpose(1, 2))
         width = slopes.shape[-1]
-        softmax_rows_backward_(weights.view(-1, width), slopes.view(-1, width), rows, 0, False, scale)
+        softmax_rows_backward_(weights.view(-1, width), slopes.view(-1, width), rows, 0, None, None, scale)
         grad_q[group.tiles] = torch.bmm(slopes, keys)
         add = torch.bmm(slopes.transpose(1, 2), queries)
         grad_k.index_add_(0, into, add.view(len(into), -1).to(wide))

@@ -21,9 +21,10 @@ from armillary.native.rows import softmax_rows_, softmax_rows_backward_
 ROWS = 128  # query rows at a time: scores of a block stay in the cache
 
 
-def attend_blocked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v for q [B, H, T, K], k and v [B, G, S, K]; causal needs T = S."""
-    return _attend(q, k, v, causal, scale)  # type: ignore[no-any-return]
+def attend_blocked(q: Tensor, k: Tensor, v: Tensor, *, left: int | None, right: int | None, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v for q [B, H, T, K], k and v [B, G, S, K], where query t sees the keys from
+    t − left to t + right (None: to the end). A bound needs T = S."""
+    return _attend(q, k, v, left, right, scale)  # type: ignore[no-any-return]
 
 
 def _folded(q: Tensor, groups: int) -> Tensor:
@@ -32,37 +33,44 @@ def _folded(q: Tensor, groups: int) -> Tensor:
     return q.reshape(batch * groups, heads // groups, queries, width)
 
 
-def _weights(q: Tensor, k: Tensor, start: int, stop: int, causal: bool, scale: float) -> tuple[Tensor, Tensor, int]:
-    """Rows [start, stop): the queries as rows of one product, their weights, their reach."""
-    reach = stop if causal else k.shape[1]
+def _bounds(start: int, stop: int, keys: int, left: int | None, right: int | None) -> tuple[int, int]:
+    """The keys that rows [start, stop) can reach."""
+    return 0 if left is None else max(0, start - left), keys if right is None else min(keys, stop + right)
+
+
+def _weights(
+    q: Tensor, k: Tensor, start: int, stop: int, left: int | None, right: int | None, scale: float
+) -> tuple[Tensor, Tensor, slice]:
+    """Rows [start, stop): the queries as rows of one product, their weights, the keys that they reach."""
+    low, reach = _bounds(start, stop, k.shape[1], left, right)
     rows = q[:, :, start:stop].reshape(q.shape[0], -1, q.shape[-1])
-    scores = torch.bmm(rows, k[:, :reach].transpose(1, 2))
-    softmax_rows_(scores.view(-1, reach), stop - start, start, causal, scale)
-    return rows, scores, reach
+    scores = torch.bmm(rows, k[:, low:reach].transpose(1, 2))
+    softmax_rows_(scores.view(-1, reach - low), stop - start, start - low, left, right, scale)
+    return rows, scores, slice(low, reach)
 
 
 @torch.library.custom_op("armillary::attend_blocked", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float) -> Tensor:
     batch, heads, queries, width = q.shape
     folded, keys, values = _folded(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1)
     out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     for start in range(0, queries, ROWS):
         stop = min(queries, start + ROWS)
-        _, weights, reach = _weights(folded, keys, start, stop, causal, scale)
-        y = torch.bmm(weights, values[:, :reach])
+        _, weights, seen = _weights(folded, keys, start, stop, left, right, scale)
+        y = torch.bmm(weights, values[:, seen])
         out[:, :, start:stop] = y.view(batch, heads, stop - start, width)
     return out
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float) -> Tensor:
     batch, heads, queries, width = q.shape
     return q.new_empty(batch, queries, heads, width).transpose(1, 2)
 
 
 @torch.library.custom_op("armillary::attend_blocked_backward", mutates_args=())
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, width = q.shape
     groups, length = k.shape[1], k.shape[2]
@@ -74,48 +82,70 @@ def _attend_backward(
     grad_v = torch.zeros_like(grad_k)
     for start in range(0, queries, ROWS):
         stop = min(queries, start + ROWS)
-        rows, weights, reach = _weights(folded, keys, start, stop, causal, scale)
+        rows, weights, seen = _weights(folded, keys, start, stop, left, right, scale)
+        count, begun = seen.stop - seen.start, start - seen.start
         inward = grads[:, :, start:stop].reshape(rows.shape)
-        grad_v[:, :reach] += torch.bmm(weights.transpose(1, 2), inward)
-        slopes = torch.bmm(inward, values[:, :reach].transpose(1, 2))
-        softmax_rows_backward_(weights.view(-1, reach), slopes.view(-1, reach), stop - start, start, causal, scale)
-        y = torch.bmm(slopes, keys[:, :reach])
+        grad_v[:, seen] += torch.bmm(weights.transpose(1, 2), inward)
+        slopes = torch.bmm(inward, values[:, seen].transpose(1, 2))
+        lines = weights.view(-1, count), slopes.view(-1, count)
+        softmax_rows_backward_(*lines, stop - start, begun, left, right, scale)
+        y = torch.bmm(slopes, keys[:, seen])
         grad_q[:, :, start:stop] = y.view(batch, heads, stop - start, width)
-        grad_k[:, :reach] += torch.bmm(slopes.transpose(1, 2), rows)
+        grad_k[:, seen] += torch.bmm(slopes.transpose(1, 2), rows)
     shape = (batch, groups, length, width)
     return grad_q, grad_k.to(k.dtype).view(shape), grad_v.to(v.dtype).view(shape)
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, width = q.shape
     grad_q = q.new_empty(batch, queries, heads, width).transpose(1, 2)
     return grad_q, k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.causal, ctx.scale = inputs
+    q, k, v, ctx.left, ctx.right, ctx.scale = inputs
     ctx.save_for_backward(q, k, v)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v = ctx.saved_tensors
-    return (*_attend_backward(grad, q, k, v, ctx.causal, ctx.scale), None, None)
+    return (*_attend_backward(grad, q, k, v, ctx.left, ctx.right, ctx.scale), None, None, None)
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
 
 
+def _pairs(queries: int, keys: int, left: int | None, right: int | None) -> int:
+    """How many (query, key) pairs are seen; the diagonal of a causal triangle counts by half."""
+    if left is None and right == 0:
+        return queries * keys // 2
+    bounds = (_bounds(t, t + 1, keys, left, right) for t in range(queries))
+    return sum(reach - low for low, reach in bounds)
+
+
 @register_flop_formula(torch.ops.armillary.attend_blocked)
-def _flops(q: Any, k: Any, v: Any, causal: bool, scale: float, *, out_shape: Any = None, **_: Any) -> int:
+def _flops(
+    q: Any, k: Any, v: Any, left: int | None, right: int | None, scale: float, *, out_shape: Any = None, **_: Any
+) -> int:
     batch, heads, queries, width = q
-    pairs = batch * heads * queries * k[2]
-    return int(4 * pairs * width // (2 if causal else 1))
+    return int(4 * batch * heads * _pairs(queries, k[2], left, right) * width)
 
 
 @register_flop_formula(torch.ops.armillary.attend_blocked_backward)
 def _flops_backward(
-    grad: Any, q: Any, k: Any, v: Any, causal: bool, scale: float, *, out_shape: Any = None, **_: Any
+    grad: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    *,
+    out_shape: Any = None,
+    **_: Any,
 ) -> int:
     batch, heads, queries, width = q
-    return int(10 * batch * heads * queries * k[2] * width // (2 if causal else 1))
+    return int(10 * batch * heads * _pairs(queries, k[2], left, right) * width)

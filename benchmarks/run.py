@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("startup", "training", "decoding", "prefill", "taps")
+NAMES = sorted(
+    path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("common", "run", "campaign")
+)
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(NAMES)
+    wanted = sys.argv[1:] or NAMES
     failed = []
     for name in wanted:
         file = Path(__file__).with_name(f"{name}.py")

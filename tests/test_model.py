@@ -69,12 +69,13 @@ def test_embed_leaves_padding_out(model: Model) -> None:
         model.embed("a", pool="median")
 
 
-def test_classify_by_likelihood_and_by_head(model: Model) -> None:
+@pytest.mark.parametrize("kind", ["classification", "iterative"])
+def test_classify_by_likelihood_and_by_head(kind: str, model: Model) -> None:
     found = model.classify("x = ", ["1", "2", "3"])
     assert sum(found.values()) == pytest.approx(1)
     with pytest.raises(InputError, match="labels"):
         model.classify("x")
-    settings = SHAPE | {"form": "encoder", "head": {"kind": "classification", "classes": 2, "labels": ["no", "yes"]}}
+    settings = SHAPE | {"form": "encoder", "head": {"kind": kind, "classes": 2, "labels": ["no", "yes"]}}
     encoder = Model(arm.build(settings).network, TOKENIZER)
     several = encoder.classify(["a", "bcd"])
     assert set(several[0]) == {"no", "yes"}

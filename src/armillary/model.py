@@ -21,7 +21,7 @@ from armillary.engine.sampling import Sampling
 from armillary.nn import network as networks
 from armillary.nn.describe import Description, describe
 from armillary.nn.heads.base import heads, pooled
-from armillary.nn.heads.classification import ClassificationHeadSettings
+from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.mechanism import channels, mixers, norms, positions
 from armillary.nn.network import ModelSettings, Network, NetworkState
@@ -130,7 +130,7 @@ class Model(nn.Module):
         """
         many = [texts] if isinstance(texts, str) else list(texts)
         head = self.settings.head
-        if isinstance(head, ClassificationHeadSettings):
+        if isinstance(head, ClassifierSettings):
             if labels is not None:
                 raise InputError("this model has its own classes; leave labels out")
             names = list(head.labels or [str(i) for i in range(head.classes)])

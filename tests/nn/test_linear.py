@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from armillary.base.errors import UnsupportedError
 from armillary.base.settings import parse
-from armillary.nn.linear import DenseSettings, Embedding, Linear
+from armillary.nn.linear import DenseSettings, Embedding, ExpertLinear, Linear, LinearSettings
 from armillary.nn.mechanism import Place
 from armillary.nn.network import ModelSettings, build
 
@@ -80,3 +81,39 @@ def test_a_role_picks_its_settings() -> None:
     assert not hasattr(place.product(16, 16, "k"), "marked")
     model = build(parse(ModelSettings, {"width": 16, "depth": 1, "vocabulary": 9, "linear": {"all": "dense"}}))
     assert sum(isinstance(module, Linear) for module in model.modules()) == 4 + 3 + 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_products_are_those_of_one_after_another(own: bool, bias: bool, agree: Any) -> None:
+    """Values and gradients against a loop over rows; an expert that nobody chose gets a gradient of 0."""
+    experts = ExpertLinear(6, 24, 17, role="up", bias=bias)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    chosen = torch.randint(0, 5, (2, 7, 3))
+    x = torch.randn(*(chosen.shape if own else chosen.shape[:2]), 24, requires_grad=True)
+    rows = []
+    for row, picks in zip(x.reshape(14, -1, 24), chosen.view(14, 3).tolist(), strict=True):
+        for place, pick in enumerate(picks):
+            each = row[place if own else 0]
+            rows.append(F.linear(each, experts.weight[pick], None if experts.bias is None else experts.bias[pick]))
+    expected, found = torch.stack(rows).view(2, 7, 3, 17), experts(x, chosen)
+    agree(found, expected)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad((found * weights).sum(), [x, *experts.parameters()])
+    theirs = torch.autograd.grad((expected * weights).sum(), [x, *experts.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        agree(a, b)
+    assert bool((ours[1][5] == 0).all())
+    low = experts(x.bfloat16(), chosen)
+    assert low.dtype == torch.bfloat16
+    agree(low.float(), expected, 0.02)
+    assert experts(x[:0], chosen[:0]).shape == (0, 7, 3, 17)
+
+
+def test_a_kind_of_product_that_experts_cannot_hold_says_so() -> None:
+    class Other(LinearSettings):
+        kind = "other"
+
+    with pytest.raises(UnsupportedError, match="'other' products cannot be held by experts"):
+        Place(16, linear={"q": Other()}).experts(4, 16, 16, "q")

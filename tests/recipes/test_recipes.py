@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,27 +43,18 @@ def small(name: str) -> Recipe:
     ]
     if recipe.model.encoder is not None:
         words.append("model.encoder.depth=2")
-    for place, block in _blocks(recipe):
-        if block.get("mixer"):
-            words += [f"{place}.mixer.heads=2"]
-            if block["mixer"].get("kv_heads"):
-                words += [f"{place}.mixer.kv_heads=1"]
-        if block.get("cross"):
-            words += [f"{place}.cross.heads=2"]
-        if (block.get("channel") or {}).get("hidden"):
-            words += [f"{place}.channel.hidden=64"]
-    return Recipe.load(name, *words)
+    data = Recipe.load(name, *words).to_data()
+    _narrow(data["model"])
+    return Recipe.load(data)
 
 
-def _blocks(recipe: Recipe) -> list[tuple[str, dict]]:
-    """(dotted place, plain data) of every block that a recipe names."""
-    model = recipe.model.to_data()
-    found = [("model.block", model["block"])] if model.get("block") else []
-    found += [(f"model.blocks.{name}", block) for name, block in (model.get("blocks") or {}).items()]
-    encoder = model.get("encoder") or {}
-    if encoder.get("block"):
-        found.append(("model.encoder.block", encoder["block"]))
-    return found
+def _narrow(data: Any) -> None:
+    """Fewer and narrower heads wherever a block says how many it has."""
+    if isinstance(data, dict):
+        small = {"heads": 2, "kv_heads": 1, "head_width": 8, "hidden": 64}
+        data |= {key: value for key, value in small.items() if type(data.get(key)) is int}
+    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _narrow(part)
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,17 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Text to measure on; by default the run's held-out files.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Measure the simple baselines beside it.")] = False,
     limit: Annotated[int | None, typer.Option(help="At most this many documents.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Other context lengths to measure at instead, for example 128,512,2048.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text.
 
-    Bits per byte and perplexity with 95% intervals, speed, memory, and simple baselines beside them.
+    Bits per byte and perplexity with 95% intervals, speed, memory, and simple baselines beside them;
+    with --lengths, how the model fares with less and more context than it was trained on.
 
     Example: armillary evaluate runs/demo --baselines
     """
@@ -46,11 +50,42 @@ def evaluate(
     opened = open_model(model, device, dtype)
     if data is None and corpus_folder(Path(model)) is None:
         raise InputError(f"{model} has no held-out text of its own", hint="name some with --data FILE")
+    if lengths is not None:
+        if baselines:
+            raise InputError("baselines have no context length", hint="leave out --baselines or --lengths")
+        _lengths(opened, data or model, lengths, limit, json)
+        return
     found = measure(opened, data or model, baselines=baselines, limit=limit)
     if json:
         emit(found.to_data())
         return
     show_evaluation(found)
+
+
+def _lengths(model: Model, data: str | Path, lengths: str, limit: int | None, json: bool) -> None:
+    """Bits per byte at each length, the trained one among them."""
+    from armillary.base.errors import InputError
+    from armillary.evaluate import evaluate_lengths
+    from armillary.train import Line, Preparing
+
+    try:
+        wanted = [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise InputError(f"'{lengths}' are no lengths", hint="numbers with commas, for example 128,512") from None
+    with Line() as line:
+        found = evaluate_lengths(
+            model, data, wanted, limit=limit, progress=lambda stage, fraction: line(Preparing(stage, fraction))
+        )
+    if json:
+        emit([one.to_data() for one in found])
+        return
+    rows = [("length", "bits per byte", "", "against the trained length")]
+    for one in found:
+        bits = one.bits_per_byte
+        spread = "" if bits is None or bits.low is None else f"[{bits.low:.4f}, {bits.high:.4f}]"
+        change = "trained on" if one.trained else f"{one.change}" if one.change else f"refused: {one.refused}"
+        rows.append((f"{one.length:,}", f"{bits.value:.4f}" if bits else "–", spread, change))
+    table(rows)
 
 
 def measure(model: Model, data: str | Path, **options: Any) -> Evaluation:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from armillary.evaluate.card import write_card
     from armillary.evaluate.heldout import corpus_folder
     from armillary.evaluate.intervals import Interval
+    from armillary.evaluate.lengths import LengthScore, evaluate_lengths
     from armillary.evaluate.measure import Evaluation, evaluate
     from armillary.evaluate.perplexity import DocumentScore, score_documents
     from armillary.evaluate.report import write_report
@@ -33,9 +34,11 @@ _WHERE = {
     "DocumentScore": "perplexity",
     "Evaluation": "measure",
     "Interval": "intervals",
+    "LengthScore": "lengths",
     "Throughput": "throughput",
     "corpus_folder": "heldout",
     "evaluate": "measure",
+    "evaluate_lengths": "lengths",
     "score_documents": "perplexity",
     "write_card": "card",
     "write_report": "report",
@@ -46,11 +49,13 @@ __all__ = [
     "DocumentScore",
     "Evaluation",
     "Interval",
+    "LengthScore",
     "Throughput",
     "baselines",
     "corpus_folder",
     "environment",
     "evaluate",
+    "evaluate_lengths",
     "peak_memory",
     "score_documents",
     "write_card",

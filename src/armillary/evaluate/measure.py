@@ -124,7 +124,7 @@ def evaluate(
     network, tokenizer = model.network, model.tokenizer
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}", hint="give at least 1 document, or leave it out")
-    context = context or _context(network, model.recipe)
+    context = context or default_context(network, model.recipe)
     held = held_out(data, tokenizer)
     chosen, truncated = held.first(limit)
     expected = sum(held.length(i) for i in chosen)
@@ -178,7 +178,8 @@ def evaluate(
     )
 
 
-def _context(network: Network, recipe: Recipe | None) -> int:
+def default_context(network: Network, recipe: Recipe | None) -> int:
+    """The length that a model was trained on, as far as that is known."""
     longest = network.settings.context
     return min(longest, recipe.training.context if recipe is not None else LONGEST_CONTEXT)
 

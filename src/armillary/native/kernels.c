@@ -188,9 +188,98 @@ static inline float exp_down(float x) {
         }                                                                                              \
     }
 
+/* Bands: rows of a sequence sorted into groups, in blocks of `size`; row c of block i has its scores
+ * against the `span` sorted tokens that end with its block. `places` [orders, stride] holds the tokens'
+ * places in every order (in the order of the rows, span - size of them before the first block); a
+ * pair is seen in the last order when the places there differ by 1 .. widths[last], and in no earlier one. */
+static inline void band_row(float *line, const int32_t *places, const int32_t *widths, int64_t orders,
+                            int64_t stride, int64_t base, int64_t self, int64_t low) {
+    for (int64_t o = 0; o < orders; o++) {
+        const int32_t *at = places + o * stride + base;
+        uint32_t mine = (uint32_t)at[self], width = (uint32_t)widths[o];
+        if (o + 1 == orders) {
+            for (int64_t c = low; c < self; c++)
+                line[c] = mine - (uint32_t)at[c] - 1u < width ? line[c] : -INFINITY;
+        } else {
+            for (int64_t c = low; c < self; c++)
+                line[c] = mine - (uint32_t)at[c] - 1u < width ? -INFINITY : line[c];
+        }
+    }
+}
+
+#define BAND_KERNELS(NAME, T, LOAD, STORE)                                                             \
+    /* scores [blocks, size, span] -> weights, in place; sums [blocks, size]: the logarithm of what    \
+     * they were divided by, -inf where nothing is seen */                                             \
+    void band_softmax_##NAME(T *scores, float *sums, const int32_t *places, const int32_t *widths,     \
+                             int64_t orders, int64_t stride, int64_t first, int64_t blocks,            \
+                             int64_t size, int64_t span, float scale) {                                \
+        _Pragma("omp parallel") {                                                                      \
+            float *line = malloc(sizeof(float) * (size_t)span);                                        \
+            _Pragma("omp for schedule(static)") for (int64_t r = 0; r < blocks * size; r++) {          \
+                T *s = scores + r * span;                                                              \
+                int64_t self = span - size + r % size, base = (first + r / size) * size;               \
+                int64_t low = self > widths[orders - 1] ? self - widths[orders - 1] : 0;               \
+                float peak = -INFINITY, total = 0.0f;                                                  \
+                for (int64_t c = low; c < self; c++) line[c] = LOAD(s[c]) * scale;                     \
+                band_row(line, places, widths, orders, stride, base, self, low);                       \
+                for (int64_t c = low; c < self; c++) peak = line[c] > peak ? line[c] : peak;           \
+                sums[r] = -INFINITY;                                                                   \
+                if (peak == -INFINITY) {                                                               \
+                    memset(s, 0, sizeof(T) * (size_t)span);                                            \
+                    continue;                                                                          \
+                }                                                                                      \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    float e = exp_down(line[c] - peak);                                                \
+                    line[c] = line[c] == -INFINITY ? 0.0f : e;                                         \
+                    total += line[c];                                                                  \
+                }                                                                                      \
+                float share = 1.0f / total;                                                            \
+                sums[r] = logf(total) + peak;                                                          \
+                memset(s, 0, sizeof(T) * (size_t)low);                                                 \
+                for (int64_t c = low; c < self; c++) s[c] = STORE(line[c] * share);                    \
+                memset(s + self, 0, sizeof(T) * (size_t)(span - self));                                \
+            }                                                                                          \
+            free(line);                                                                                \
+        }                                                                                              \
+    }                                                                                                  \
+    /* scores -> weights under the rows' common logarithms `sums` (of all orders together), and slopes \
+     * (gradient of the weights) -> gradient of the scores, both in place; dots [blocks, size]: of     \
+     * each row's output with its gradient */                                                          \
+    void band_softmax_backward_##NAME(T *scores, T *slopes, const float *sums, const float *dots,      \
+                                      const int32_t *places, const int32_t *widths, int64_t orders,    \
+                                      int64_t stride, int64_t first, int64_t blocks, int64_t size,     \
+                                      int64_t span, float scale) {                                     \
+        _Pragma("omp parallel") {                                                                      \
+            float *line = malloc(sizeof(float) * (size_t)span);                                        \
+            _Pragma("omp for schedule(static)") for (int64_t r = 0; r < blocks * size; r++) {          \
+                T *s = scores + r * span, *d = slopes + r * span;                                      \
+                int64_t self = span - size + r % size, base = (first + r / size) * size;               \
+                int64_t low = self > widths[orders - 1] ? self - widths[orders - 1] : 0;               \
+                if (sums[r] == -INFINITY) low = self;                                                  \
+                for (int64_t c = low; c < self; c++) line[c] = LOAD(s[c]) * scale - sums[r];           \
+                band_row(line, places, widths, orders, stride, base, self, low);                       \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    float e = exp_down(line[c]);                                                       \
+                    line[c] = line[c] == -INFINITY ? 0.0f : e;                                         \
+                }                                                                                      \
+                for (int64_t c = low; c < self; c++) {                                                 \
+                    d[c] = STORE(line[c] * (LOAD(d[c]) - dots[r]) * scale);                            \
+                    s[c] = STORE(line[c]);                                                             \
+                }                                                                                      \
+                memset(s, 0, sizeof(T) * (size_t)low);                                                 \
+                memset(d, 0, sizeof(T) * (size_t)low);                                                 \
+                memset(s + self, 0, sizeof(T) * (size_t)(span - self));                                \
+                memset(d + self, 0, sizeof(T) * (size_t)(span - self));                                \
+            }                                                                                          \
+            free(line);                                                                                \
+        }                                                                                              \
+    }
+
 #define SAME(x) (x)
 ROW_KERNELS(bf16, uint16_t, from_bf16, to_bf16)
 ROW_KERNELS(f32, float, SAME, SAME)
+BAND_KERNELS(bf16, uint16_t, from_bf16, to_bf16)
+BAND_KERNELS(f32, float, SAME, SAME)
 
 /* Reads everything once and gives a sum: the bandwidth floor that decoding is measured against. */
 float read_all(const float *x, int64_t count) {

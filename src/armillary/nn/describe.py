@@ -61,13 +61,14 @@ def describe(
 
 
 def _idle(settings: ModelSettings, network: Network) -> int:
-    """Parameters of channel mixers that a single token does not reach."""
+    """Parameters of mixers and channel mixers that a single token does not reach."""
     idle = 0
     for block, module in zip(settings.layers(), network.blocks, strict=True):
         for branch in block.all():
-            if branch.channel is not None:
+            part = branch.mixer or branch.channel
+            if part is not None:
                 held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
-                idle += held - branch.channel.active(held)
+                idle += held - part.active(held)
     return idle
 
 

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armillary.base.errors import UnsupportedError
 from armillary.base.registry import Registry
 from armillary.base.settings import Choice
 from armillary.native.rows import few_rows_product, fits
 from armillary.nn.ops import plain
+from armillary.nn.ops.experts import expert_product
 
 linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
 
@@ -32,6 +34,12 @@ class LinearSettings(Choice):
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> nn.Module:
         raise NotImplementedError
 
+    def build_experts(self, experts: int, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> nn.Module:
+        """As many products of one shape, of which every row takes some (see `ExpertLinear`)."""
+        raise UnsupportedError(
+            f"'{self.kind}' products cannot be held by experts", hint="use kind: dense for this role"
+        )
+
 
 @linears.register
 class DenseSettings(LinearSettings):
@@ -41,6 +49,11 @@ class DenseSettings(LinearSettings):
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
         return Linear(inputs, outputs, role=role, bias=bias, depth=depth)
+
+    def build_experts(
+        self, experts: int, inputs: int, outputs: int, *, role: str, bias: bool, depth: int
+    ) -> ExpertLinear:
+        return ExpertLinear(experts, inputs, outputs, role=role, bias=bias, depth=depth)
 
 
 class Linear(nn.Module):
@@ -86,6 +99,40 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
+
+
+class ExpertLinear(nn.Module):
+    """y = x W_eᵀ + b_e for the experts e that each row chose; W [E, outputs, inputs].
+
+    experts has one axis more than x's rows (x [..., inputs], experts [..., k]: every row goes to k
+    experts, y [..., k, outputs]) or just as many (x [..., k, inputs], experts [..., k]: every row has
+    its own, y [..., k, outputs]). Work and weights read follow the choices, not E. Each W_e starts as
+    a `Linear` of the role does.
+    """
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, *, role: str, bias: bool = False, depth: int = 1
+    ) -> None:
+        super().__init__()
+        self.role = role
+        self.experts, self.inputs, self.outputs = experts, inputs, outputs
+        self.deviation = inputs**-0.5 * ((2 * depth) ** -0.5 if role in OUTPUT_ROLES else 1.0)
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        nn.init.normal_(self.weight, std=self.deviation, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        own = experts.dim() == x.dim() - 1
+        chosen = experts.reshape(-1, 1) if own else experts.reshape(-1, experts.shape[-1])
+        y = expert_product(x.reshape(-1, self.inputs), self.weight, chosen).view(*experts.shape, self.outputs)
+        return y if self.bias is None else y + self.bias.to(x.dtype)[experts]
+
+    def extra_repr(self) -> str:
+        return f"{self.experts} × {self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
 
 
 class Embedding(nn.Module):

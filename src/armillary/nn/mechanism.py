@@ -57,6 +57,11 @@ class Place:
         settings = self.linear.get(role) or self.linear.get("all") or DenseSettings()
         return settings.build(inputs, outputs, role=role, bias=bias, depth=self.depth)
 
+    def experts(self, experts: int, inputs: int, outputs: int, role: str, bias: bool = False) -> Any:
+        """As many trainable products of one shape, of which every row chooses some."""
+        settings = self.linear.get(role) or self.linear.get("all") or DenseSettings()
+        return settings.build_experts(experts, inputs, outputs, role=role, bias=bias, depth=self.depth)
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -110,6 +115,10 @@ class MixerSettings(MechanismSettings):
         """Forward FLOPs of one row of `length` tokens on the plain path, and its state's bytes after
         them when activations take `itemsize` bytes."""
         raise NotImplementedError
+
+    def active(self, parameters: int) -> int:
+        """Of `parameters`, how many take part for one token (fewer than all for experts)."""
+        return parameters
 
 
 class ChannelSettings(MechanismSettings):
@@ -295,7 +304,10 @@ class Mixer(nn.Module):
             else:
                 y = self(source, ctx)
             outputs: Tensor = y.sum(0)  # rows of a batch do not meet, so one pass serves them all
-            slopes = [torch.autograd.grad(each, source, retain_graph=True)[0] for each in outputs.flatten()]
+            slopes = [
+                torch.autograd.grad(each, source, retain_graph=True, materialize_grads=True)[0]
+                for each in outputs.flatten()
+            ]
         return torch.stack(slopes, 1).view(x.shape[0], *outputs.shape, *source.shape[1:])
 
     def matrix(self, frozen: Frozen, batch: int, source: int, like: Tensor) -> Tensor:

@@ -277,3 +277,51 @@ class WindowState(State):
         self.lengths = lengths.clone()
         same = bool((lengths == lengths[0]).all())
         self.uniform = int(lengths[0]) if same else None
+
+
+class NodeState(WindowState):
+    """The current block of each row and one closed node per level, in groups of `block` entries along
+    axis 2: [B, G, (1 + levels)·block, …]. It grows by one group each time that the past doubles; what
+    far groups hold are means (see `nn.ops.hierarchy`)."""
+
+    kind: ClassVar[str] = "scored"
+
+    def __init__(self, tensors: Mapping[str, Tensor], block: int) -> None:
+        super().__init__(tensors)
+        self.block = block
+
+    @staticmethod
+    def levels_for(tokens: int, block: int) -> int:
+        """How many levels a past of so many tokens takes."""
+        return (tokens // block).bit_length()
+
+    @property
+    def levels(self) -> int:
+        return next(iter(self.tensors.values())).shape[2] // self.block - 1
+
+    @property
+    def longest(self) -> int:
+        return self.uniform if self.uniform is not None else int(self.lengths.max())
+
+    def reserve(self, levels: int) -> None:
+        missing = (levels - self.levels) * self.block
+        if missing > 0:
+            for name, t in self.tensors.items():
+                self.tensors[name] = torch.cat([t, t.new_zeros(*t.shape[:2], missing, *t.shape[3:])], 2)
+
+    def advance(self, tensors: Mapping[str, Tensor], count: int, lengths: Tensor | None) -> None:
+        """What is held after a chunk of `count` tokens, of which lengths [B] are valid."""
+        for name, value in tensors.items():
+            if torch.is_grad_enabled():
+                self.tensors[name] = value
+            else:
+                self.tensors[name].copy_(value)
+        self.lengths = self.lengths + (count if lengths is None else lengths.to(self.lengths))
+        self.uniform = self.uniform + count if lengths is None and self.uniform is not None else None
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        levels = max(state.levels for state in states)
+        for state in states:
+            state.reserve(levels)
+        return super().join(states)

@@ -180,15 +180,19 @@ def causality(case: Case) -> None:
     slopes = _slopes(trial)
     if case.mixes and not case.cross and case.order == "bidirectional":
         later = torch.ones(trial.length, trial.length, dtype=torch.bool).triu(1)
-        require(bool((slopes[:, later] != 0).any()), "declared bidirectional, but nothing later is seen")
+        sees = bool((slopes[:, later] != 0).any()) or _moves(trial, trial.length - 1, 0)
+        require(sees, "declared bidirectional, but nothing later is seen")
         return
     seen = _may_see(trial)
     off = slopes.masked_fill(seen, 0).abs()
     require(bool((off == 0).all()), f"an output depends on an input that it may not see: {float(off.max()):.2e}")
     if case.mixes and not case.cross:
         # early tokens of a mixer that does not look at itself have nothing to choose among
-        require(bool((slopes.sum(2) != 0).all()), "an output depends on no input")
-        require(bool((slopes[:, -1, -1] != 0).all()), "an output does not depend on its own input")
+        still = (slopes.sum(2) == 0).any(0).nonzero()[:, 0].tolist()
+        require(all(_moves(trial, t, t) for t in still), "an output depends on no input")
+        last = trial.length - 1
+        own = bool((slopes[:, last, last] != 0).all()) or _moves(trial, last, last)
+        require(own, "an output does not depend on its own input")
     for length in (LONG, SHORT):
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
@@ -211,8 +215,21 @@ def _slopes(trial: Trial) -> Tensor:
     x = trial.x.clone().requires_grad_()
     y = trial.whole(x)
     weights = trial.noise(*y.shape)
-    rows = [torch.autograd.grad((y[:, t] * weights[:, t]).sum(), x, retain_graph=True)[0] for t in range(y.shape[1])]
+    sums = (y * weights).sum((0, 2))
+    rows = [torch.autograd.grad(each, x, retain_graph=True, materialize_grads=True)[0] for each in sums]
     return torch.stack(rows, 1).abs().sum(-1)
+
+
+def _moves(trial: Trial, source: int, target: int) -> bool:
+    """Whether another input at one token moves the output at another in every row: what was chosen
+    discretely has a derivative of 0 and depends on its input all the same. Some of a few inputs must
+    lead to another choice."""
+    base, moved = trial.whole().detach()[:, target], torch.zeros(trial.batch, dtype=torch.bool)
+    for _ in range(8):
+        x = trial.x.clone()
+        x[:, source] = trial.noise(*x[:, source].shape) * 3
+        moved |= (trial.whole(x).detach()[:, target] != base).any(-1)
+    return bool(moved.all())
 
 
 def _perturbed(trial: Trial) -> None:

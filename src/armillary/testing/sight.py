@@ -126,7 +126,7 @@ def _watched(trial: Trial, what: str, call: Callable[[Taps | None], Tensor]) -> 
 
 def _weighs(trial: Trial, what: str) -> bool:
     """Whether the weights can be edited here: a state without tokens has none over those that are gone."""
-    if what == "forward" or trial.case.cross or trial.case.can.state == "span" or not trial.case.mixes:
+    if what == "forward" or trial.case.can.state == "span" or not trial.case.mixes:
         return True
     try:
         _two_chunks(trial, Taps(edits=[("here.weights", torch.clone)]))
@@ -148,7 +148,7 @@ def _weights(trial: Trial) -> None:
     mixed = _apply(seen["weights"].roll(1, -1), seen["v"])
     near(shift.seen["here.mixed"], mixed, "the mix under edited weights")
     near(y, mixer.finish(mixed, trial.x, trial.ctx()), "the output under edited weights")
-    state_holds_tokens = trial.case.can.state == "span" or trial.case.cross
+    state_holds_tokens = trial.case.can.state == "span"
     if trial.case.extends and state_holds_tokens:
         watch, cut = Taps(["here.weights"]), max(4, trial.first())
         state = trial.state()

@@ -40,9 +40,7 @@ def test_it_is_attention_with_tied_products(order: str, rotated: bool, agree: An
     found, expected = mixer(x, Context()), other(x, Context())
     agree(found, expected, 1e-9)
     mine = torch.autograd.grad((found * weights).sum(), [x, mixer.k.weight, mixer.v.weight])
-    theirs = torch.autograd.grad(
-        (expected * weights).sum(), [x, other.q.weight, other.k.weight, other.v.weight]
-    )
+    theirs = torch.autograd.grad((expected * weights).sum(), [x, other.q.weight, other.k.weight, other.v.weight])
     agree(mine[0], theirs[0], 1e-9)
     agree(mine[1], theirs[1] + theirs[2], 1e-9)  # one weight in both places
     agree(mine[2], theirs[3], 1e-9)

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.nn.mask import Causal, Documents, Keys, Mask, Prefix
+from armillary.nn.mask import Causal, Documents, Keys, Mask, Others, PerHead, Prefix, Window, both
 from armillary.nn.ops import attend as module
-from armillary.nn.ops import blocked
+from armillary.nn.ops import blocked, plain_ops
 from armillary.nn.ops.attend import attend, attend_plain
 
 B, H, G, T, K = 2, 4, 2, 33, 8
 IDS = torch.repeat_interleave(torch.tensor([0, 1, 2]), torch.tensor([10, 3, 20])).expand(B, T)
 REAL = torch.arange(T) < torch.tensor([[33], [20]])
 
+_NEAR = Window(5, 0)
 MASKS: dict[str, Mask | None] = {
     "none": None,
     "causal": Causal(),
@@ -25,6 +26,14 @@ MASKS: dict[str, Mask | None] = {
     "padding": Keys(REAL),
     "prefix": Causal() | Prefix(torch.tensor([12, 3])),
     "offset": Causal(torch.tensor([0, -5])),  # the first queries of the second row see nothing
+    "window": Window(6, 0),
+    "both_ways": Window(4, 9),
+    "dilated": Window(9, 0, dilation=3),
+    "dilated_both_ways": Window(8, 4, dilation=4),
+    "window_of_documents": Window(6, 0) & Documents(IDS, IDS),
+    "others": Causal() & Others(alone=torch.arange(T)[None] == 0),
+    "heads": PerHead((_NEAR, Causal(), _NEAR, Window(9, 0, dilation=3))),
+    "heads_of_documents": both(PerHead((_NEAR, Causal(), _NEAR, Causal())), Documents(IDS, IDS)),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -37,6 +46,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def tensors(value_width: int = K) -> list[Tensor]:
     shapes = [(B, H, T, K), (B, G, T, K), (B, G, T, value_width)]
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def whole_matrix(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """The definition again, under the mask as PyTorch's own attention takes it."""
+    k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    seen = None if mask is None else mask.rows(torch.arange(T), torch.arange(T)).expand(B, H, -1, -1)
+    scores = q @ k.transpose(2, 3) * 0.4
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_plain_form_is_the_whole_matrix(mask: str, agree: Any) -> None:
+    """Also where it gathers the few keys of each query."""
+    q, k, v = tensors()
+    with torch.no_grad(), plain_ops():
+        agree(attend(q, k, v, mask=MASKS[mask], scale=0.4)[0], whole_matrix(q, k, v, MASKS[mask]))
 
 
 def compare(q: Tensor, k: Tensor, v: Tensor, learned: list[Tensor], agree: Any, **request: Any) -> None:

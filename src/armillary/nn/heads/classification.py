@@ -12,15 +12,20 @@ from armillary.nn.heads.base import HeadSettings, Pool, heads, pool_flops, poole
 from armillary.nn.mechanism import Place
 
 
+class ClassifierSettings(HeadSettings):
+    """What every head for classes has: how many and their names; its module gives h, padding → [B, classes]."""
+
+    classes: int = Field(2, gt=1, description="how many classes")
+    labels: tuple[str, ...] | None = Field(None, description="their names")
+
+
 @heads.register
-class ClassificationHeadSettings(HeadSettings):
+class ClassificationHeadSettings(ClassifierSettings):
     """logits = pool(h) Wᵀ + b (Devlin et al. 2019, BERT)."""
 
     kind: ClassVar[str] = "classification"
     source: ClassVar[str] = "Devlin et al. 2019, BERT"
     oracle: ClassVar[str] = "tests/nn/heads/test_pooled.py: NumPy, row by row over the real tokens"
-    classes: int = Field(2, gt=1, description="how many classes")
-    labels: tuple[str, ...] | None = Field(None, description="their names")
     pool: Pool = Field("mean", description="mean, first or last token")
 
     @classmethod

@@ -9,7 +9,7 @@ themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -163,7 +163,7 @@ class Look:
     queries: Tensor
     keys: Tensor | None
     index: Tensor | None = None
-    ctx: Context = Context()
+    ctx: Context = field(default_factory=Context)
 
 
 class Attention(Mixer):

@@ -46,7 +46,7 @@ class PoolSettings(MixerSettings):
         """FLOPs of one set of logits and of the averages that it weighs."""
         each, causal = self.size(place.width), place.order == "causal"
         flops = 3.0 + (5 if causal else 4) * (each + 1) + each + 1  # scaled, difference, exponential; sums; quotient
-        flops += 2 if causal else 0  # the running maximum as a decay
+        flops += 5 if causal else 0  # the running maximum in steps, as a decay
         return linear_flops(place.width, self.heads, length) + length * self.heads * flops
 
     def pool_bytes(self, place: Place) -> float:
@@ -98,7 +98,7 @@ class Pooling(Mixer):
         self.o = place.product(place.width, place.width, "o")
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.width))  # type: ignore[no-untyped-call,no-any-return]
+        return x.unflatten(-1, (self.heads, self.width))  # type: ignore[no-any-return]
 
     def pairs(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, T, H, K]."""

@@ -16,7 +16,7 @@ need all residues.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -49,7 +49,8 @@ class SparseTransformerSettings(AttentionSettings):
     summary: int = Field(8, gt=0, description="c: tokens of every block that later blocks see (fixed)")
     distinct: bool = Field(True, description="whether heads take different tokens of a block as its summary (fixed)")
     combine: Literal["heads", "union", "layers"] = Field(
-        "heads", description="heads: part A in even heads, B in odd; union: both in one softmax; layers: A in even, B in odd"
+        "heads",
+        description="heads: part A in even heads, B in odd; union: both in one softmax; layers: A in even, B in odd",
     )
 
     @model_validator(mode="after")
@@ -62,7 +63,9 @@ class SparseTransformerSettings(AttentionSettings):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        fixed, strided, rope = {"stride": 4, "summary": 1}, {"pattern": "strided", "stride": 3}, RopeSettings()
+        fixed: dict[str, Any] = {"stride": 4, "summary": 1}
+        strided: dict[str, Any] = {"pattern": "strided", "stride": 3}
+        rope = RopeSettings()
         both_ways = {"order": "bidirectional"}
         return [
             Example("fixed", cls(**fixed, position=rope, kv_heads=2), compiled=True),

@@ -151,7 +151,7 @@ def _gathered(
     scores = torch.cat([scores, q @ far.k.transpose(2, 3)], 3)
     weights = _softmax(scores, _beside(allowed, beyond), None, scale, softcap, None).to(v.dtype)
     near, rest = weights.split([places.shape[1], far.places.shape[1]], 3)
-    return (near[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0] + rest @ far.v
+    return (near[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0] + rest @ far.v  # type: ignore[no-any-return]
 
 
 def attend_weights(
@@ -306,7 +306,9 @@ def _residues(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap
     length, gap = q.shape[2], mask.residues()
     steps = torch.arange(length, device=q.device)
     parts = [
-        attend(*(x[:, :, r::gap] for x in (q, k, v)), mask=_Residue(mask, steps[r::gap]), scale=scale, softcap=softcap)[0]
+        attend(*(x[:, :, r::gap] for x in (q, k, v)), mask=_Residue(mask, steps[r::gap]), scale=scale, softcap=softcap)[
+            0
+        ]
         for r in range(gap)
     ]
     order = torch.cat([steps[r::gap] for r in range(gap)])

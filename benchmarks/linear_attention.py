@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def main(repeats: int = 3) -> None:
         length = SLOW if slow and dtype == torch.bfloat16 else LENGTH
         tensors = inputs(length, dtype)
         timed = {"dense": dense, **calls}
-        found = interleaved({name: lambda call=call: seconds(call, tensors) for name, call in timed.items()}, repeats)
+        found = interleaved({name: partial(seconds, call, tensors) for name, call in timed.items()}, repeats)
         for name in calls:
             figures[f"{name}, {word}, {length} tokens, s"] = statistics.median(found[name])
             figures[f"{name} over dense, {word}, {length} tokens"] = ratio(found, "dense", name)
@@ -100,7 +101,7 @@ def main(repeats: int = 3) -> None:
         figures[f"dense, {word}, {length} tokens, s"] = statistics.median(found["dense"])
     short, long = inputs(4096, torch.float32), inputs(32768, torch.float32)
     for name, call in calls.items():
-        found = interleaved({"4k": lambda: seconds(call, short), "32k": lambda: seconds(call, long)}, repeats)
+        found = interleaved({"4k": partial(seconds, call, short), "32k": partial(seconds, call, long)}, repeats)
         figures[f"{name}, time exponent 4k to 32k"] = math.log(ratio(found, "32k", "4k")) / math.log(8)
         reach[f"{name}, time exponent 4k to 32k"] = (1.1, "max")
     tensors = inputs(2048, torch.float32)

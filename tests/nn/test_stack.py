@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from armillary.base.errors import SettingsError
 from armillary.base.settings import parse
+from armillary.nn import reversible
+from armillary.nn.context import Context
+from armillary.nn.cost import count as count_flops
 from armillary.nn.mixers.attention import Attention
 from armillary.nn.mixers.retention import Retention
 from armillary.nn.network import ModelSettings, Network, build
@@ -212,3 +217,204 @@ def test_taps_leave_the_compiled_form(counted: Any) -> None:
     assert len(graphs) == 1
     model.recompute_blocks()
     model(ids).sum().backward()
+
+
+# -- reversible stacks
+
+SIDES = {
+    "branches": [
+        {"name": "near", "mixer": {"kind": "window", "window": 3}},
+        {"name": "far", "mixer": "retention", "beside": True},
+        {"name": "channel", "channel": "gated"},
+        {"name": "more", "channel": "ffn"},
+    ]
+}
+
+
+def streams(model: Network, x: Tensor) -> Tensor:
+    """y₁ = x₁ + f(x₂), y₂ = x₂ + g(y₁) by ordinary autograd, from the blocks' own branches."""
+    a = b = x
+    for block in model.blocks:
+        for names in (
+            (("near", "far"), ("channel",), ("more",)) if "near" in block.names else (("mixer",), ("channel",))
+        ):
+            a, b = b, a + sum(block.get_submodule(name)(b, Context()) for name in names)
+    return (a + b) / 2
+
+
+@pytest.mark.parametrize("block", [LOOK, STATE, SIDES], ids=["look", "state", "sides"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reversible_is_the_same_without_reversing(block: Any, dtype: torch.dtype, agree: Any) -> None:
+    model = network(depth=3, block=block, topology="reversible").to(dtype)
+    x = torch.randn(2, 9, 16, dtype=dtype, requires_grad=True)
+    weights = torch.randn(2, 9, 16, dtype=dtype)
+    wanted = [x, *model.blocks.parameters()]
+    found, expected = model.blocks(x, Context()), streams(model, x)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    agree(found, expected, tolerance)
+    ours = torch.autograd.grad((found * weights).sum(), wanted)
+    theirs = torch.autograd.grad((expected * weights).sum(), wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        agree(a, b, tolerance)
+    with torch.no_grad():
+        agree(model.blocks(x, Context()), found, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_reversible_inputs_are_recovered(dtype: torch.dtype, tolerance: float, agree: Any) -> None:
+    model = network(depth=12, block=LOOK, topology="reversible").to(dtype)
+    x = torch.randn(2, 9, 16, dtype=dtype)
+    a = b = x
+    with torch.no_grad():
+        for block in model.blocks:
+            for name in ("mixer", "channel"):
+                a, b = b, a + block.get_submodule(name)(b, Context())
+    for back in reversible.undo(list(model.blocks), a, b, Context(), dtype):
+        agree(back, x, tolerance)
+
+
+def test_reversible_gradients_in_bf16_are_those_of_kept_activations() -> None:
+    """The streams are float32, so what is taken back is what the branches read."""
+    model = network(depth=8, block=LOOK, topology="reversible").compute(torch.bfloat16)
+    loss = model(tokens()).float().square().sum()
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    loss = model(tokens(), taps=Taps()).float().square().sum()  # with taps nothing is taken back
+    for a, b in zip(ours, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        assert float((a - b).norm()) <= 0.02 * float(b.norm())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors, made inside the block, that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.known:
+                    self.known.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak(depth: int, topology: str, **more: Any) -> int:
+    """Of one forward and backward pass, less the gradients."""
+    model = network(depth=depth, block={**LOOK, **more}, topology=topology)
+    ids = torch.randint(0, V, (2, 64))
+    with Live() as live:
+        live.known = {p.untyped_storage()._cdata for p in model.parameters()}  # of which views are made
+        model(ids).square().sum().backward()
+    return live.peak - sum(4 * p.numel() for p in model.parameters())
+
+
+def test_reversible_memory_does_not_grow_with_depth() -> None:
+    kept = [peak(depth, "sequential") for depth in (2, 8, 16)]
+    flat = [peak(depth, "reversible") for depth in (2, 8, 16)]
+    assert kept[2] > 1.8 * kept[1] > 3 * kept[0]
+    assert flat[2] < 1.05 * flat[0]
+
+
+def test_reversible_blocks_extend_as_they_run(agree: Any) -> None:
+    model = network(depth=3, block=SIDES, topology="reversible")
+    ids = tokens(12)
+    with torch.no_grad():
+        state = model.init_state(2)
+        pieces = [model.extend(ids[:, start:stop], state) for start, stop in ((0, 5), (5, 6), (6, 12))]
+        agree(torch.cat(pieces, 1), model(ids), 1e-5)
+
+
+def test_reversible_taps_watch_and_edit(agree: Any) -> None:
+    model, ids = network(depth=2, block=LOOK, topology="reversible"), tokens()
+    taps = Taps(["*"])
+    assert torch.equal(model(ids, taps=taps), model(ids))
+    assert set(taps.seen) == set(model.taps())
+    seen = taps.seen
+    agree(seen["blocks.0.residual.mid"], seen["embed"] + seen["blocks.0.mixer.out"], 1e-6)
+    agree(seen["blocks.0.residual.post"], seen["embed"] + seen["blocks.0.channel.out"], 1e-6)
+    moved = model(ids, taps=Taps(edits=[("blocks.0.residual.mid", lambda value: value * 2)]))
+    assert not torch.equal(moved, model(ids))
+    state = model.init_state(2)
+    with torch.no_grad():
+        watch = Taps(["*"])
+        agree(model.extend(ids, state, taps=watch), model(ids), 1e-5)
+        agree(watch.seen["blocks.1.residual.mid"], seen["blocks.1.residual.mid"], 1e-5)
+
+
+def test_reversible_dropout_comes_again(agree: Any) -> None:
+    """The gradient of what was computed: a numerical derivative under the same generator."""
+    model = network(depth=3, block={**LOOK, "dropout": 0.5}, topology="reversible").double().train()
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    weights, direction = torch.randn(1, 5, 16, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+
+    def value(y: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return (model.blocks(y, Context()) * weights).sum()
+
+    y = x.clone().requires_grad_()
+    loss = value(y)
+    drawn = torch.get_rng_state()
+    (slope,) = torch.autograd.grad(loss, [y])
+    assert torch.equal(torch.get_rng_state(), drawn)  # going back leaves the generator alone
+    step = 1e-6
+    with torch.no_grad():
+        expected = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
+    agree((slope * direction).sum(), expected, 1e-7)
+
+
+def test_reversible_encoder_decoder_learns_through_its_memory(agree: Any) -> None:
+    """The memory's gradient comes from every block that looked at it."""
+    data = {
+        "form": "encoder_decoder",
+        "block": {**LOOK, "cross": {"kind": "attention"}},
+        "encoder": {"depth": 2, "block": LOOK, "topology": "reversible"},
+        "topology": "reversible",
+    }
+    model = network(**data)
+    names = [name for name, _ in model.named_parameters()]
+
+    def slopes(taps: Taps | None) -> tuple[Tensor, ...]:
+        loss = model(tokens(5), source=tokens(7), taps=taps).square().sum()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    for name, a, b in zip(names, slopes(None), slopes(Taps()), strict=True):
+        agree(a, b, 1e-4)
+        assert float(a.abs().max()) > 0, name
+
+
+def test_reversible_shared_blocks_and_compiled_ones(counted: Any, agree: Any) -> None:
+    backend, graphs = counted
+    model, ids = network(depth=4, block=LOOK, topology="reversible", share={"all": ["blocks.*"]}), tokens()
+    expected = torch.autograd.grad(model(ids).square().sum(), list(model.parameters()))
+    model.compile_blocks(backend=backend, fullgraph=True)
+    for _ in range(2):
+        found = torch.autograd.grad(model(ids).square().sum(), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        agree(a, b, 1e-4)
+    assert len(graphs) == 2  # the two steps of a block, in both passes
+    ways = torch.autograd.grad(model(ids, taps=Taps()).square().sum(), list(model.parameters()))
+    for a, b in zip(ways, expected, strict=True):
+        agree(a, b, 1e-4)
+
+
+def test_reversible_blocks_cannot_norm_the_sum() -> None:
+    with pytest.raises(SettingsError, match="cannot have norm_at: post"):
+        network(block={**LOOK, "norm_at": "post"}, topology="reversible")
+
+
+def test_reversible_cost_is_counted() -> None:
+    model = network(depth=3, block=LOOK, topology="reversible")
+    declared = model.settings.cost(model.settings.place(), 16).flops
+    counted = count_flops(lambda: model(tokens(16)[:1]))
+    assert abs(declared - counted) <= 0.02 * counted

@@ -15,8 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import armillary.nn.network as real
 from armillary.base.settings import parse
-from armillary.nn import block, mechanism, stack
-from armillary.nn.channels import ffn, gated
+from armillary.nn import block, chunks, mechanism, reversible, stack
 from armillary.nn.context import Context
 from armillary.nn.mixers import attention, retention
 from armillary.nn.taps import Taps
@@ -90,7 +89,7 @@ def test_the_real_build_is_back_afterwards() -> None:
     assert armillary.nn.network is real  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("module", [mechanism, block, stack, real, attention, retention, ffn, gated])
+@pytest.mark.parametrize("module", [mechanism, block, stack, real, attention, retention, chunks, reversible])
 def test_every_test_of_taps_is_removed(module: ModuleType) -> None:
     transform = Untapped()
     text = ast.unparse(transform.visit(ast.parse(inspect.getsource(module))))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.base.errors import SettingsError
 from armillary.base.settings import Settings
+from armillary.nn import reversible
 from armillary.nn.block import Block, BlockSettings, BlockState
 from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.context import Context, Memory
@@ -39,7 +40,10 @@ class StackSettings(Settings):
     share: dict[str, tuple[str, ...]] = Field(
         {}, description="groups of modules with one set of parameters, by name patterns such as blocks.*.channel"
     )
-    topology: Literal["sequential"] = Field("sequential", description="how blocks are connected")
+    topology: Literal["sequential", "reversible"] = Field(
+        "sequential",
+        description="how blocks are connected; reversible: two streams, activations are computed back, not kept",
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> StackSettings:
@@ -58,6 +62,10 @@ class StackSettings(Settings):
         for index in self.overrides:
             if not 0 <= index < self.depth:
                 raise ValueError(f"overrides names block {index}, but the blocks are 0 to {self.depth - 1}")
+        if self.topology == "reversible" and any(
+            branch.norm_at == "post" for block in self.layers() for branch in block.all()
+        ):
+            raise ValueError("a reversible stack cannot have norm_at: post, which cannot be taken back")
         return self
 
     def layers(self) -> list[BlockSettings]:
@@ -72,6 +80,8 @@ class StackSettings(Settings):
         total = Cost()
         for block in self.layers():
             total = total + block.cost(place, length, itemsize)
+        if self.topology == "reversible":
+            total = total + Cost(2.0 * length * place.width)  # the mean of the streams
         return total
 
 
@@ -87,8 +97,9 @@ class Stack(nn.Module):
             if block not in kinds:
                 kinds.append(block)
         self.kinds = len(kinds)
+        self.reversible = settings.topology == "reversible"
         self.recompute = False
-        self._compiled: Callable[[Block, Tensor, Context], Tensor] | None = None
+        self._compiled: Callable[..., Tensor] | None = None
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._modules.values())  # type: ignore[arg-type]
@@ -106,9 +117,14 @@ class Stack(nn.Module):
         limits = {"recompile_limit": GRAPHS * self.kinds, "isolate_recompiles": True}
         known = inspect.signature(torch.compile).parameters
         limits = {name: value for name, value in limits.items() if name in known}
-        self._compiled = torch.compile(_called, **(limits | options))
+        target: Callable[..., Tensor] = reversible.contribution if self.reversible else _called
+        if self.reversible and "recompile_limit" in limits:  # a graph for every step of a block
+            limits["recompile_limit"] = GRAPHS * sum({block: len(reversible.steps(block)) for block in self}.values())
+        self._compiled = torch.compile(target, **(limits | options))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.reversible:
+            return reversible.run(list(self), x, ctx, self._compiled)
         for block in self:
             call = block if self._compiled is None or ctx.taps is not None else partial(self._compiled, block)
             if self.recompute and torch.is_grad_enabled():
@@ -118,6 +134,8 @@ class Stack(nn.Module):
         return x
 
     def extend(self, x: Tensor, states: list[BlockState], ctx: Context) -> Tensor:
+        if self.reversible:
+            return reversible.extend(list(self), x, states, ctx)
         for block, state in zip(self, states, strict=True):
             x = block.extend(x, state, ctx)
         return x

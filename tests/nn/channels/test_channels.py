@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from armillary.base.settings import parse
 from armillary.nn.activation import ACTIVATIONS
 from armillary.nn.channels.ffn import FFNSettings
 from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.context import Context
-from armillary.nn.mechanism import Place
+from armillary.nn.mechanism import ChannelSettings, Place, initialise
 from armillary.nn.taps import Taps
 
 FORMULAS = {
@@ -66,3 +67,30 @@ def test_hidden_features_can_be_edited(agree: Any) -> None:
     taps = Taps(["blocks.0.channel.hidden"], [("blocks.0.channel.hidden", only_third)])
     y = module(x, Context(taps=taps))
     agree(y, taps.seen["blocks.0.channel.hidden"][..., 3:4] * module.down.weight[:, 3])
+
+
+@pytest.mark.parametrize("kind", ["ffn", "gated"])
+def test_chunks_change_nothing_and_keep_less(kind: str, agree: Any) -> None:
+    """Outputs and gradients are those of all tokens at once; hidden features are not kept for the backward pass."""
+    grads, sizes, outputs = [], [], []
+    for chunk in (None, 3):
+        channel = parse(ChannelSettings, {"kind": kind, "hidden": 64, "chunk": chunk}).build(Place(16))
+        initialise(channel, 1)
+        x = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = channel(x, Context())
+        sizes.append(sum(kept))
+        outputs.append(y)
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *channel.parameters()]))
+        with torch.no_grad():
+            agree(channel(x, Context()), y)
+    agree(outputs[1], outputs[0])
+    for a, b in zip(*grads, strict=True):
+        agree(a, b)
+    assert sizes[1] < sizes[0] / 4

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.nn.activation import ACTIVATIONS, Activation
+from armillary.nn.chunks import in_chunks
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
@@ -27,13 +28,20 @@ class FFNSettings(ChannelSettings):
     hidden: int | None = Field(None, gt=0, description="hidden features; by default 4 × width")
     activation: Activation = Field("gelu", description="relu, gelu, gelu_tanh or silu")
     bias: bool = Field(False, description="whether both products have biases")
+    chunk: int | None = Field(
+        None, gt=0, description="tokens at a time, so that the hidden features of no more exist at once; by default all"
+    )
 
     def features(self, width: int) -> int:
         return self.hidden or 4 * width
 
     @classmethod
     def examples(cls) -> list[Example]:
-        return [Example("default", cls()), Example("biased", cls(hidden=24, activation="relu", bias=True))]
+        return [
+            Example("default", cls()),
+            Example("biased", cls(hidden=24, activation="relu", bias=True)),
+            Example("in_chunks", cls(chunk=4)),
+        ]
 
     def build(self, place: Place) -> FFN:
         return FFN(self, place)
@@ -56,9 +64,10 @@ class FFN(ChannelMixer):
         self.up = place.product(place.width, hidden, "up", settings.bias)
         self.down = place.product(hidden, place.width, "down", settings.bias)
         self.activation = ACTIVATIONS[settings.activation]
+        self.chunk = settings.chunk
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        hidden = self.activation(self.up(x))
-        if ctx.taps is not None:
-            hidden = ctx.taps(f"{self.path}.hidden", hidden)
-        return self.down(hidden)  # type: ignore[no-any-return]
+        return in_chunks(self._hidden, self.down, x, self.chunk, ctx, f"{self.path}.hidden")
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.activation(self.up(x))

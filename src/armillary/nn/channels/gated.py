@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.nn.activation import ACTIVATIONS, Activation
+from armillary.nn.chunks import in_chunks
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
@@ -26,13 +27,20 @@ class GatedSettings(ChannelSettings):
     )
     activation: Activation = Field("silu", description="relu, gelu, gelu_tanh or silu")
     bias: bool = Field(False, description="whether the three products have biases")
+    chunk: int | None = Field(
+        None, gt=0, description="tokens at a time, so that the hidden features of no more exist at once; by default all"
+    )
 
     def features(self, width: int) -> int:
         return self.hidden or -(-8 * width // (3 * 32)) * 32
 
     @classmethod
     def examples(cls) -> list[Example]:
-        return [Example("default", cls()), Example("biased", cls(hidden=24, activation="gelu_tanh", bias=True))]
+        return [
+            Example("default", cls()),
+            Example("biased", cls(hidden=24, activation="gelu_tanh", bias=True)),
+            Example("in_chunks", cls(chunk=4)),
+        ]
 
     def build(self, place: Place) -> Gated:
         return Gated(self, place)
@@ -56,9 +64,10 @@ class Gated(ChannelMixer):
         self.up = place.product(place.width, hidden, "up", settings.bias)
         self.down = place.product(hidden, place.width, "down", settings.bias)
         self.activation = ACTIVATIONS[settings.activation]
+        self.chunk = settings.chunk
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        hidden = self.activation(self.gate(x)) * self.up(x)
-        if ctx.taps is not None:
-            hidden = ctx.taps(f"{self.path}.hidden", hidden)
-        return self.down(hidden)  # type: ignore[no-any-return]
+        return in_chunks(self._hidden, self.down, x, self.chunk, ctx, f"{self.path}.hidden")
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.activation(self.gate(x)) * self.up(x)  # type: ignore[no-any-return]

@@ -98,7 +98,7 @@ class Pooling(Mixer):
         self.o = place.product(place.width, place.width, "o")
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.width))  # type: ignore[no-untyped-call,no-any-return]
+        return x.unflatten(-1, (self.heads, self.width))  # type: ignore[no-any-return]
 
     def pairs(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, T, H, K]."""

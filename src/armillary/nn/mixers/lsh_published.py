@@ -154,8 +154,9 @@ class LSHPublished(Mixer):
             return (frozen.weights.to(v.dtype) @ v).transpose(1, 2)
         weights = parts["weights"].to(v.dtype)
         if "seen" not in parts:
-            return (weights @ v).transpose(1, 2)
-        y = (weights @ _picked(v, parts["seen"])).flatten(2, 3)
+            dense: Tensor = weights @ v
+            return dense.transpose(1, 2)
+        y: Tensor = (weights @ _picked(v, parts["seen"])).flatten(2, 3)
         y = y.gather(2, parts["back"][..., None].expand(-1, -1, -1, y.shape[3]))
         y = (y.unflatten(2, (self.rounds, -1)) * parts["share"].to(v.dtype)).sum(2)
         return y[:, :, : parts["length"]].transpose(1, 2)
@@ -171,7 +172,8 @@ class LSHPublished(Mixer):
         more = self._filled(q.shape[1]) - q.shape[1]
         buckets = F.pad(self.rotations.hash(q.detach()), (0, more), value=self.buckets)
         rounds = torch.arange(self.rounds, device=q.device)[:, None] * (self.buckets + 1)
-        return torch.argsort((buckets + rounds).flatten(2), dim=-1, stable=True).unflatten(2, (-1, self.chunk))
+        order = torch.argsort((buckets + rounds).flatten(2), dim=-1, stable=True)
+        return order.view(*order.shape[:2], -1, self.chunk)
 
     def _around(self, x: Tensor) -> Tensor:
         """Each chunk [B, H, chunks, chunk] with its neighbours; the first follows on the last."""
@@ -181,7 +183,7 @@ class LSHPublished(Mixer):
 def _picked(x: Tensor, places: Tensor) -> Tensor:
     """x [B, H, T, K] at places [B, H, chunks, n]; what fills up is the last token, which its mask hides."""
     at = places.clamp(max=x.shape[2] - 1).flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.gather(2, at).unflatten(2, places.shape[2:])
+    return x.gather(2, at).view(*x.shape[:2], *places.shape[2:], x.shape[3])
 
 
 def _normalised(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class Pruned(Attention):
         return both(super().narrow(mask, look), _Fixed(self.kept, self.distances, look.queries, keys))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fixed(Mask):
     """The pairs that a head keeps; queries and keys: positions [B or 1, T] and [B or 1, S]."""
 

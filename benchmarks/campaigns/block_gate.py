@@ -10,7 +10,7 @@ import statistics
 import torch
 from paired import Budget, Campaign, begin
 
-BLOCK, TARGET = 32, 0.05
+BLOCK, TARGET = 32, 0.03
 
 
 def main() -> None:

@@ -231,7 +231,7 @@ class Session:
         count = sum(p.numel() for p in self.trainer.names.values())
         self.say(told.Started(step, self._total(step), count, str(self.folder)))
         self.say(told.Notice(self.trainer.compiled.why))
-        if training.precision == "bf16" and device.type == "cpu" and not _computes_bf16():
+        if training.precision == "bf16" and device.type == "cpu" and not computes_bf16():
             self._warn("this processor does not compute in bf16; training.precision=float32 may be faster")
         if self.heldout is None:
             self._warn("there is too little held-out text to measure; see data.heldout")
@@ -524,7 +524,7 @@ def _tokens_per_byte(corpus: Corpus, recipe: Recipe) -> float:
     return total / bytes_per_token
 
 
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
     """Whether the processor has bf16 products; true where that cannot be told."""
     try:
         flags = Path("/proc/cpuinfo").read_text(errors="replace")

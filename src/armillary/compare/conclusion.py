@@ -8,6 +8,7 @@ from armillary.compare.results import SIGNIFICANT
 from armillary.evaluate.words import size
 
 DIGITS = 4
+FEWEST_SPEEDS = 4  # runs of each; with fewer, one may be faster every time by chance (with 4: 1 in 35)
 
 
 def conclusion(found: dict[str, Any]) -> list[str]:
@@ -118,7 +119,7 @@ def _speed(row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     said = []
     for key, what in (("training_speeds", "trains"), ("writing_speeds", "decodes")):
         mine, theirs = ([v for v in one[key] if v] for one in (row, reference))
-        if len(mine) < 2 or len(theirs) < 2:
+        if min(len(mine), len(theirs)) < FEWEST_SPEEDS:
             continue
         if min(mine) > max(theirs) or max(mine) < min(theirs):
             word = "faster" if min(mine) > max(theirs) else "slower"

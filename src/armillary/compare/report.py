@@ -340,7 +340,7 @@ def _method(found: Found) -> str:
         f"Budget: {found['budget']['text']}. {found['meaning'].capitalize()}.",
         f"Seeds {seeds}: one run of every variant for each, with the same text, tokenizer and order of batches, trained seed by seed.",
         f"Quality is measured {documents}Intervals over seeds are Student's t; over documents, the percentile "
-        "bootstrap of the seeds' mean; over both, their variances are added (Satterthwaite). Differences are taken run by "
+        "bootstrap of the seeds' mean; over both, their half-widths are added as squares (Zou & Donner). Differences are taken run by "
         "run and document by document before. Only differences that hold over both, after Holm's correction, are called so.",
     ]
     paragraphs = "".join(f"<p>{text(sentence)}</p>" for sentence in said)

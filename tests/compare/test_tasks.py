@@ -61,7 +61,7 @@ def test_answers_follow_from_the_texts(name: str, task: Task) -> None:
     context, questions, answers = task.draw(24, torch.Generator().manual_seed(1))
     assert context.shape == (24, task.context) and questions.shape == answers.shape == (24, task.questions)
     assert int(context.max()) < task.vocabulary and int(questions.max()) < task.vocabulary
-    assert 0 <= int(answers.min()) and int(answers.max()) < task.answers
+    assert int(answers.min()) >= 0 and int(answers.max()) < task.answers
     for row in range(24):
         for question, answer in zip(questions[row].tolist(), answers[row].tolist(), strict=True):
             assert read(name, context[row].tolist(), question, task) == answer

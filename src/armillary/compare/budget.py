@@ -4,7 +4,8 @@ flops    steps = ⌊amount / (3 × declared forward FLOPs per token × tokens in
          cost being that of sequences of training.context tokens, the backward pass counted as two of it
 time     training ends once its updates have taken that long, the first one (which may compile) and
          the reading of batches included, evaluation and saving left out; the schedule follows the clock
-params   the width is moved until the parameters are within 2 % of the amount; steps as in the recipe
+params   the width is moved until the parameters are within 2 % of the amount, and where the widths that
+         can be built lie too far apart, the hidden features of the channel mixers too; steps as in the recipe
 tokens   steps = ⌊amount / tokens in an update⌋
 steps    updates
 """
@@ -15,10 +16,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from armillary.base.errors import ArmillaryError, InputError, SettingsError
+from armillary.base.settings import parse
 from armillary.base.words import amount as shown
+from armillary.nn.mechanism import ChannelSettings
 from armillary.nn.network import ModelSettings, build
 from armillary.recipe import Recipe
 
@@ -27,7 +30,7 @@ CLOSE = 0.02  # relative difference of parameter counts that passes as equal
 BACKWARD = 3  # forward and backward together, in forward passes
 FORMS = "for example 2e13flops, 90s, 20min, 1.5h, 5Mparams, 3e6tokens or 500steps"
 
-_TEXT = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*\Z")
+_TEXT = re.compile(r"([0-9.]+(?:[eE][-+]?[0-9]+)?)([A-Za-z]*)\Z")
 _TIMES = {"s": 1.0, "sec": 1.0, "second": 1.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0}
 _COUNTS: dict[str, Kind] = {
     "flop": "flops",
@@ -50,7 +53,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """'2e13flops', '20 min', '5Mparams', …; raises InputError for anything else."""
-        match = _TEXT.match(text)
+        match = _TEXT.match("".join(text.split()))
         try:
             value = float(match[1]) if match else math.nan
         except ValueError:
@@ -84,7 +87,7 @@ class Budget:
         return {
             "flops": "every variant trains for as many steps as its declared cost allows (forward FLOPs × 3)",
             "seconds": "every variant trains until its updates have taken that long; the schedule follows the clock",
-            "params": "the width of every variant is set so that its parameters are within 2 % of that; steps are equal",
+            "params": "every variant has the width that gives it as many parameters, within 2 %; steps are equal",
             "tokens": "every variant reads as many tokens of text in training",
             "steps": "every variant makes as many updates of equal size",
         }[self.kind]
@@ -100,8 +103,7 @@ class Budget:
         if self.kind == "seconds":
             return recipe.derive(training=training.derive(seconds=self.amount))
         if self.kind == "params":
-            width = fitting_width(recipe.model, recipe.model.vocabulary or vocabulary, self.amount)
-            return recipe.derive(model=recipe.model.derive(width=width))
+            return recipe.derive(model=fitted(recipe.model, recipe.model.vocabulary or vocabulary, self.amount))
         if self.kind == "steps":
             if self.amount != int(self.amount):
                 raise InputError(f"{self.amount} is not a number of steps")
@@ -133,38 +135,72 @@ def parameters(model: ModelSettings, vocabulary: int) -> int:
     return sum(p.numel() for p in build(model, device="meta").parameters())
 
 
-def fitting_width(model: ModelSettings, vocabulary: int, target: float) -> int:
-    """The width at which the model has `target` parameters; its own where that is close enough.
+def fitted(model: ModelSettings, vocabulary: int, target: float) -> ModelSettings:
+    """`model` at the width where it has `target` parameters; its own width where that is close enough.
 
-    Raises SettingsError when no width that the mechanisms can be built at is within 2 %.
+    Raises SettingsError when neither a width that the mechanisms can be built at nor its channel mixers
+    bring it within 2 %.
     """
     known: dict[int, int | None] = {}
 
     def count(width: int) -> int | None:
         if width not in known:
             try:
-                known[width] = parameters(model.derive(width=width), vocabulary) if width > 0 else None
+                known[width] = parameters(model.derive(width=width), vocabulary)
             except ArmillaryError:  # heads that do not divide this width, for example
                 known[width] = None
         return known[width]
 
-    own = parameters(model, vocabulary)
-    if abs(own / target - 1) <= CLOSE / 4:
-        return model.width
+    def off(width: int) -> float:
+        return abs((count(width) or math.inf) / target - 1)
+
+    own = known[model.width] = parameters(model, vocabulary)
+    if off(model.width) <= CLOSE / 4:
+        return model
     width = _approached(model.width, own, target, count)
-    best = min((w for w, c in known.items() if c), key=lambda w: abs((known[w] or 0) / target - 1))
-    for near in range(max(1, width - 24), width + 25):
-        found = count(near)
-        if found and abs(found / target - 1) < abs((known[best] or 0) / target - 1):
-            best = near
-    off = (known[best] or 0) / target - 1
-    if abs(off) > CLOSE:
+    best = min([*range(max(1, width - 24), width + 25), *known], key=off)
+    if off(best) <= CLOSE:
+        return model.derive(width=best)
+    found = _filled(model.derive(width=best), vocabulary, target)
+    held = parameters(found, vocabulary)
+    if abs(held / target - 1) > CLOSE:
         raise SettingsError(
-            f"no width gives {shown(target)} parameters within {CLOSE:.0%}; the nearest is {best} ({off:+.1%})",
+            f"no width gives {shown(target)} parameters within {CLOSE:.0%}; "
+            f"the nearest is {best} ({(known[best] or 0) / target - 1:+.1%})",
             path=("model", "width"),
             hint="give another number of parameters, or another number of heads or blocks",
         )
-    return best
+    return found
+
+
+def _filled(model: ModelSettings, vocabulary: int, target: float) -> ModelSettings:
+    """The model with its channel mixers made wider or narrower, at most by half, to meet the target."""
+    low, high = 0.5, 1.5
+    found = model
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = parse(ModelSettings, _rescaled(model.to_data(), model.width, middle))
+        held = parameters(found, vocabulary)
+        if abs(held / target - 1) < CLOSE / 8:
+            break
+        low, high = (middle, high) if held < target else (low, middle)
+    return found
+
+
+def _rescaled(data: Any, width: int, factor: float) -> Any:
+    """Plain data of settings with every `hidden` of a channel mixer times `factor`."""
+    if isinstance(data, list):
+        return [_rescaled(item, width, factor) for item in data]
+    if not isinstance(data, dict):
+        return data
+    found = {key: _rescaled(value, width, factor) for key, value in data.items()}
+    channel = found.get("channel")
+    if isinstance(channel, dict) and "hidden" in channel:
+        features = getattr(parse(ChannelSettings, channel), "features", None)
+        hidden = channel["hidden"] or (features(width) if callable(features) else None)
+        if hidden:
+            found["channel"] = channel | {"hidden": max(1, round(hidden * factor))}
+    return found
 
 
 def _approached(width: int, held: int, target: float, count: Callable[[int], int | None]) -> int:

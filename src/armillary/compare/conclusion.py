@@ -16,7 +16,10 @@ def conclusion(found: dict[str, Any]) -> list[str]:
     said = []
     if not found["finished"]:
         runs = found["runs"]
-        said.append(f"Unfinished: {runs['done']} of {runs['all']} runs are measured, so what follows may change.")
+        if runs["done"] + runs["failed"] < runs["all"]:
+            said.append(f"Unfinished: {runs['done']} of {runs['all']} runs are measured, so what follows may change.")
+        else:
+            said.append("Unfinished: not all skill probes are done yet.")
     rows = {row["name"]: row for row in found["variants"]}
     reference = rows[found["reference"]]
     others = [row for row in found["variants"] if row["role"] == "variant"]
@@ -67,7 +70,8 @@ def _quality(row: dict[str, Any], reference: dict[str, Any]) -> str:
     if low > 0 or high < 0:
         return (
             f"No difference between {name} and {base} could be shown: its own 95 % interval "
-            f"({_range(d['both'])} bits per byte) leaves 0 out, but not after correction for several comparisons{corrected}."
+            f"({_range(d['both'])} bits per byte) leaves 0 out, but not after correction for several "
+            f"comparisons{corrected}."
         )
     return (
         f"No difference between {name} and {base} could be shown{corrected}; if there is one, it is at most "

@@ -6,6 +6,7 @@ never needed to tell two apart. Colours are classes of `compare.css`, for light 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def front(
     if chosen:
         # Walk towards what is reached at more cost: the staircase bounds what some variant attains.
         steps = [(px(chosen[0].x), py(chosen[0].y))]
-        for before, after in zip(chosen, chosen[1:], strict=False):
+        for before, after in itertools.pairwise(chosen):
             corner = (px(before.x), py(after.y)) if rising else (px(after.x), py(before.y))
             steps += [corner, (px(after.x), py(after.y))]
         path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in steps)
@@ -222,7 +223,8 @@ def curves(
         logarithmic_y=logarithmic, show_y=show, marks=marks,
     )  # fmt: skip
     parts.append(
-        f'<text class="tick" x="{(left + width - right) / 2:.0f}" y="{height - 8}" text-anchor="middle">{text(x_is)}</text>'
+        f'<text class="tick" x="{(left + width - right) / 2:.0f}" y="{height - 8}" text-anchor="middle">'
+        f"{text(x_is)}</text>"
     )
     for c in lines:
         path = "M" + "L".join(f"{px(x):.1f},{py(y):.1f}" for x, y in c.points)
@@ -256,7 +258,8 @@ def _figure(
     wide = ' class="wide"' if width == WIDE else ""
     return (
         f'<figure class="chart"><figcaption><b>{text(title)}</b> <span>{text(unit)}</span></figcaption>{legend}'
-        f'<div class="scroll"><svg{wide} viewBox="0 0 {width:.0f} {height:.0f}" role="img">{"".join(parts)}</svg></div></figure>'
+        f'<div class="scroll"><svg{wide} viewBox="0 0 {width:.0f} {height:.0f}" role="img">{"".join(parts)}</svg>'
+        "</div></figure>"
     )
 
 
@@ -298,7 +301,8 @@ def _frame(
         end = at + half
         anchor = "end" if end > width - 2 else "middle"
         parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{height - bottom + 18:.0f}" text-anchor="{anchor}">{text(label)}</text>'
+            f'<text class="tick" x="{at:.1f}" y="{height - bottom + 18:.0f}" text-anchor="{anchor}">'
+            f"{text(label)}</text>"
         )
     return parts
 

@@ -104,13 +104,13 @@ class Race:
         self._clock.expect("probe", [unit for unit in probes if self.probe(unit) is None])
         for variant in self.plan.variants:
             self._measure(variant)
-        for unit in probes:
-            self._probe(unit)
         for seed in self.plan.seeds:
             for job in self.jobs:
                 if job.seed == seed:
                     self._job(job)
             after_round()
+        for unit in probes:
+            self._probe(unit)
 
     # -- what is there
 
@@ -153,7 +153,7 @@ class Race:
             self._clock.done("run", job, None)
             self._progress(Failed(name, job.seed, error.what))
             return
-        if run.stopped:
+        if run.stopped or run.signal is not None:  # a signal in the last step ends the comparison too
             raise Stopped(run.signal)
         self._progress(Working("scoring held-out text", name, job.seed, 1.0, self._clock.left("run", job, 1.0)))
         found = evaluate(load(run.folder), self.corpus, limit=self.plan.limit)

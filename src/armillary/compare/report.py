@@ -206,8 +206,8 @@ def _costs(found: Found) -> str:
         )
     note = (
         "FLOPs are the declared ones of a forward pass; training counts three of them. Speeds are means over the "
-        "seeds, with the slowest and fastest run. Training memory is what two updates add to the process, state the bytes "
-        "of one row after as many tokens as a training sequence has."
+        "seeds, with the slowest and fastest run. Training memory is what two updates add to the process, state "
+        "the bytes of one row after as many tokens as a training sequence has."
     )
     return f'<p class="soft">{note}</p>{table(columns, lines)}'
 
@@ -240,7 +240,8 @@ def _lengths(found: Found, tones: dict[str, int]) -> str:
 
 def _learning(found: Found, plan: Plan, folder: Path, tones: dict[str, int]) -> str:
     """Mean training loss over the seeds at every logged step that all of them have."""
-    bits, held = [], []
+    bits: list[Curve] = []
+    held: list[Curve] = []
     for variant in plan.variants:
         runs = [read(folder / "variants" / variant.folder / f"seed-{seed}" / "metrics.jsonl") for seed in plan.seeds]
         runs = [run for run in runs if run]
@@ -287,18 +288,20 @@ def _skills(found: Found) -> str:
             cells = "".join(_cell(held.get((name, task, pattern))) for task in tasks)
             body += f'<tr><td class="side">{text(name)}</td>{cells}</tr>'
     level = probes[0]["level"]
+    most = next((p["most_updates"] for p in probes if "most_updates" in p), 0)
     over = next((p["over"] for p in probes if "over" in p), "test texts")
     note = (
-        "Tiny models of each variant's mixers (two blocks, width 64 where it divides) learn tasks whose texts are made on "
-        f"the fly; accuracy on new texts with its 95 % interval over {over}. In “both ways” the questions stand before "
-        "the text, so that looking ahead is needed; in “cross” they look at it through an encoder that is plain attention "
-        "for everyone. “At chance” means that the interval holds the chance level. A probe ends early once it is solved; "
-        f"one that fails may be learnt with more than its updates ({level} probes)."
+        "Tiny models of each variant's mixers (two blocks, width 64 where it divides) learn tasks whose texts are "
+        f"made on the fly; accuracy on new texts with its 95 % interval over {over}. In “both ways” the questions "
+        "stand before the text, so that looking ahead is needed; in “cross” they look at it through an encoder that "
+        "is plain attention for everyone. “At chance” means that the interval reaches down to chance. A probe ends "
+        f"once it is solved; one that fails may succeed with more updates than the {most:,} of these {level} probes."
     )
-    small = [[titles[t][0], titles[t][2]] for t in tasks]
+    sources = [[titles[t][0], titles[t][2]] for t in tasks]
     return (
         f'<p class="soft">{note}</p><div class="scroll"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div><details><summary>where the tasks come from</summary>{table(['task', 'source'], small)}</details>"
+        f"<tbody>{body}</tbody></table></div><details><summary>where the tasks come from</summary>"
+        f"{table(['task', 'source'], sources)}</details>"
     )
 
 
@@ -338,10 +341,12 @@ def _method(found: Found) -> str:
         documents = f"on {found['documents']:,} held-out documents ({size(found['bytes'])}), the same for all. "
     said = [
         f"Budget: {found['budget']['text']}. {found['meaning'].capitalize()}.",
-        f"Seeds {seeds}: one run of every variant for each, with the same text, tokenizer and order of batches, trained seed by seed.",
+        f"Seeds {seeds}: one run of every variant for each, with the same text, tokenizer and order of batches, "
+        "trained seed by seed.",
         f"Quality is measured {documents}Intervals over seeds are Student's t; over documents, the percentile "
-        "bootstrap of the seeds' mean; over both, their half-widths are added as squares (Zou & Donner). Differences are taken run by "
-        "run and document by document before. Only differences that hold over both, after Holm's correction, are called so.",
+        "bootstrap of the seeds' mean; over both, their half-widths are added as squares (Zou & Donner). Differences "
+        "are taken run by run and document by document before. Only differences that hold over both, after Holm's "
+        "correction, are called so.",
     ]
     paragraphs = "".join(f"<p>{text(sentence)}</p>" for sentence in said)
     data = found["environment"] or environment()

@@ -27,7 +27,10 @@ def results(plan: Plan, race: Race) -> dict[str, Any]:
     scores = {(job.variant.name, job.seed): found for job in race.jobs if (found := race.scores(job)) is not None}
     failures = {(job.variant.name, job.seed): why for job in race.jobs if (why := race.failure(job)) is not None}
     sizes = _sizes(scores.values())
-    finished = all((job.variant.name, job.seed) in scores.keys() | failures.keys() for job in race.jobs)
+    probed = units(plan.probes, [v for v in plan.variants if v.role != "control"])
+    probes = [done for unit in probed if (done := race.probe(unit)) is not None]
+    settled = scores.keys() | failures.keys()
+    finished = all((job.variant.name, job.seed) in settled for job in race.jobs) and len(probes) == len(probed)
     rows = [_variant(plan, race, variant, scores, failures, sizes) for variant in plan.variants]
     tested = [
         row for row in rows if row["role"] == "variant" and row["difference"] and row["difference"]["p"] is not None
@@ -35,7 +38,6 @@ def results(plan: Plan, race: Race) -> dict[str, Any]:
     for row, p in zip(tested, holm([row["difference"]["p"] for row in tested]), strict=True):
         row["difference"]["p_holm"] = p
         row["difference"]["comparisons"] = len(tested)
-    probed = [v for v in plan.variants if v.role != "control"]
     found = {
         "name": plan.name,
         "budget": {"amount": plan.budget.amount, "kind": plan.budget.kind, "text": str(plan.budget)},
@@ -48,7 +50,7 @@ def results(plan: Plan, race: Race) -> dict[str, Any]:
         "bytes": sum(sizes) if sizes else None,
         "corpus": plan.corpus,
         "variants": rows,
-        "probes": [done for unit in units(plan.probes, probed) if (done := race.probe(unit)) is not None],
+        "probes": probes,
         "fronts": {name: front(rows, key, more) for name, (key, more) in FRONTS.items()},
         "environment": next((s["environment"] for s in scores.values()), None),
     }
@@ -94,7 +96,7 @@ def equal_loss(found: dict[str, Any]) -> dict[str, Any]:
         inside = None
         if enough and difference["both"] and value:
             low, high = (end / value for end in difference["both"])
-            inside = True if -MARGIN < low and high < MARGIN else False if low >= MARGIN or high <= -MARGIN else None
+            inside = True if low > -MARGIN and high < MARGIN else False if low >= MARGIN or high <= -MARGIN else None
             verdicts[name] = {"low": low, "high": high}
         shown = bool(inside and sensitive)
         verdicts[name] = verdicts.get(name, {}) | {"equal": shown, "inside": inside, "enough": enough}

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -89,7 +90,7 @@ class Unit:
         for seed in range(level.seeds):
             network = ProbeNetwork(self.blocks, self.pattern, task, width)
             initialise(network, seed)
-            used += learn(network, task, level.steps, seed, lambda share, s=seed: report((s + share) / level.seeds))
+            used += learn(network, task, level.steps, seed, partial(_part, report, seed, level.seeds))
             rights.append(score(network, task, seed))
         counted = TESTS * task.questions
         if level.seeds == 1:  # rows are independent, questions of a row are not: count rows
@@ -276,6 +277,10 @@ def _width(blocks: tuple[BlockSettings, ...], pattern: str, task: Task) -> int:
             refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _part(report: Report, number: int, count: int, share: float) -> None:
+    report((number + share) / count)
 
 
 def _key(data: Any) -> str:

@@ -135,7 +135,9 @@ def list_operations(length: int, depth: int = 3) -> Task:
             return int(torch.randint(count, (), generator=generator))
 
         def expression(room: int, level: int) -> tuple[list[int], int]:
-            which, tokens, values = pick(len(names)), [], []
+            which = pick(len(names))
+            tokens: list[int] = []
+            values: list[int] = []
             count = 2 + pick(3)
             for _ in range(count):
                 free = (room - 2 - len(tokens)) - (count - len(values))

@@ -33,7 +33,10 @@ from armillary.nn.mechanism import (
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, attend
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import FixedState, SpanState, State
+from armillary.nn.state import FixedState, SlideState, SpanState, State
+
+
+_SITES = frozenset({"rotate", "bias", "relate"})
 
 
 @mixers.register
@@ -47,12 +50,19 @@ class AttentionSettings(MixerSettings):
         "layers, PyTorch's cross attention; outputs and gradients"
     )
     capabilities: ClassVar[Capabilities] = Capabilities(
-        causal=True, bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
+        causal=True,
+        bidirectional=True,
+        prefix=True,
+        cross=True,
+        mask=True,
+        state="span",
+        rollback="truncate",
+        driven=True,
     )
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
     head_width: int | None = Field(None, gt=0, description="features per head; by default width / heads")
-    position: PositionSettings | None = Field(None, description="where tokens stand: rope, alibi, t5, none")
+    position: PositionSettings | None = Field(None, description="where tokens stand: rope, alibi, t5, transformer_xl, none")
     norm: NormSettings | None = Field(None, description="norm of queries and keys, per head")
     softcap: float | None = Field(None, gt=0, description="scores become c·tanh(score/c)")
     sinks: bool = Field(False, description="a learned logit per head that takes attention and gives nothing")
@@ -64,7 +74,7 @@ class AttentionSettings(MixerSettings):
     def _coherent(self) -> AttentionSettings:
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
-        if self.position is not None and self.position.kind != "none" and not self.position.sites & {"rotate", "bias"}:
+        if self.position is not None and self.position.kind != "none" and not self.position.sites & _SITES:
             raise ValueError(f"'{self.position.kind}' acts on the embedding: put it under model.position")
         return self
 
@@ -123,7 +133,7 @@ class AttentionSettings(MixerSettings):
             flops += self.norm.flops(each, float(length * (self.heads + self.groups)))
         if self.position is not None:
             flops += self.position.cost(place, length, self.heads, self.groups, each).flops
-        tracked = self.position is not None and "bias" in self.position.sites
+        tracked = self.position is not None and bool(self.position.sites & {"bias", "relate"})
         kept = 0 if place.order == "bidirectional" and not place.cross else length
         return Cost(flops, kept * (2 * key * itemsize + (8 if tracked else 0)))
 
@@ -151,7 +161,7 @@ class Attention(Mixer):
             if settings.position is not None and sites
             else None
         )
-        self.rotates, self.biases = "rotate" in sites, "bias" in sites
+        self.rotates, self.biases, self.relates = "rotate" in sites, "bias" in sites, "relate" in sites
         self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
@@ -177,7 +187,7 @@ class Attention(Mixer):
             q, k = self.position.rotate(q, k, ctx.where(x))
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        bias = self._bias(ctx.where(x), ctx.where(x)) if self.biases else None
+        q, bias = self._bias(q, ctx.where(x), ctx.where(x))
         return Frozen({"q": q, "k": k, "mask": self._mask(ctx), "bias": bias})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
@@ -214,7 +224,7 @@ class Attention(Mixer):
         shape = (batch, self.groups, capacity, self.width)
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
         tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
-        if self.biases:
+        if self.biases or self.relates:
             tensors["positions"] = torch.zeros(batch, 1, capacity, dtype=torch.int64, device=device)
         return SpanState(tensors)
 
@@ -229,7 +239,6 @@ class Attention(Mixer):
                 q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k.transpose(1, 2)).transpose(1, 2)
                 v = ctx.taps(f"{self.path}.v", v.transpose(1, 2)).transpose(1, 2)
             return self._mixed(q, k, v, seen, None, x, ctx)
-        assert isinstance(state, SpanState)
         k = self._keys(x, ctx)
         if self.position is not None and self.rotates:
             q, k = self.position.rotate(q, k, ctx.where(x))
@@ -239,14 +248,43 @@ class Attention(Mixer):
             v = ctx.taps(f"{self.path}.v", v)
         parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
         positions = ctx.where(x).expand(x.shape[0], -1)
-        if self.biases:
+        if self.biases or self.relates:
             parts["positions"] = positions[:, None]
-        start, uniform = state.lengths, state.uniform
-        held = state.append(parts, ctx.lengths)
-        before: int | Tensor = start if uniform is None or state.uniform is None else uniform
-        mask = self._extend_mask(before, ctx, x)
-        bias = self._bias(positions, held["positions"][:, 0]) if self.biases else None
+        mask: Mask
+        if isinstance(state, SlideState):
+            held, mask = state.see(parts, self._kept(x, parts, ctx) if state.detached else None, ctx.lengths)
+        else:
+            assert isinstance(state, SpanState)
+            start, uniform = state.lengths, state.uniform
+            held = state.append(parts, ctx.lengths)
+            before: int | Tensor = start if uniform is None or state.uniform is None else uniform
+            mask = self._extend_mask(before, ctx, x)
+        where = held["positions"][:, 0] if "positions" in held else positions
+        q, bias = self._bias(q, positions, where)
         return self._mixed(q, held["k"], held["v"], mask, bias, x, ctx)
+
+    def entries(self, x: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """What tokens x [B, T, D] at ctx.positions are looked at by: keys and values [B, G, T, K], and
+        their positions [B, 1, T] where scores depend on them."""
+        k = self._keys(x, ctx)
+        if self.position is not None and self.rotates:
+            _, k = self.position.rotate(k, k, ctx.where(x))
+        v = self.v(x).unflatten(-1, (self.groups, self.width))
+        parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
+        if self.biases or self.relates:
+            parts["positions"] = ctx.where(x).expand(x.shape[0], -1)[:, None]
+        return parts
+
+    def _kept(self, x: Tensor, parts: dict[str, Tensor], ctx: Context) -> dict[str, Tensor] | None:
+        """The chunk's entries for later segments: the same numbers, whose gradient reaches the weights of
+        the products and ends at x."""
+        if not torch.is_grad_enabled():
+            return None
+        entries = self.entries(x.detach(), ctx)
+        if ctx.taps is None:
+            return {name: entries[name] for name in ("k", "v")}
+        # an edit of k or v acts on what later segments see, too
+        return {name: parts[name].detach() + (entries[name] - entries[name].detach()) for name in ("k", "v")}
 
     def _mixed(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Bias | None, x: Tensor, ctx: Context
@@ -270,9 +308,14 @@ class Attention(Mixer):
         k: Tensor = self.k(x).unflatten(-1, (self.groups, self.width))
         return k if self.k_norm is None else self.k_norm(k)
 
-    def _bias(self, q_pos: Tensor, k_pos: Tensor) -> Bias:
-        assert self.position is not None
-        return partial(_bias_rows, self.position, q_pos, k_pos)
+    def _bias(self, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Bias | None]:
+        """The queries that meet the keys' content, and what positions add to the scores."""
+        if self.position is None or not (self.biases or self.relates):
+            return q, None
+        if self.biases:
+            return q, partial(_bias_rows, self.position, q_pos, k_pos)
+        q, scores = self.position.relate(q, q_pos, k_pos)
+        return q, partial(_scaled_rows, scores, self.scale)
 
     def _memory(self, ctx: Context) -> Memory:
         if ctx.memory is None:
@@ -323,6 +366,10 @@ class Attention(Mixer):
 def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     bias: Tensor = position.bias(q_pos[:, rows], k_pos[:, columns])  # type: ignore[operator]
     return bias
+
+
+def _scaled_rows(scores: Bias, scale: float, rows: Tensor, columns: Tensor) -> Tensor:
+    return scores(rows, columns) * scale
 
 
 def _textbook(mixer: Attention, x: Tensor, ctx: Context) -> Tensor:

@@ -54,7 +54,12 @@ class DriverSettings(MechanismSettings):
 
 
 class Driver(nn.Module):
-    """x [B, T, D] → [B, T, D] through a stack; `init_state` gives the states of the blocks and, last, its own."""
+    """x [B, T, D] → [B, T, D] through a stack; `init_state` gives the states of the blocks and, last, its own.
+
+    compiles: whether `forward` calls the blocks as the stack does, so that compiling them acts.
+    """
+
+    compiles = False
 
     def __init__(self, settings: DriverSettings, place: Place) -> None:
         super().__init__()

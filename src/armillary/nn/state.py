@@ -313,7 +313,9 @@ class SlideState(State):
         for name, part in (kept or {}).items():
             fresh[f"kept_{name}"] = part
             self.tensors.setdefault(f"kept_{name}", self.tensors[name].detach())
-        held = {name: torch.cat([self.tensors[name], part.to(self.tensors[name].dtype)], 2) for name, part in fresh.items()}
+        held = {
+            name: torch.cat([self.tensors[name], part.to(self.tensors[name].dtype)], 2) for name, part in fresh.items()
+        }
         for name, tensor in held.items():
             self._keep(name, tensor, count, lengths)
         index = held.pop("index")[:, 0]

@@ -50,6 +50,10 @@ def _looks(case: Case) -> bool:
     return case.mixes and case.role != "driver"  # a whole stack has no matrix of its own
 
 
+def _whole(case: Case) -> bool:
+    return case.role != "driver"  # it goes from block to block, each of which is a graph
+
+
 def _sloped(case: Case) -> bool:
     return not getattr(case.settings, "detached", False)  # a gradient that is cut is no derivative
 
@@ -86,7 +90,7 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
     ("sight", sight.sight, _looks),
     ("taps", sight.taps, _tapped),
     ("plain", numerics.plain, _always),
-    ("graph", numerics.graph, _always),
+    ("graph", numerics.graph, _whole),
     ("compiler", numerics.compiler, _compiles),
     ("bf16", numerics.bf16, _always),
     ("poison", numerics.poison, _always),

@@ -101,6 +101,16 @@ def test_in_a_bottleneck_tokens_meet_only_in_the_memory() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("control", [False, True])
+def test_padding_stays_out_of_the_bottleneck(control: bool, agree: Any) -> None:
+    net = network({"kind": "memory_tokens", "tokens": 3, "bottleneck": True, "control": control}, form="encoder")
+    real = torch.arange(22) < torch.tensor([[22], [9]])
+    found = net.hidden(torch.where(real, IDS, 0), padding=real)
+    agree(found[:1], net.hidden(IDS[:1]))
+    agree(found[1:, :9], net.hidden(IDS[1:, :9]))
+
+
+@torch.no_grad()
 def test_control_moves_the_memory_with_its_own_weights(agree: Any) -> None:
     """One layer: memory rows through the control block, tokens through the stack's, which sees them moved."""
     net = network({"kind": "memory_tokens", "tokens": 3, "control": True}, form="encoder", depth=1)
@@ -132,11 +142,11 @@ def test_what_does_not_fit_is_said() -> None:
         network({"kind": "memory_tokens", "control": True})
     with pytest.raises(UnsupportedError, match="need some"):
         network({"kind": "memory_tokens", "tokens": 0, "bottleneck": True}, form="encoder")
+    net = network({"kind": "memory_tokens"}, form="encoder")
     with pytest.raises(UnsupportedError, match="no state"):
-        net = network({"kind": "memory_tokens"}, form="encoder")
         net.driver.init_state(net.blocks, 1, 1, torch.float32, "cpu")
+    cross = {**ROPE, "cross": {"kind": "attention", "heads": 2}}
     with pytest.raises(ArmillaryError, match="decoder or an encoder"):
-        cross = {**ROPE, "cross": {"kind": "attention", "heads": 2}}
         network({"kind": "memory_tokens"}, form="encoder_decoder", block=cross, encoder={"block": ROPE})
     with pytest.raises(UnsupportedError, match="cannot be prefix"):
         network({"kind": "memory_tokens"}, form="prefix")

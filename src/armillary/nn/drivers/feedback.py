@@ -51,7 +51,10 @@ class FeedbackSettings(DriverSettings):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        return [Example("published", cls(segment=4, window=1, rows=2)), Example("rows_only", cls(segment=3, window=0, rows=3))]
+        return [
+            Example("published", cls(segment=4, window=1, rows=2)),
+            Example("rows_only", cls(segment=5, window=0, rows=3)),
+        ]
 
     @property
     def kept(self) -> int:
@@ -65,8 +68,8 @@ class FeedbackSettings(DriverSettings):
         flops, rows = 0.0, self.rows
         for begin in range(0, length, self.segment):
             count = min(self.segment, length - begin)
-            for block in stack.layers():
-                flops += pair_flops(block, place, count, rows + self.kept + count)
+            for each in stack.layers():
+                flops += pair_flops(each, place, count, rows + self.kept + count)
         writes = (length - 1) // self.segment if rows else 0
         with torch.device("meta"):
             blocks = Stack(stack, place)
@@ -91,9 +94,7 @@ class FeedbackState(SlideState):
 
     writing = False
 
-    def see(
-        self, parts: Any, kept: Any, lengths: Tensor | None
-    ) -> tuple[dict[str, Tensor], Mask]:
+    def see(self, parts: Any, kept: Any, lengths: Tensor | None) -> tuple[dict[str, Tensor], Mask]:
         rows = {name: self.tensors[f"row_{name}"] for name in parts}
         count = rows["k"].shape[2]
         if self.writing:

@@ -61,20 +61,22 @@ class MemoryTokensSettings(DriverSettings):
             Example("recurrent", few),
             Example("in_front", cls(tokens=3), both_ways),
             Example("control", cls(tokens=2, control=True), both_ways),
-            Example("bottleneck", cls(tokens=2, bottleneck=True, control=True), both_ways),
         ]
 
     def build(self, place: Place, settings: StackSettings) -> MemoryTokens:
         return MemoryTokens(self, place, settings)
 
     def cost(self, stack: StackSettings, place: Place, length: int, itemsize: int = 2) -> Cost:
+        def flops_of(count: int) -> float:  # of the stack alone, where `stack` is a whole model's settings
+            return StackSettings.cost(stack, place, count, itemsize).flops
+
         if place.order == "bidirectional":
-            return Cost(stack.cost(place, length + self.tokens, itemsize).flops * (2 if self.control else 1))
+            return Cost(flops_of(length + self.tokens) * (2 if self.control else 1))
         flops = 0.0
         for begin in range(0, length, self.segment):
             count = min(self.segment, length - begin)
             writes = begin + count < length
-            flops += stack.cost(place, self.tokens * (2 if writes else 1) + count, itemsize).flops
+            flops += flops_of(self.tokens * (2 if writes else 1) + count)
             flops += 4.0 * self.tokens * place.width if writes else 0.0
         return Cost(flops, self.state_bytes(stack, place, itemsize))
 
@@ -92,6 +94,8 @@ class Bottleneck(Mask):
 class MemoryTokens(Segmented):
     """The memory at the start, [m, D]; in a decoder the state is that of the stack within one segment,
     with room for segment + 2m rows, and the memory [B, m, D]."""
+
+    compiles = True
 
     def __init__(self, settings: MemoryTokensSettings, place: Place, stack: StackSettings) -> None:
         super().__init__(settings, place)
@@ -136,9 +140,7 @@ class MemoryTokens(Segmented):
                 memory = _handed_on(y[:, -self.tokens :])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
-    def _segment(
-        self, stack: Stack, memory: Tensor, part: Tensor, where: Tensor, writes: bool, ctx: Context
-    ) -> Tensor:
+    def _segment(self, stack: Stack, memory: Tensor, part: Tensor, where: Tensor, writes: bool, ctx: Context) -> Tensor:
         """Memory, tokens, and the rows to write, in one call of the stack."""
         after = self.tokens if writes else 0
         rows = [memory, part, memory] if writes else [memory, part]
@@ -216,7 +218,7 @@ class MemoryTokens(Segmented):
         fresh = self._fresh(stack, x.shape[0], x.dtype, x.device)
         for new, old in zip(fresh, states, strict=False):
             for name, state in old.items():
-                _renew(state, new[name], rows)
+                old[name] = _renewed(state, new[name], rows)
         turn.put("origin", where if rows is None else torch.where(rows[:, None], where, turn.tensors["origin"]))
         if self.tokens:
             zeros = torch.zeros_like(where).expand(-1, self.tokens)
@@ -237,14 +239,12 @@ def _handed_on(rows: Tensor) -> Tensor:
     return F.rms_norm(rows, rows.shape[-1:])
 
 
-def _renew(state: State, fresh: State, rows: Tensor | None) -> None:
-    """Begin the given rows of a state anew; without gradients in the storage that it has."""
+def _renewed(state: State, fresh: State, rows: Tensor | None) -> State:
+    """A state of which the given rows (None: all) begin anew; without gradients in the storage that it has."""
     storage = state.tensors
     if rows is not None:
         steps = torch.arange(len(rows), device=rows.device)
         fresh = type(state).join([state, fresh]).select(steps + len(rows) * rows.long())
-    state.restore(fresh)
     if not torch.is_grad_enabled():
-        for name, tensor in state.tensors.items():
-            if storage[name].shape == tensor.shape:
-                state.tensors[name] = storage[name].copy_(tensor)
+        fresh.tensors = {name: storage[name].copy_(tensor) for name, tensor in fresh.tensors.items()}
+    return fresh

@@ -35,7 +35,6 @@ from armillary.nn.ops.attend import Bias, attend
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.state import FixedState, SlideState, SpanState, State
 
-
 _SITES = frozenset({"rotate", "bias", "relate"})
 
 
@@ -62,7 +61,9 @@ class AttentionSettings(MixerSettings):
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
     head_width: int | None = Field(None, gt=0, description="features per head; by default width / heads")
-    position: PositionSettings | None = Field(None, description="where tokens stand: rope, alibi, t5, transformer_xl, none")
+    position: PositionSettings | None = Field(
+        None, description="where tokens stand: rope, alibi, t5, transformer_xl, none"
+    )
     norm: NormSettings | None = Field(None, description="norm of queries and keys, per head")
     softcap: float | None = Field(None, gt=0, description="scores become c·tanh(score/c)")
     sinks: bool = Field(False, description="a learned logit per head that takes attention and gives nothing")

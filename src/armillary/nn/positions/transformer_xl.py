@@ -59,7 +59,7 @@ class TransformerXLPosition(Position):
             raise UnsupportedError(
                 f"sinusoids come in pairs, but the width is {place.width}", where=place.path, hint="make width even"
             )
-        self.heads, self.head_width, self.half = heads, head_width, place.width // 2
+        self.heads, self.head_width, self.pairs = heads, head_width, place.width // 2
         self.u = nn.Parameter(torch.empty(heads, head_width))
         self.v = nn.Parameter(torch.empty(heads, head_width))
         self.r: Any = place.product(place.width, heads * head_width, "r")
@@ -75,7 +75,7 @@ class TransformerXLPosition(Position):
         # Only differences count, so they are kept small: far into a stream angles would lose digits.
         base = q_pos[:, :1]
         sin, cos = self._angles(q_pos - base, q.dtype)
-        s, c = met[..., : self.half], met[..., self.half :]
+        s, c = met[..., : self.pairs], met[..., self.pairs :]
         turned = torch.cat([c * sin[:, :, None] - s * cos[:, :, None], s * sin[:, :, None] + c * cos[:, :, None]], -1)
         keys = torch.cat(self._angles(k_pos - base, q.dtype), -1)  # [B or 1, S, D]
         return q + self.u.to(q.dtype), partial(_scores, turned.transpose(1, 2), keys)
@@ -84,13 +84,13 @@ class TransformerXLPosition(Position):
         """W_R [H·K, D]; a product of another kind than a plain matrix shows it on the identity."""
         if isinstance(self.r, Linear):
             return self.r.weight.to(like.dtype)
-        return self.r(torch.eye(2 * self.half, dtype=like.dtype, device=like.device)).t()  # type: ignore[no-any-return]
+        return self.r(torch.eye(2 * self.pairs, dtype=like.dtype, device=like.device)).t()  # type: ignore[no-any-return]
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Sine and cosine [B or 1, T, D/2] of each position's angles."""
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        steps = torch.arange(self.half, device=positions.device, dtype=kind)
-        angles = positions[..., None].to(kind) * 10000.0 ** (-steps / self.half)
+        steps = torch.arange(self.pairs, device=positions.device, dtype=kind)
+        angles = positions[..., None].to(kind) * 10000.0 ** (-steps / self.pairs)
         return angles.sin().to(dtype), angles.cos().to(dtype)
 
 

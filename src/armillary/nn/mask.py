@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -285,6 +286,46 @@ class Taken(Mask):
         batch = max(seen.shape[0], len(self.places))
         index = self.places[:, None, None, k].expand(batch, seen.shape[1], len(q), -1)
         return seen.expand(batch, -1, len(q), -1).gather(3, index)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """A query sees its own segment and the `memory` tokens before that segment begins.
+
+    queries [B or 1, T], keys [B or 1, S]: the index of each token in its row, negative where there is
+    none; part: both, or only the own segment, or only what lies before it. Not causal by itself.
+    """
+
+    length: int
+    memory: int
+    queries: Tensor
+    keys: Tensor
+    part: Literal["both", "own", "before"] = "both"
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        lines, columns = self.queries[:, q, None], self.keys[:, None, k]
+        begin = lines // self.length * self.length
+        seen = (columns >= 0) & (columns >= (begin if self.part == "own" else begin - self.memory))
+        if self.part == "before":
+            seen = seen & (columns < begin)
+        return seen[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Beside(Mask):
+    """Two sets of keys side by side: the first `split` as `first` says (None: all seen), the others,
+    counted from there, as `rest` says."""
+
+    first: Mask | None
+    split: int
+    rest: Mask
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        there = self.rest.rows(q, (k - self.split).clamp(min=0))
+        if self.split == 0:
+            return there
+        here = there.new_ones(()) if self.first is None else self.first.rows(q, k.clamp(max=self.split - 1))
+        return torch.where(k < self.split, here, there)
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,3 +154,17 @@ def test_low_precision_accumulates_in_float32() -> None:
     y, end = linear_attend(q, q, q)
     assert end is not None and end.dtype == torch.float32 and float(end[0, 0, 0, 0]) == 4096
     assert y.dtype == torch.bfloat16 and torch.equal(y, torch.ones_like(y))
+
+
+def test_a_scale_that_falls_and_comes_back_inside_a_segment(agree: Any) -> None:
+    """A document between two heavy ones starts from its own maximum; the ends of the segment do not tell."""
+    q, k, v = tensors()
+    documents = ids([10, 20, 13])
+    top = torch.full((B, T, H), 8.0)
+    top[:, 10:30] = -40.0
+    scale = running_max(top, None, documents)
+    state, before = torch.rand(B, H, K, V + 1), torch.full((B, H), 8.0)
+    call = {"scale": scale, "state": state, "before": before, "documents": documents}
+    found, expected = linear_attend(q, k, v, **call), linear_attend_plain(q, k, v, **call)  # type: ignore[arg-type]
+    for a, b in zip(found, expected, strict=True):
+        agree(a, b)

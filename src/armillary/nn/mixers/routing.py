@@ -45,7 +45,10 @@ class RoutingSettings(BandedSettings):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        return [Example("default", cls(centroids=3, window=3), compiled=True), Example("wide", cls(centroids=2, window=5, head_width=6))]
+        return [
+            Example("default", cls(centroids=3, window=3), compiled=True),
+            Example("wide", cls(centroids=2, window=5, head_width=6)),
+        ]
 
     @classmethod
     def limits(cls) -> list[Limit]:

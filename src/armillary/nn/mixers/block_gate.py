@@ -6,11 +6,13 @@ Welling & Kingma 2018 (Learning Sparse Neural Networks through L0 Regularization
 variable, which is exactly 0 with a probability that can be penalised.
 
 For query t and block n of b finished keys with mean k̄_n, per head: log α = gain · q_t·k̄_n / √K +
-bias, s = σ(log α) (in updates σ((log u − log(1 − u) + log α)/τ) with uniform u), g = clip(1.2·s − 0.1,
-0, 1). A gate multiplies the block's softmax weights before they are normalised: at 1 it is attention,
-at 0 the block is not computed and gets no gradient. The block that the query stands in is always
-open, so only finished blocks are gated and the mixer is causal. Blocks are counted from the start of
-each document. λ times the expected share of open blocks is added to the loss.
+bias, s = σ(log α) (in updates σ((log u − log(1 − u) + log α)/τ) with uniform u, drawn once for
+neighbouring queries), g = clip(1.2·s − 0.1, 0, 1). A gate multiplies the block's softmax weights before
+they are normalised: at 1 it is attention, at 0 the block is not computed and gets no gradient. The
+block that the query stands in is always open, so only finished blocks are gated and the mixer is
+causal. Blocks are counted from the start of each document. λ times the expected share of open blocks,
+as far as that is above a target, is added to the loss. Gains and biases are kept divided by 10: a logit
+has several units to go while training moves a parameter by a fraction of one.
 """
 
 from __future__ import annotations
@@ -250,11 +252,13 @@ class BlockGate(Mixer):
         earlier = (index[:-1] < own[..., None])[:, None]
         if same is not None:
             earlier = earlier & same[:, None]
-        drawn = uniform(ctx, self.path, "gate", logits.shape, q.detach())
+        # One draw for the queries that the op takes together, or one of them would open nearly every block.
+        tiles = -(-length // self.tile)
+        drawn = uniform(ctx, self.path, "gate", (batch, self.heads, tiles, blocks), q.detach())
         if drawn is None:
             soft = torch.sigmoid(logits)
         else:
-            drawn = drawn.to(wide)
+            drawn = drawn.to(wide).repeat_interleave(self.tile, 2)[:, :, :length]
             soft = torch.sigmoid((drawn.log() - (1 - drawn).log() + logits) / TEMPERATURE)
         gate = (soft * (HIGH - LOW) + LOW).clamp(0, 1)
         if ctx.taps is not None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("startup", "training", "decoding", "prefill", "taps")
+NAMES = ("startup", "training", "decoding", "prefill", "taps", "memory_drivers")
 
 
 def main() -> None:

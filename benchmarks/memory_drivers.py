@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
 from torch import Tensor
+
+from common import report
 
 LENGTH, SYMBOLS, FILLERS = 16, 32, 4  # tokens of a window; what strings are made of; what stands between
 ASK = SYMBOLS + FILLERS
@@ -116,7 +117,9 @@ def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool =
                 right = float((model.head(hidden.detach()).argmax(-1) == symbols).float().mean())
                 good = good + 1 if right >= GOOD else 0
                 if say and step % 50 == 0:
-                    print(f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True)
+                    print(
+                        f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True
+                    )
                 if good == 5:
                     break
     return model.eval()
@@ -154,7 +157,9 @@ def main(chosen: list[str]) -> None:
             model = learn(driver, stages, say=True)
             print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
             for distance in (1, 2, 4, 8):
-                print(f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}")
+                print(
+                    f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}"
+                )
         return
     figures: dict[str, Any] = {}
     reach: dict[str, tuple[float, str]] = {}

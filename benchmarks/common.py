@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,44 @@ def matmul_peak(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(a, b)
         best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
     return best
+
+
+def slow(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies `dtype` so slowly (bf16 without instructions for it) that a peer
+    must be timed at a shorter length than the claim's; a ratio that grows with length is then a lower bound."""
+    return dtype != torch.float32 and matmul_peak(dtype) < matmul_peak(torch.float32) / 4
+
+
+def forward_backward(call: Callable[..., torch.Tensor], parts: Sequence[torch.Tensor]) -> Callable[[], float]:
+    """Seconds of one forward and backward pass; parts: the inputs, each of which gets its gradient."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        y = call(*parts)
+        torch.autograd.grad(y, parts, torch.ones_like(y))
+        return time.perf_counter() - start
+
+    return once
+
+
+def largest_difference(
+    found: torch.Tensor, parts: Sequence[torch.Tensor], expected: torch.Tensor, wide: Sequence[torch.Tensor]
+) -> float:
+    """Of outputs and gradients, each relative to the largest expected value."""
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, parts, torch.ones_like(found)),
+        torch.autograd.grad(expected, wide, torch.ones_like(expected)),
+        strict=True,
+    )
+    return max(float(((a.float() - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
+
+
+def exponent(found: dict[str, list[float]]) -> float:
+    """Slope of log time against log length, through the medians; found: length → seconds."""
+    x = torch.tensor([float(length) for length in found]).log()
+    y = torch.tensor([statistics.median(times) for times in found.values()]).log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def peak_rss() -> int:

@@ -24,10 +24,10 @@ from armillary.nn.mechanism import Frozen, Place, initialise
 from armillary.nn.mixers.linear import LinearAttentionSettings
 from armillary.nn.mixers.performer import PerformerSettings
 from armillary.nn.ops import plain_ops
-from common import interleaved, matmul_peak, ratio, report
+from common import interleaved, ratio, report, slow
 
 HEADS, WIDTH = 8, 64
-LENGTH, SLOW = 16384, 2048
+LENGTH, SHORT = 16384, 2048
 
 
 def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
@@ -90,10 +90,9 @@ def main(repeats: int = 3) -> None:
     calls = mixers()
     figures: dict[str, Any] = {"largest relative difference from the plain form": check(calls)}
     reach: dict[str, tuple[float, str]] = {"largest relative difference from the plain form": (1e-4, "max")}
-    slow = matmul_peak(torch.bfloat16) < matmul_peak(torch.float32) / 4
     for dtype in (torch.float32, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
-        length = SLOW if slow and dtype == torch.bfloat16 else LENGTH
+        length = SHORT if slow(dtype) else LENGTH
         tensors = inputs(length, dtype)
         sides = {"dense": dense, **calls}
         found = interleaved({name: timed(call, tensors) for name, call in sides.items()}, repeats)

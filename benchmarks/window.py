@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import statistics
 
 import torch
 import torch.nn.functional as F
 
 from armillary.nn.mask import Window
 from armillary.nn.ops.attend import attend, attend_plain
-from common import interleaved, ratio, report
+from common import exponent, forward_backward, interleaved, largest_difference, ratio, report, slow
 
-WINDOW, HEADS, WIDTH, LENGTH = 256, 8, 64, 16384
+WINDOW, HEADS, WIDTH, LENGTH, SHORT = 256, 8, 64, 16384, 4096
 
 
 def tensors(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -29,31 +28,12 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def timed(call: Callable[..., torch.Tensor], parts: list[torch.Tensor]) -> Callable[[], float]:
-    """Seconds of one forward and backward pass."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        y = call(*parts)
-        torch.autograd.grad(y, parts, torch.ones_like(y))
-        return time.perf_counter() - start
-
-    return once
-
-
 def check(dtype: torch.dtype) -> float:
-    """The largest difference from the definition, relative, outputs and gradients."""
+    """The largest difference from the definition, outputs and gradients."""
     parts = tensors(1024, dtype)
     wide = [part.detach().float().requires_grad_() for part in parts]
-    found = windowed(*parts)
     expected, _ = attend_plain(*wide, mask=Window(WINDOW - 1, 0), scale=WIDTH**-0.5)
-    pairs = [(found, expected)]
-    pairs += zip(
-        torch.autograd.grad(found, parts, torch.ones_like(found)),
-        torch.autograd.grad(expected, wide, torch.ones_like(expected)),
-        strict=True,
-    )
-    return max(float(((a.float() - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
+    return largest_difference(windowed(*parts), parts, expected, wide)
 
 
 def main() -> None:
@@ -62,24 +42,21 @@ def main() -> None:
     for name, dtype, close in (("float32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 3e-2)):
         error = check(dtype)
         assert error <= close, f"{name}: off by {error}"
-        parts = tensors(LENGTH, dtype)
-        found = interleaved({"window": timed(windowed, parts), "dense": timed(dense, parts)})
-        figures[f"{name}: window, ms"] = 1e3 * sorted(found["window"])[len(found["window"]) // 2]
-        figures[f"{name}: dense, ms"] = 1e3 * sorted(found["dense"])[len(found["dense"]) // 2]
+        length = SHORT if slow(dtype) else LENGTH
+        parts = tensors(length, dtype)
+        calls = {"window": forward_backward(windowed, parts), "dense": forward_backward(dense, parts)}
+        found = interleaved(calls, repeats=3)
+        figures[f"{name}: tokens"] = length
+        for call in calls:
+            figures[f"{name}: {call}, ms"] = 1e3 * statistics.median(found[call])
         figures[f"{name}: faster, ×"] = ratio(found, "dense", "window")
         reach[f"{name}: faster, ×"] = (8.0, "min")
-        calls = {str(n): timed(windowed, tensors(n, dtype)) for n in (4096, 8192, 16384, 32768)}
-        figures[f"{name}: exponent of time, 4k to 32k"] = exponent(interleaved(calls))
-        reach[f"{name}: exponent of time, 4k to 32k"] = (1.15, "max")
+        lengths = [length // 4, length // 2, length, 2 * length]
+        found = interleaved({str(n): forward_backward(windowed, tensors(n, dtype)) for n in lengths}, repeats=3)
+        what = f"{name}: exponent of time, {lengths[0] // 1024}k to {lengths[-1] // 1024}k"
+        figures[what], reach[what] = exponent(found), (1.15, "max")
         figures[f"{name}: largest difference"] = error
     report("window", figures, reach)
-
-
-def exponent(found: dict[str, list[float]]) -> float:
-    """Slope of log time against log length, through the medians."""
-    x = torch.tensor([float(length) for length in found]).log()
-    y = torch.tensor([sorted(times)[len(times) // 2] for times in found.values()]).log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +67,10 @@ def seconds(call: Callable[..., Tensor], tensors: list[Tensor]) -> float:
     return time.perf_counter() - start
 
 
+def timed(call: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], float]:
+    return lambda: seconds(call, tensors)
+
+
 def check(calls: dict[str, Callable[..., Tensor]]) -> float:
     """The largest difference from the plain form, of outputs and gradients, relative to their size."""
     *tensors, weights = inputs(700, torch.float32)
@@ -92,8 +95,8 @@ def main(repeats: int = 3) -> None:
         word = str(dtype).removeprefix("torch.")
         length = SLOW if slow and dtype == torch.bfloat16 else LENGTH
         tensors = inputs(length, dtype)
-        timed = {"dense": dense, **calls}
-        found = interleaved({name: partial(seconds, call, tensors) for name, call in timed.items()}, repeats)
+        sides = {"dense": dense, **calls}
+        found = interleaved({name: timed(call, tensors) for name, call in sides.items()}, repeats)
         for name in calls:
             figures[f"{name}, {word}, {length} tokens, s"] = statistics.median(found[name])
             figures[f"{name} over dense, {word}, {length} tokens"] = ratio(found, "dense", name)
@@ -101,7 +104,7 @@ def main(repeats: int = 3) -> None:
         figures[f"dense, {word}, {length} tokens, s"] = statistics.median(found["dense"])
     short, long = inputs(4096, torch.float32), inputs(32768, torch.float32)
     for name, call in calls.items():
-        found = interleaved({"4k": partial(seconds, call, short), "32k": partial(seconds, call, long)}, repeats)
+        found = interleaved({"4k": timed(call, short), "32k": timed(call, long)}, repeats)
         figures[f"{name}, time exponent 4k to 32k"] = math.log(ratio(found, "32k", "4k")) / math.log(8)
         reach[f"{name}, time exponent 4k to 32k"] = (1.1, "max")
     tensors = inputs(2048, torch.float32)
@@ -110,7 +113,7 @@ def main(repeats: int = 3) -> None:
         with plain_ops():
             return seconds(calls["linear"], tensors)
 
-    found = interleaved({"chunks": lambda: seconds(calls["linear"], tensors), "loop": loop}, repeats)
+    found = interleaved({"chunks": timed(calls["linear"], tensors), "loop": loop}, repeats)
     figures["chunks over the token loop, 2048 tokens"] = ratio(found, "loop", "chunks")
     reach["chunks over the token loop, 2048 tokens"] = (20.0, "min")
     report("linear_attention", figures, reach)

@@ -154,9 +154,10 @@ def test_save_and_load(model: Model, tmp_path) -> None:
 
 
 def test_rooms_named_like_functions_can_be_called() -> None:
+    import armillary.compare
     import armillary.evaluate
     import armillary.train
 
-    assert callable(arm.train) and callable(arm.evaluate)
+    assert callable(arm.train) and callable(arm.evaluate) and callable(arm.compare)
     with pytest.raises(arm.ArmillaryError, match="there is no recipe"):
         armillary.train(arm.Recipe.load("no-such-recipe"))

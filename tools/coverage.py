@@ -19,6 +19,7 @@ from results import ROOT, judged, latest, shown, table
 
 from armillary.base.registry import Registry
 from armillary.base.settings import Choice, Settings
+from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
 from armillary.nn.mechanism import Capabilities, channels, mixers, norms, positions
 from armillary.objectives import objectives
@@ -35,10 +36,11 @@ TITLES = {
     "position": ("Positions", "tell where a token stands"),
     "norm": ("Norms", "keep activations in range"),
     "head": ("Heads", "turn hidden states into what is asked for"),
+    "driver": ("Drivers", "carry what was seen from segment to segment of a row"),
     "objective": ("Objectives", "say what the model learns to predict"),
     "schedule": ("Schedules", "move the learning rate"),
 }
-REGISTRIES: tuple[Registry[Any], ...] = (mixers, channels, positions, norms, heads, objectives, schedules)
+REGISTRIES: tuple[Registry[Any], ...] = (mixers, channels, positions, norms, heads, drivers, objectives, schedules)
 
 HEAD = """# What is covered
 
@@ -72,6 +74,7 @@ LAWS = {
     "meta": "a build without storage has the same names, shapes and types",
     "sites": "a position acts where it says and refuses elsewhere",
     "unsupported": "what was not declared raises",
+    "refusals": "a driver refuses what it cannot honour for its whole stack",
     "limit": "at a setting where it is another mechanism, it equals that one",
 }
 
@@ -139,7 +142,7 @@ def mechanisms() -> list[str]:
         held = role in ROLES
         if held:
             head.insert(3, "laws")
-        if role == "mixer":
+        if role in ("mixer", "driver"):
             head.insert(2, "capabilities")
         rows = []
         for name, settings in registry:
@@ -148,7 +151,7 @@ def mechanisms() -> list[str]:
                 names, variants, tests = laws(role, name)
                 seen |= dict.fromkeys(names)
                 row.insert(3, f"{', '.join(names)} ({variants} variant{'s' * (variants > 1)}, {tests} tests)")
-            if role == "mixer":
+            if role in ("mixer", "driver"):
                 row.insert(2, capabilities(settings.capabilities))
             rows.append(row)
         lines += table(head, rows)

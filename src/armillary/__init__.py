@@ -28,11 +28,13 @@ _WHERE = {
     "train": "armillary.train",
     "resume": "armillary.train",
     "evaluate": "armillary.evaluate",
+    "compare": "armillary.compare",
     "ArmillaryError": "armillary.base.errors",
 }
 
 if TYPE_CHECKING:
     from armillary.base.errors import ArmillaryError
+    from armillary.compare import compare
     from armillary.evaluate import evaluate
     from armillary.model import Model, build, load, mechanisms, save
     from armillary.recipe import Recipe
@@ -46,6 +48,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "build",
+    "compare",
     "evaluate",
     "load",
     "mechanisms",

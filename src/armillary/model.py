@@ -20,6 +20,7 @@ from armillary.engine.generate import Completion, Completions, Piece, generate, 
 from armillary.engine.sampling import Sampling
 from armillary.nn import network as networks
 from armillary.nn.describe import Description, describe
+from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads, pooled
 from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
@@ -290,9 +291,9 @@ def save(model: Model, folder: str | Path, layout: str = "native") -> None:
 
 
 def mechanisms(role: str) -> dict[str, type[Choice]]:
-    """Everything registered for a role (mixer, channel, position, norm, head, objective): name → settings
+    """Everything registered for a role (mixer, channel, position, norm, head, driver, objective): name → settings
     class, with `.source` and, for mixers, `.capabilities`."""
-    known = {r.role: r for r in (mixers, channels, positions, norms, heads, objectives)}
+    known = {r.role: r for r in (mixers, channels, positions, norms, heads, drivers, objectives)}
     if role not in known:
         raise InputError(f"there is no role '{role}'", hint=nearest(role, known))
     return dict(known[role])

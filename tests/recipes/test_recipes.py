@@ -43,6 +43,10 @@ def small(name: str) -> Recipe:
     ]
     if recipe.model.encoder is not None:
         words.append("model.encoder.depth=2")
+    if recipe.model.driver is not None:  # a few segments in a window
+        words += ["model.driver.segment=8"]
+        short = {"memory": 12, "tokens": 2, "rows": 2}
+        words += [f"model.driver.{key}={size}" for key, size in short.items() if hasattr(recipe.model.driver, key)]
     data = Recipe.load(name, *words).to_data()
     _narrow(data["model"])
     return Recipe.load(data)

@@ -390,3 +390,19 @@ def test_the_seal_covers_every_file(whole: Run) -> None:
     folder = whole.checkpoints[-1]
     named = set(json.loads((folder / "trainer.json").read_text())["files"])
     assert named | {"trainer.json"} == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_may_end_by_the_clock(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """Updates count, looks do not; the schedule follows the time, and a stopped run has the rest of it."""
+    limit = 0.6
+    wanted = recipe(steps=1000, seconds=limit, schedule={"kind": "wsd", "warmup": 0.0, "decay": 1.0}, log_every=1)
+    first = train(wanted, tmp_path, stop_after=2)
+    assert first.stopped and Run.open(tmp_path).stopped
+    done = resume(tmp_path)
+    assert not done.stopped and done.step > 2 and not Run.open(tmp_path).stopped
+    info = json.loads((done.checkpoints[-1] / "trainer.json").read_text())
+    assert limit <= info["course"]["updating"] < limit + 0.3
+    rates = [line["learning_rate"] for line in done.metrics]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 1e-3 and rates[-1] < 5e-4
+    again = resume(tmp_path)
+    assert again.step == done.step and not again.stopped

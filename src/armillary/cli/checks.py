@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def mechanisms(
-    role: Annotated[str, typer.Argument(help="mixer, channel, position, norm, head or objective.")] = "mixer",
+    role: Annotated[str, typer.Argument(help="mixer, channel, position, norm, head, driver or objective.")] = "mixer",
     json: AsJson = False,
 ) -> None:
     """What a recipe can be made of, with sources.
@@ -31,7 +31,7 @@ def mechanisms(
 
 
 def check(
-    role: Annotated[str, typer.Argument(help="mixer, channel, position, norm or head.")],
+    role: Annotated[str, typer.Argument(help="mixer, channel, position, norm, head or driver.")],
     name: Annotated[str, typer.Argument(help="The mechanism's name in a recipe.")],
     file: Annotated[Path | None, typer.Option(help="Your own Python file that registers it.")] = None,
     json: AsJson = False,

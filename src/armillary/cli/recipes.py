@@ -84,6 +84,7 @@ def show(
         "name": recipe.name if recipe is not None else target,
         "form": settings.form,
         "blocks": list(found.blocks),
+        "driver": found.driver,
         "parameters": found.parameters,
         "active_parameters": found.active,
         "embedding_parameters": found.embedding,
@@ -108,6 +109,7 @@ def show(
     lines = [
         ("model", f"{data['name']} ({settings.form}, width {settings.width}, depth {settings.depth})"),
         ("blocks", _runs(found.blocks)),
+        *([("driver", found.driver)] if found.driver is not None else []),
         ("parameters", f"{amount(found.parameters)} ({amount(found.active)} active)"),
         ("of these", f"{amount(found.embedding)} in embedding and head"),
         ("vocabulary", f"{settings.vocabulary}{'' if vocabulary_known else ' (from tokenizer.size)'}"),

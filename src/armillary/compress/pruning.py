@@ -17,7 +17,7 @@ from torch import Tensor
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.nn.block import BlockSettings
 from armillary.nn.mixers.attention import Attention, AttentionSettings
-from armillary.nn.mixers.pruned import Pruned, PrunedSettings
+from armillary.nn.mixers.pruned import PrunedSettings
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.stack import DEFAULT_BLOCK
 from armillary.nn.taps import Taps
@@ -139,7 +139,7 @@ def _paths(network: Network) -> dict[str, str]:
     found = {
         name: module.path
         for name, module in network.named_modules()
-        if isinstance(module, Attention) and not isinstance(module, Pruned)
+        if type(module) is Attention and name.endswith(".inner")  # a block's own, not one inside a mixer
     }
     if not found:
         raise UnsupportedError("this network has no dense attention to prune")

@@ -1,5 +1,5 @@
 // Reading values off a chart; everything else works without this.
-for (const chart of document.querySelectorAll(".chart")) {
+for (const chart of document.querySelectorAll(".chart[data-hover]")) {
   const svg = chart.querySelector("svg"), tip = chart.querySelector(".tip"), cursor = svg.querySelector(".cursor");
   const series = JSON.parse(chart.dataset.hover);
   const leave = () => { tip.hidden = true; cursor.setAttribute("visibility", "hidden"); };

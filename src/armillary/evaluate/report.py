@@ -45,26 +45,38 @@ def write_report(folder: str | Path) -> Path:
         ("Recipe", _recipe(record)),
         ("Fingerprints", _fingerprints(record)),
     ]
+    path = record.folder / REPORT
+    write_atomic(path, page(record.name, _subtitle(record), sections))
+    return path
+
+
+def page(
+    name: str,
+    subtitle: str,
+    sections: Sequence[tuple[str, str]],
+    *,
+    style: str = "",
+    footer: str = "Written by Armillary from the files of this run.",
+) -> str:
+    """A whole report: (title, content) of each section, content and subtitle being HTML, without those
+    that are empty; style: CSS after our own. It fetches nothing, and only our script can run in it."""
     body = "".join(
         f"<section>{f'<h2>{title}</h2>' if title else ''}{content}</section>" for title, content in sections if content
     )
     files = importlib.resources.files("armillary.evaluate")
-    style = files.joinpath("report.css").read_text(encoding="utf-8")
+    style = files.joinpath("report.css").read_text(encoding="utf-8") + style
     script = files.joinpath("report.js").read_text(encoding="utf-8")
-    page = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # nothing is fetched and nothing but the script below can run, whatever a corpus or sample holds
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{text(record.name)} · Armillary report</title><style>{style}</style></head><body><main>"
-        f"<header><h1>{text(record.name)}</h1><p>{_subtitle(record)}</p></header>{body}"
-        "<footer>Written by Armillary from the files of this run.</footer>"
+        f"<title>{text(name)} · Armillary report</title><style>{style}</style></head><body><main>"
+        f"<header><h1>{text(name)}</h1><p>{subtitle}</p></header>{body}"
+        f"<footer>{text(footer)}</footer>"
         f"</main><script>{script}</script></body></html>\n"
     )
-    path = record.folder / REPORT
-    write_atomic(path, page)
-    return path
 
 
 def number(data: Any, *keys: str) -> float | None:
@@ -233,12 +245,12 @@ def _data(record: Record) -> str:
         r = source.record
         held = f"{source.heldout:,}" + (f" ({size(source.heldout_bytes)})" if source.heldout_bytes is not None else "")
         rows.append([r.path, f"{r.documents:,}", size(r.bytes), count(source.tokens), held, f"{r.skipped:,}"])
-    table = _table(["source", "documents", "text", "tokens", "held out", "skipped"], rows)
+    found = table(["source", "documents", "text", "tokens", "held out", "skipped"], rows)
     names = [name for source in record.sources for name in source.record.skipped_names]
     if names:
         items = "\n".join(names)
-        table += f"<details><summary>what was skipped, and why</summary><pre>{text(items)}</pre></details>"
-    return table
+        found += f"<details><summary>what was skipped, and why</summary><pre>{text(items)}</pre></details>"
+    return found
 
 
 def _evaluation(record: Record) -> str:
@@ -266,7 +278,7 @@ def _evaluation(record: Record) -> str:
     note = ""
     if evaluation.get("truncated"):
         note = "<p>Only a part of the held-out documents, drawn at random, was scored.</p>"
-    return note + _table(["", ""], rows, head=False)
+    return note + table(["", ""], rows, head=False)
 
 
 def _events(record: Record) -> str:
@@ -280,8 +292,8 @@ def _events(record: Record) -> str:
         rows.append([str(event.get("time", "")), str(event.get("event", "")), facts])
     if not rows:
         return ""
-    table = _table(["time", "event", "facts"], rows)
-    return f"<details><summary>{len(rows)} entries of the ledger</summary>{table}</details>"
+    entries = table(["time", "event", "facts"], rows)
+    return f"<details><summary>{len(rows)} entries of the ledger</summary>{entries}</details>"
 
 
 def _environment(record: Record) -> str:
@@ -296,7 +308,7 @@ def _environment(record: Record) -> str:
     for key in keys:
         shown = [data.get(key, "") for data in there.values()]
         rows.append([NAMES.get(key, key), *(size(v) if key == "memory" and v else str(v) for v in shown)])
-    return _table(["", *there], rows)
+    return table(["", *there], rows)
 
 
 def _recipe(record: Record) -> str:
@@ -315,7 +327,7 @@ def _fingerprints(record: Record) -> str:
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
+def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
     """Columns of figures are set to the right."""
     figures = [head and i > 0 and all(row[i][:1].isdigit() or not row[i] for row in rows) for i in range(len(names))]
 

@@ -19,7 +19,8 @@ from armillary.nn.network import ModelSettings, Network, build
 class Description:
     """parameters: all, each once; active: those that take part for one token; embedding: those of the
     embedding and head; flops_per_token: forward, at `length`; state_bytes: of one row after `length`
-    tokens; training_bytes: weights, gradients, moments and kept activations of one micro-batch."""
+    tokens; training_bytes: weights, gradients, moments and kept activations of one micro-batch;
+    driver: its kind, or None."""
 
     parameters: int
     active: int
@@ -30,6 +31,7 @@ class Description:
     training_bytes: int
     activation_bytes: int
     blocks: tuple[str, ...]
+    driver: str | None = None
 
 
 def describe(
@@ -57,6 +59,7 @@ def describe(
         training_bytes=16 * total + kept,
         activation_bytes=kept,
         blocks=tuple(_line(block) for block in settings.layers()),
+        driver=None if settings.driver is None else settings.driver.kind,
     )
 
 

@@ -6,7 +6,9 @@ that broadcasts to [B, H, q, S]; so an op can ask for a few rows at a time and T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +33,23 @@ class Mask:
         index that is not a key (negative, or ≥ keys) stands for nothing."""
         return None
 
+    def marks(self, keys: int) -> Tensor | None:
+        """Keys, bool [B or 1, S], that queries may see from anywhere: `low`, `reach` and `candidates` bound
+        the others only."""
+        return None
+
+    def most(self, keys: int) -> int:
+        """At most so many keys of a row are marked; known without a look at the data."""
+        return 0
+
+    def residues(self) -> int:
+        """Queries and keys whose places in the row differ by no multiple of this do not see each other."""
+        return 1
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        """The same predicate on some of the keys, at places [B or 1, n]."""
+        return Taken(self, places, keys)
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
@@ -53,6 +72,9 @@ class Causal(Mask):
 
     def reach(self, stop: int, keys: int) -> int:
         return keys if isinstance(self.offset, Tensor) else min(keys, stop + self.offset)
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return Window(None, 0, 1, self.offset, keys=places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +126,18 @@ class Window(Mask):
         steps = torch.arange(-back, ahead + 1, device=device) * self.dilation
         return torch.arange(queries, device=device)[:, None] + self.offset + steps
 
+    def residues(self) -> int:
+        aligned = self.queries is None and self.keys is None and isinstance(self.offset, int) and self.offset == 0
+        return self.dilation if aligned else 1
+
     def spans(self, keys: int) -> tuple[int, int]:
         """How many keys back and ahead a query can look among so many."""
         most = (keys - 1) // self.dilation
         back, ahead = (most if far is None else min(most, far // self.dilation) for far in (self.left, self.right))
         return back, ahead
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, keys=places if self.keys is None else _picked(self.keys, places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +157,9 @@ class Others(Mask):
             seen = seen | self.alone[:, q, None]
         return seen[:, None]
 
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, keys=places if self.keys is None else _picked(self.keys, places))
+
 
 @dataclass(frozen=True, eq=False)
 class PerHead(Mask):
@@ -144,6 +176,17 @@ class PerHead(Mask):
     def low(self, start: int) -> int:
         return min(mask.low(start) for mask in self.heads)
 
+    def marks(self, keys: int) -> Tensor | None:
+        found = [each for each in (mask.marks(keys) for mask in self.heads) if each is not None]
+        return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
+
+    def most(self, keys: int) -> int:
+        return min(keys, sum(mask.most(keys) for mask in dict.fromkeys(self.heads)))
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        kinds = {one: one.take(places, keys) for one in dict.fromkeys(self.heads)}
+        return PerHead(tuple(kinds[one] for one in self.heads))
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Mask):
@@ -153,6 +196,54 @@ class Prefix(Mask):
 
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
         return (k[None] < self.length[:, None])[:, None, None]
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return Keys(places < self.length[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Marked(Mask):
+    """Every query sees the marked keys of its row, bool [B or 1, S]; bound: how many those can be, where
+    that is known without a look at them."""
+
+    seen: Tensor
+    bound: int | None = None
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.seen[:, None, None, k]
+
+    def reach(self, stop: int, keys: int) -> int:
+        return 0
+
+    def low(self, start: int) -> int:
+        return sys.maxsize
+
+    def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        return torch.empty(queries, 0, dtype=torch.int64, device=device)
+
+    def marks(self, keys: int) -> Tensor | None:
+        return self.seen
+
+    def most(self, keys: int) -> int:
+        return keys if self.bound is None else min(keys, max(1, self.bound))
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, seen=_picked(self.seen, places))
+
+
+@dataclass(frozen=True, eq=False)
+class Spans(Mask):
+    """Queries see keys of their own stretch of `size` positions; positions [B or 1, T] and [B or 1, S]."""
+
+    queries: Tensor
+    keys: Tensor
+    size: int
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return (self.queries[:, q, None] // self.size == self.keys[:, None, k] // self.size)[:, None]
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, keys=_picked(self.keys, places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +256,9 @@ class Documents(Mask):
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
         return (self.queries[:, q, None] == self.keys[:, None, k])[:, None]
 
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, keys=_picked(self.keys, places))
+
 
 @dataclass(frozen=True, eq=False)
 class Keys(Mask):
@@ -175,10 +269,68 @@ class Keys(Mask):
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
         return self.valid[:, None, None, k]
 
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return replace(self, valid=_picked(self.valid, places))
+
+
+@dataclass(frozen=True, eq=False)
+class Taken(Mask):
+    """Any predicate on some of its `keys` keys, at places [B or 1, n]."""
+
+    whole: Mask
+    places: Tensor
+    keys: int
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        seen = self.whole.rows(q, torch.arange(self.keys, device=k.device))
+        batch = max(seen.shape[0], len(self.places))
+        index = self.places[:, None, None, k].expand(batch, seen.shape[1], len(q), -1)
+        return seen.expand(batch, -1, len(q), -1).gather(3, index)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """A query sees its own segment and the `memory` tokens before that segment begins.
+
+    queries [B or 1, T], keys [B or 1, S]: the index of each token in its row, negative where there is
+    none; part: both, or only the own segment, or only what lies before it. Not causal by itself.
+    """
+
+    length: int
+    memory: int
+    queries: Tensor
+    keys: Tensor
+    part: Literal["both", "own", "before"] = "both"
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        lines, columns = self.queries[:, q, None], self.keys[:, None, k]
+        begin = lines // self.length * self.length
+        seen = (columns >= 0) & (columns >= (begin if self.part == "own" else begin - self.memory))
+        if self.part == "before":
+            seen = seen & (columns < begin)
+        return seen[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Beside(Mask):
+    """Two sets of keys side by side: the first `split` as `first` says (None: all seen), the others,
+    counted from there, as `rest` says."""
+
+    first: Mask | None
+    split: int
+    rest: Mask
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        there = self.rest.rows(q, (k - self.split).clamp(min=0))
+        if self.split == 0:
+            return there
+        here = there.new_ones(()) if self.first is None else self.first.rows(q, k.clamp(max=self.split - 1))
+        return torch.where(k < self.split, here, there)
+
 
 @dataclass(frozen=True, eq=False)
 class Both(Mask):
-    """a ∧ b."""
+    """a ∧ b. Where both mark keys, the bounds and marks of a alone are used."""
 
     a: Mask
     b: Mask
@@ -186,15 +338,32 @@ class Both(Mask):
     def rows(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.rows(q, k) & self.b.rows(q, k)
 
+    def _bounding(self, keys: int) -> list[Mask]:
+        return [self.a] if self.a.most(keys) and self.b.most(keys) else [self.a, self.b]
+
     def reach(self, stop: int, keys: int) -> int:
-        return min(self.a.reach(stop, keys), self.b.reach(stop, keys))
+        return min(each.reach(stop, keys) for each in self._bounding(keys))
 
     def low(self, start: int) -> int:
-        return max(self.a.low(start), self.b.low(start))
+        return max(each.low(start) for each in self._bounding(1))
 
     def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        found = [each.candidates(queries, keys, device) for each in (self.a, self.b)]
+        found = [each.candidates(queries, keys, device) for each in self._bounding(keys)]
         return min((each for each in found if each is not None), key=lambda each: each.shape[1], default=None)
+
+    def marks(self, keys: int) -> Tensor | None:
+        a, b = (self.a, self.b) if self.a.most(keys) else (self.b, self.a)
+        marked = a.marks(keys)
+        return marked & b.valid if marked is not None and isinstance(b, Keys) else marked
+
+    def most(self, keys: int) -> int:
+        return self.a.most(keys) or self.b.most(keys)
+
+    def residues(self) -> int:
+        return max(self.a.residues(), self.b.residues())
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return self.a.take(places, keys) & self.b.take(places, keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +381,26 @@ class Either(Mask):
 
     def low(self, start: int) -> int:
         return min(self.a.low(start), self.b.low(start))
+
+    def candidates(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        found = [each.candidates(queries, keys, device) for each in (self.a, self.b)]
+        return None if found[0] is None or found[1] is None else torch.cat([found[0], found[1]], 1)
+
+    def marks(self, keys: int) -> Tensor | None:
+        a, b = self.a.marks(keys), self.b.marks(keys)
+        return a | b if a is not None and b is not None else a if b is None else b
+
+    def most(self, keys: int) -> int:
+        return min(keys, self.a.most(keys) + self.b.most(keys))
+
+    def take(self, places: Tensor, keys: int) -> Mask:
+        return self.a.take(places, keys) | self.b.take(places, keys)
+
+
+def _picked(each: Tensor, places: Tensor) -> Tensor:
+    """each [B or 1, S] at places [B or 1, n]."""
+    batch = max(len(each), len(places))
+    return each.expand(batch, -1).gather(1, places.expand(batch, -1))
 
 
 def both(a: Mask | None, b: Mask | None) -> Mask | None:

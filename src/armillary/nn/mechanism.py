@@ -8,7 +8,7 @@ by its `kind` because that file registers it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,7 @@ channels: Registry[ChannelSettings] = Registry("channel", "armillary.nn.channels
 positions: Registry[PositionSettings] = Registry("position", "armillary.nn.positions", default="rope")
 norms: Registry[NormSettings] = Registry("norm", "armillary.nn.norms", default="rmsnorm")
 
+Scores = Callable[[Tensor, Tensor], Tensor]
 Order = Literal["causal", "bidirectional", "prefix"]
 
 
@@ -70,7 +71,8 @@ class Capabilities:
     packed: documents side by side in one row; padding: rows with padded tokens; mask: a predicate
     from the objective; rollback: how its state goes back; chunking: whether any chunking gives the
     same numbers; sight: whether it has an exact token-to-token matrix; side: the named tensors that
-    it needs; noise: whether it draws noise in training updates (and only there).
+    it needs; noise: whether it draws noise in training updates (and only there); driven: whether it
+    looks at what a driver's state holds for it (`SlideState`), so that a driver decides what it sees.
     """
 
     causal: bool = True
@@ -86,6 +88,7 @@ class Capabilities:
     sight: Literal["exact", "jacobian"] = "exact"
     side: tuple[str, ...] = ()
     noise: bool = False
+    driven: bool = False
 
 
 class MechanismSettings(Choice):
@@ -138,7 +141,7 @@ class ChannelSettings(MechanismSettings):
 
 
 class PositionSettings(MechanismSettings):
-    """Settings of a position; `sites` names where it acts: embed, rotate, bias, decay."""
+    """Settings of a position; `sites` names where it acts: embed, rotate, bias, relate, decay."""
 
     choices: ClassVar[Registry[PositionSettings]] = positions
     sites: ClassVar[frozenset[str]] = frozenset()
@@ -179,6 +182,12 @@ class Position(nn.Module):
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """positions [B or 1, T] and [B or 1, S] → scores to add, [B or 1, H, T, S]."""
         raise UnsupportedError(f"{type(self).__name__} adds no score")
+
+    def relate(self, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Scores]:
+        """q [B, T, H, K] at positions [B or 1, T], keys at [B or 1, S] → the queries that meet the keys'
+        content, and scores to add that depend on the query: (rows, columns) → [B, H, rows, columns],
+        before the scale."""
+        raise UnsupportedError(f"{type(self).__name__} relates no query to a distance")
 
     def decay(self, positions: Tensor) -> Tensor:
         """positions [B or 1, T] → log decay per head, [B or 1, T, H]."""

@@ -18,6 +18,7 @@ from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.nn.block import Block, BlockState
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
+from armillary.nn.driver import DriverSettings
 from armillary.nn.heads.base import HeadSettings
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.linear import Embedding, LinearSettings
@@ -55,6 +56,9 @@ class ModelSettings(StackSettings):
     head: HeadSettings = Field(LanguageModelHeadSettings(), description="what is read off the last hidden states")
     encoder: StackSettings | None = Field(None, description="the encoder of an encoder_decoder")
     linear: dict[str, LinearSettings] = Field({}, description="kind of product by role (q, k, v, o, up, …, or all)")
+    driver: DriverSettings | None = Field(
+        None, description="recurrence over segments: transformer_xl, memory_tokens, feedback"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> ModelSettings:
@@ -62,6 +66,8 @@ class ModelSettings(StackSettings):
             raise ValueError("form: encoder_decoder and encoder: {…} go together")
         if self.position is not None and self.position.kind != "none" and "embed" not in self.position.sites:
             raise ValueError(f"'{self.position.kind}' does not act on the embedding: put it under the mixer's position")
+        if self.driver is not None and self.encoder is not None:
+            raise ValueError("a driver drives a decoder or an encoder, not an encoder_decoder")
         crosses = any(branch.look == "memory" for block in self.layers() for branch in block.all())
         if self.form == "encoder_decoder" and not crosses:
             raise ValueError("no block of the decoder looks at the encoder: add cross: {kind: attention} to a block")
@@ -77,7 +83,10 @@ class ModelSettings(StackSettings):
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         """Forward FLOPs of one row of `length` tokens (for an encoder–decoder, on both sides) and the
         bytes of its state."""
-        total = super().cost(place, length, itemsize)
+        if self.driver is None:
+            total = super().cost(place, length, itemsize)
+        else:
+            total = self.driver.cost(self, place, length, itemsize)
         around = 0.0
         if self.embed_scale != 1.0:
             around += length * self.width
@@ -92,7 +101,7 @@ class ModelSettings(StackSettings):
 
 
 class NetworkState:
-    """The states of all blocks, and how many tokens each row has seen."""
+    """The states of all blocks (last, of a driver), and how many tokens each row has seen."""
 
     def __init__(self, blocks: list[BlockState], lengths: Tensor, memory: Memory | None = None) -> None:
         self.blocks, self.lengths, self.memory = blocks, lengths, memory
@@ -202,6 +211,7 @@ class Network(nn.Module):
             self.blocks = Stack(settings, place.at("decoder"))
         else:
             self.blocks = Stack(settings, place)
+        self.driver = None if settings.driver is None else settings.driver.build(place, settings)
         self.norm = settings.norm.build(settings.width) if settings.norm else None
         self.head = settings.head.build(place.at("head"), settings.vocabulary, self.embed)
         self._shared = share(self, settings.share)
@@ -241,7 +251,8 @@ class Network(nn.Module):
         return self
 
     def stacks(self) -> list[Stack]:
-        return [self.encoder, self.blocks] if self.settings.encoder is not None else [self.blocks]
+        stacks = [self.encoder, self.blocks] if self.settings.encoder is not None else [self.blocks]
+        return stacks if self.driver is None else [*stacks, *self.driver.stacks()]
 
     def compile_blocks(self, **options: Any) -> None:
         for stack in self.stacks():
@@ -322,7 +333,8 @@ class Network(nn.Module):
             training=training,
             taps=taps,
         )
-        x = self.blocks(self._embedded(ids, segments, ctx, taps), ctx)
+        x = self._embedded(ids, segments, ctx, taps)
+        x = self.blocks(x, ctx) if self.driver is None else self.driver(self.blocks, x, ctx)
         return self._closed(x, taps)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -370,7 +382,10 @@ class Network(nn.Module):
             raise UnsupportedError("an encoder sees whole sequences: it has no state", hint="call the model instead")
         memory = self._memory(source, source_padding, None, batch)
         room = capacity if capacity is not None else 64
-        blocks = self.blocks.init_state(batch, room, self.dtype, self.device, memory)
+        if self.driver is None:
+            blocks = self.blocks.init_state(batch, room, self.dtype, self.device, memory)
+        else:
+            blocks = self.driver.init_state(self.blocks, batch, room, self.dtype, self.device)
         return NetworkState(blocks, torch.zeros(batch, dtype=torch.int64, device=self.device), memory)
 
     def extend(
@@ -404,7 +419,11 @@ class Network(nn.Module):
         if positions is None:
             positions = (state.positions[:, None] + steps).clamp(min=0)
         ctx = Context(positions=positions, lengths=lengths, memory=state.memory, ids=ids, side=side, taps=taps)
-        x = self.blocks.extend(self._embedded(ids, segments, ctx, taps), state.blocks, ctx)
+        x = self._embedded(ids, segments, ctx, taps)
+        if self.driver is None:
+            x = self.blocks.extend(x, state.blocks, ctx)
+        else:
+            x = self.driver.extend(self.blocks, x, state.blocks, ctx)
         added = torch.full_like(state.lengths, count) if lengths is None else lengths
         state.lengths = state.lengths + added
         state.positions = state.positions + added

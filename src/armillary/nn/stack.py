@@ -126,12 +126,15 @@ class Stack(nn.Module):
         if self.reversible:
             return reversible.run(list(self), x, ctx, self._compiled)
         for block in self:
-            call = block if self._compiled is None or ctx.taps is not None else partial(self._compiled, block)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(call, x, ctx, use_reentrant=False)
-            else:
-                x = call(x, ctx)
+            x = self.step(block, x, ctx)
         return x
+
+    def step(self, block: Block, x: Tensor, ctx: Context) -> Tensor:
+        """One block, compiled and recomputed as this stack is set."""
+        call = block if self._compiled is None or ctx.taps is not None else partial(self._compiled, block)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(call, x, ctx, use_reentrant=False)  # type: ignore[no-any-return]
+        return call(x, ctx)
 
     def extend(self, x: Tensor, states: list[BlockState], ctx: Context) -> Tensor:
         if self.reversible:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
+from armillary.nn.mask import Beside, Causal, Mask, Segments
 
 
 class State:
@@ -60,6 +61,13 @@ class State:
     def restore(self, snapshot: Self) -> None:
         self.tensors = {name: t.clone() for name, t in snapshot.tensors.items()}
 
+    def put(self, name: str, value: Tensor) -> None:
+        """Give a tensor of constant size new contents: in place without gradients, replaced with them."""
+        if torch.is_grad_enabled():
+            self.tensors[name] = value
+        else:
+            self.tensors[name].copy_(value)
+
     def truncate(self, lengths: Tensor) -> None:
         """Forget the tokens from lengths[b] on; only where the past can be cut (span)."""
         raise UnsupportedError(f"a {self.kind} state cannot be truncated", hint="take a snapshot before and restore it")
@@ -77,12 +85,6 @@ class FixedState(State):
     """Tensors of constant size (recurrent matrices, an encoder's keys and values)."""
 
     kind: ClassVar[str] = "fixed"
-
-    def put(self, name: str, value: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self.tensors[name] = value
-        else:
-            self.tensors[name].copy_(value)
 
 
 class SpanState(State):
@@ -324,3 +326,65 @@ class NodeState(WindowState):
         for state in states:
             state.reserve(levels)
         return super().join(states)
+
+
+class SlideState(State):
+    """The last `window` tokens of each row in order, the newest last, and what a token sees of them:
+    its own segment and the `memory` tokens before it. Drivers give it to mixers that they drive.
+
+    tensors: [B, G, window, …] by name; "index" [B, 1, window] counts the tokens of a row from 0, −1
+    where there is none yet. detached: no gradient flows to tokens of earlier segments; entries that
+    were computed from inputs cut off from the graph stand for them (names "kept_…").
+    """
+
+    kind: ClassVar[str] = "window"
+
+    def __init__(self, tensors: Mapping[str, Tensor], segment: int, memory: int, detached: bool = False) -> None:
+        super().__init__(tensors)
+        self.segment, self.memory, self.detached = segment, memory, detached
+        self.names = tuple(tensors)
+        first = next(iter(self.tensors.values()))
+        self.window = first.shape[2]
+        index = torch.full((first.shape[0], 1, self.window), -1, dtype=torch.int64, device=first.device)
+        self.tensors["index"] = index
+
+    def see(
+        self, parts: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None, lengths: Tensor | None
+    ) -> tuple[dict[str, Tensor], Mask]:
+        """Take in a chunk; returns what its tokens look at, and how far each looks.
+
+        parts: [B, G, T, …] by name; kept: the same from detached inputs, or None; lengths: [B] valid
+        tokens of each row's chunk, None means all T.
+        """
+        count = next(iter(parts.values())).shape[2]
+        steps = torch.arange(count, device=self.tensors["index"].device)
+        fresh = dict(parts) | {"index": self.tensors["index"][:, :, -1:] + 1 + steps}
+        for name, part in (kept or {}).items():
+            fresh[f"kept_{name}"] = part
+            self.tensors.setdefault(f"kept_{name}", self.tensors[name].detach())
+        held = {
+            name: torch.cat([self.tensors[name], part.to(self.tensors[name].dtype)], 2) for name, part in fresh.items()
+        }
+        for name, tensor in held.items():
+            self._keep(name, tensor, count, lengths)
+        index = held.pop("index")[:, 0]
+        queries, causal = fresh["index"][:, 0], Causal(self.window)
+        if kept is None:
+            return held, causal & Segments(self.segment, self.memory, queries, index)
+        before = Segments(self.segment, self.memory, queries, index, "before")
+        own = Segments(self.segment, self.memory, queries, index, "own")
+        double = {name: torch.cat([held.get(f"kept_{name}", held[name]), held[name]], 2) for name in parts}
+        return double, Beside(causal & before, self.window + count, causal & own)
+
+    def _keep(self, name: str, held: Tensor, count: int, lengths: Tensor | None) -> None:
+        """The newest `window` of what was held and the chunk; rows take in as many as they have."""
+        if lengths is None:
+            last = held[:, :, count:]
+        else:
+            places = lengths[:, None] + torch.arange(self.window, device=held.device)
+            shape = (len(held), 1, self.window, *[1] * (held.dim() - 3))
+            last = held.gather(2, places.view(shape).expand(-1, held.shape[1], -1, *held.shape[3:]))
+        if torch.is_grad_enabled():
+            self.tensors[name] = last
+        else:
+            self.tensors[name].copy_(last)

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Training:
     """seed: of this call's noise, [] int64 on the CPU; share: of the update's mean loss that this call
-    makes, [] float32 on the network's device (1 when one call is the whole update)."""
+    makes, [] float32 on the network's device (1 when one call is the whole update); adverse: this is the
+    call in which mechanisms that hold an adversary let it act."""
 
     seed: Tensor
     share: Tensor
+    adverse: bool = False
 
     @staticmethod
     def of(seed: int, share: float = 1.0, device: torch.device | str = "cpu") -> Training:

@@ -59,6 +59,11 @@ class TrainingSettings(Settings):
         None, gt=0, description="sequences at once, gradients summed up to `batch`, which it divides; null: all"
     )
     steps: int = Field(2000, gt=0, description="updates")
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        description="time in updates after which the run ends, the schedule following the clock; null: steps decide",
+    )
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="dtype of activations; parameters and the optimiser stay float32"
     )
@@ -106,6 +111,12 @@ class TrainingSettings(Settings):
         """How many micro-batches make an update."""
         return self.batch // (self.micro_batch or self.batch)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of update `step` (counted from 0)."""
+    def rate(self, step: int, progress: float | None = None) -> float:
+        """The learning rate of update `step` (counted from 0).
+
+        progress: of a run that ends by the clock, the share of its time that is over; its schedule is
+        that of `steps` updates, stretched over the time.
+        """
+        if progress is not None:
+            step = min(int(progress * self.steps), self.steps - 1)
         return self.optimiser.learning_rate * self.schedule.share(step, self.steps)

@@ -1,21 +1,25 @@
 """Cases: one example of a mechanism, put where the laws can call it.
 
 Mixers and channel mixers are called as they are. A position that rotates or biases is hosted by
-attention, one that acts on the embedding and every norm and head by a module that applies just it.
+attention, one that acts on the embedding and every norm and head by a module that applies just it,
+a driver by a small stack.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from armillary.nn.block import BlockSettings
+from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
+from armillary.nn.driver import DriverSettings
 from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings
 from armillary.nn.linear import Embedding
@@ -32,6 +36,9 @@ from armillary.nn.mechanism import (
     initialise,
 )
 from armillary.nn.mixers.attention import AttentionSettings
+from armillary.nn.network import NetworkState
+from armillary.nn.positions.rope import RopeSettings
+from armillary.nn.stack import Stack, StackSettings
 from armillary.nn.state import State
 
 WIDTH = 16
@@ -76,6 +83,70 @@ class _Read(ChannelMixer):
         return self.head(x, ctx.padding)  # type: ignore[no-any-return]
 
 
+# What drivers drive: two blocks, whose tokens know where they stand.
+HOST = StackSettings(
+    depth=2,
+    block=BlockSettings(mixer=AttentionSettings(heads=2, position=RopeSettings()), channel=GatedSettings(hidden=24)),
+)
+
+
+class _Driven(ChannelMixer):
+    """A stack with its driver; the states of all blocks count as one."""
+
+    def __init__(self, settings: DriverSettings, place: Place) -> None:
+        super().__init__()
+        self.blocks = Stack(HOST, place)
+        self.driver = settings.build(place, HOST)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.driver(self.blocks, x, ctx)  # type: ignore[no-any-return]
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
+    ) -> State:
+        blocks = self.driver.init_state(self.blocks, batch, capacity, dtype, device)
+        return _Together(NetworkState(blocks, torch.zeros(batch, dtype=torch.int64, device=device)))
+
+    def extend(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
+        return self.driver.extend(self.blocks, x, state.network.blocks, ctx)
+
+
+class _Together(State):
+    """The states of a network, as one."""
+
+    kind: ClassVar[str] = "window"
+
+    def __init__(self, network: NetworkState) -> None:
+        self.network = network
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return {
+            f"{index}.{key}.{name}": tensor
+            for index, key, state in self.network._each()
+            for name, tensor in state.tensors.items()
+        }
+
+    def select(self, rows: Tensor) -> _Together:
+        return _Together(self.network.select(rows))
+
+    @classmethod
+    def join(cls, states: Sequence[Any]) -> Any:
+        return cls(NetworkState.join([state.network for state in states]))
+
+    def snapshot(self) -> _Together:
+        return _Together(self.network.snapshot())
+
+    def restore(self, snapshot: Any) -> None:
+        self.network.restore(snapshot.network)
+
+    def truncate(self, lengths: Tensor) -> None:
+        self.network.truncate(lengths)
+
+    def to(self, device: torch.device | str) -> _Together:
+        return _Together(self.network.to(device))
+
+
 @dataclass(frozen=True)
 class Case:
     """One example of the mechanism `name` of `role`."""
@@ -94,12 +165,12 @@ class Case:
     @property
     def mixes(self) -> bool:
         """Whether information moves between positions."""
-        return isinstance(self.settings, MixerSettings)
+        return isinstance(self.settings, (MixerSettings, DriverSettings))
 
     @property
     def can(self) -> Capabilities:
         settings = self.settings
-        return type(settings).capabilities if isinstance(settings, MixerSettings) else EVERYWHERE
+        return type(settings).capabilities if isinstance(settings, (MixerSettings, DriverSettings)) else EVERYWHERE
 
     @property
     def extends(self) -> bool:
@@ -145,6 +216,8 @@ class Case:
             return _Added(settings.build(place))
         if isinstance(settings, HeadSettings):
             return _Read(settings, place)
+        if isinstance(settings, DriverSettings):
+            return _Driven(settings, place)
         assert isinstance(settings, NormSettings)
         return _Normed(settings.build(width))
 
@@ -155,6 +228,8 @@ class Case:
             return settings.cost(place, length, itemsize)
         if isinstance(settings, PositionSettings):
             return settings.cost(place, length, 0, 0, 0)
+        if isinstance(settings, DriverSettings):
+            return settings.cost(HOST, place, length, itemsize)
         if isinstance(settings, HeadSettings):
             return Cost(settings.flops(width, VOCABULARY, length))
         assert isinstance(settings, NormSettings)

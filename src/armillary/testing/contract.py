@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from armillary.base.errors import SettingsError
 from armillary.base.settings import json_schema, parse
 from armillary.nn.context import Context, Memory
+from armillary.nn.driver import DriverSettings
 from armillary.nn.mask import Mask
 from armillary.nn.mechanism import (
     MechanismSettings,
@@ -23,8 +24,8 @@ from armillary.nn.mechanism import (
     PositionSettings,
     initialise,
 )
-from armillary.testing.cases import SOURCE, WIDTH, Case, Trial
-from armillary.testing.compare import refuses, require, same
+from armillary.testing.cases import HOST, SOURCE, WIDTH, Case, Trial
+from armillary.testing.compare import near, refuses, require, same
 
 
 def recipe(case: Case) -> None:
@@ -133,6 +134,26 @@ def unsupported(case: Case) -> None:
             refuses(lambda: trial.fill(state, 2), "a prefix in two chunks")
 
 
+def refusals(case: Case) -> None:
+    """A driver refuses orders that it does not declare, and what belongs to single mixers of its stack."""
+    settings = case.settings
+    assert isinstance(settings, DriverSettings)
+    for order in get_args(Order):
+        if not getattr(case.can, order):
+            refuses(partial(settings.build, Place(WIDTH, order=order), HOST), f"order {order}")
+    trial = Trial(case)
+    with torch.no_grad():
+        refuses(lambda: trial.whole(lengths=torch.tensor([12, 3, 2])), "lengths in forward")
+        refuses(lambda: trial.whole(mask=_Hidden()), "a mask from the objective")
+        refuses(lambda: trial.whole(side={"marks": torch.zeros(3, 12)}), "a side tensor")
+        refuses(lambda: trial.whole(memory=Memory(torch.zeros(3, SOURCE, WIDTH))), "an encoder's memory")
+        if not case.extends:
+            refuses(lambda: trial.state(), "a state for a stack that sees both ways")
+            return
+        padding = torch.ones(3, 4, dtype=torch.bool)
+        refuses(lambda: trial.extend(trial.state(), trial.x[:, :4], 0, padding=padding), "padding in extend")
+
+
 def _masked(trial: Trial) -> None:
     if trial.case.cross or not trial.case.can.mask:
         refuses(lambda: trial.whole(mask=_Hidden()), "a mask from the objective")
@@ -168,6 +189,9 @@ def sites(case: Case) -> None:
         here = places[rows]
         if site == "rotate":
             return position.rotate(q[rows], k[rows], here)
+        if site == "relate":
+            met, scores = position.relate(q[rows], here, here)
+            return met, scores(torch.arange(length), torch.arange(length))
         found: Tensor = position.bias(here, here) if site == "bias" else getattr(position, site)(here)
         return (found,)
 
@@ -175,6 +199,7 @@ def sites(case: Case) -> None:
         "embed": ((2, length, WIDTH),),
         "rotate": (tuple(q.shape), tuple(k.shape)),
         "bias": ((2, heads, length, length),),
+        "relate": (tuple(q.shape), (2, heads, length, length)),
         "decay": ((2, length, heads),),
     }
     require(settings.sites <= set(shapes), f"unknown sites: {', '.join(settings.sites - set(shapes))}")
@@ -186,5 +211,7 @@ def sites(case: Case) -> None:
             call(site, slice(None)), expected, call(site, slice(1)), call(site, slice(1, 2)), strict=True
         ):
             require(tuple(found.shape) == shape, f"'{site}' gives {tuple(found.shape)}, expected {shape}")
-            same(torch.cat([first, second]), found, f"'{site}' of rows alone")
+            # scores by content are products, whose last digits depend on the number of rows
+            alike = near if site == "relate" else same
+            alike(torch.cat([first, second]), found, f"'{site}' of rows alone")
             require(not torch.equal(first, second), f"'{site}' does not depend on the position")

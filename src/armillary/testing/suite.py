@@ -9,12 +9,13 @@ from functools import partial
 
 from armillary.base.errors import InputError, nearest
 from armillary.base.registry import Registry
+from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
 from armillary.nn.mechanism import MechanismSettings, PositionSettings, channels, mixers, norms, positions
 from armillary.testing import contract, numerics, sequence, sight
 from armillary.testing.cases import Case, NotApplicable
 
-_REGISTRIES: tuple[Registry[MechanismSettings], ...] = (mixers, channels, positions, norms, heads)  # type: ignore[assignment]
+_REGISTRIES: tuple[Registry[MechanismSettings], ...] = (mixers, channels, positions, norms, heads, drivers)  # type: ignore[assignment]
 ROLES = tuple(registry.role for registry in _REGISTRIES)
 
 
@@ -45,8 +46,24 @@ def _mixes(case: Case) -> bool:
     return case.mixes
 
 
+def _looks(case: Case) -> bool:
+    return case.mixes and case.role != "driver"  # a whole stack has no matrix of its own
+
+
+def _whole(case: Case) -> bool:
+    return case.role != "driver"  # it goes from block to block, each of which is a graph
+
+
+def _sloped(case: Case) -> bool:
+    return not getattr(case.settings, "detached", False)  # a gradient that is cut is no derivative
+
+
 def _stateful(case: Case) -> bool:
     return case.mixes and case.extends
+
+
+def _drives(case: Case) -> bool:
+    return case.role == "driver"
 
 
 def _positioned(case: Case) -> bool:
@@ -68,12 +85,12 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
     ("packing", sequence.packing, _sequential),
     ("padding", sequence.padding, _always),
     ("rollback", sequence.rollback, _stateful),
-    ("gradient", numerics.gradient, _always),
+    ("gradient", numerics.gradient, _sloped),
     ("cost", numerics.cost, _always),
-    ("sight", sight.sight, _mixes),
+    ("sight", sight.sight, _looks),
     ("taps", sight.taps, _tapped),
     ("plain", numerics.plain, _always),
-    ("graph", numerics.graph, _always),
+    ("graph", numerics.graph, _whole),
     ("compiler", numerics.compiler, _compiles),
     ("bf16", numerics.bf16, _always),
     ("poison", numerics.poison, _always),
@@ -82,7 +99,8 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
     ("recipe", contract.recipe, _always),
     ("meta", contract.meta, _always),
     ("sites", contract.sites, _positioned),
-    ("unsupported", contract.unsupported, _mixes),
+    ("unsupported", contract.unsupported, _looks),
+    ("refusals", contract.refusals, _drives),
 )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from armillary.base.errors import SettingsError
 from armillary.nn.network import Network
 from armillary.recipe.training import TrainingSettings
 
@@ -37,6 +38,15 @@ def choose(network: Network, training: TrainingSettings, *, ranks: int = 1) -> C
     """What `training.compile` means here."""
     if training.compile == "no":
         return CompileChoice(False, "blocks run eagerly: compile is no")
+    driver = network.driver
+    if driver is not None and not driver.compiles:
+        if training.compile == "yes":
+            raise SettingsError(
+                f"the driver '{driver.kind}' runs blocks in pieces, which are not compiled",
+                path=("training", "compile"),
+                hint="set training.compile=no",
+            )
+        return CompileChoice(False, f"blocks run eagerly: the driver '{driver.kind}' runs them in pieces")
     if training.compile == "yes":
         return CompileChoice(True, "blocks are compiled: compile is yes")
     if ranks > 1:

@@ -45,7 +45,9 @@ class Run:
             raise InputError("this folder is not a run: it has no recipe.yaml", where=str(path))
         run = cls(path)
         run.step = (step_of(run.checkpoints[-1]) or 0) if run.checkpoints else 0
-        run.stopped = run.step < run.recipe.training.steps
+        training = run.recipe.training
+        ended = run.ledger.last("finished")
+        run.stopped = run.step < training.steps if training.seconds is None else ended is None
         return run
 
     @property

@@ -55,6 +55,7 @@ class Course:
     """What a run carries from step to step besides the trainer's state."""
 
     seconds: float = 0.0
+    updating: float = 0.0  # of these, in updates: what a limit of time counts
     window: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum and count of losses since the last line
     skipped: int = 0
     best_loss: float | None = None  # held out, over all evaluations
@@ -102,8 +103,8 @@ class Session:
         if self.training.threads is not None:
             torch.set_num_threads(self.training.threads)
         found = self._latest()
-        if found is not None and found[1]["step"] >= self.training.steps:
-            self.say(told.Notice(f"all {self.training.steps} steps of this run are done"))
+        if found is not None and self._over(found[1]["step"], Course.of(found[1]["course"])):
+            self.say(told.Notice(f"all {found[1]['step']} steps of this run are done"))
             return Outcome(False, None, found[1]["step"])
         self.corpus = self._corpus()
         self.tokenizer: Tokenizer = self.corpus.tokenizer
@@ -116,10 +117,23 @@ class Session:
             raise
         finally:
             self._close()
-        step, steps = self.trainer.steps_done, self.training.steps
+        step = self.trainer.steps_done
+        steps = self._total(step)
         self._note("stopped" if stopped else "finished", step=step)
         self.say(told.Finished(step, steps, stopped, self.course.seconds))
         return Outcome(stopped, signals.received, step)
+
+    def _over(self, step: int, course: Course) -> bool:
+        """Whether the run has had all its updates, or all its time."""
+        limit = self.training.seconds
+        return step >= self.training.steps if limit is None else self.world.agree(course.updating >= limit)
+
+    def _total(self, step: int) -> int:
+        """How many updates the run will have; where the clock decides, as far as can be told."""
+        limit, used = self.training.seconds, self.course.updating
+        if limit is None:
+            return self.training.steps
+        return max(step, round(step * limit / used)) if used and step else self.training.steps
 
     def _latest(self) -> tuple[Path, dict[str, Any]] | None:
         if self.fresh:
@@ -215,9 +229,9 @@ class Session:
             processes=self.world.size,
         )
         count = sum(p.numel() for p in self.trainer.names.values())
-        self.say(told.Started(step, training.steps, count, str(self.folder)))
+        self.say(told.Started(step, self._total(step), count, str(self.folder)))
         self.say(told.Notice(self.trainer.compiled.why))
-        if training.precision == "bf16" and device.type == "cpu" and not _computes_bf16():
+        if training.precision == "bf16" and device.type == "cpu" and not computes_bf16():
             self._warn("this processor does not compute in bf16; training.precision=float32 may be faster")
         if self.heldout is None:
             self._warn("there is too little held-out text to measure; see data.heldout")
@@ -240,15 +254,18 @@ class Session:
 
     def _loop(self, stop_after: int | None, signals: StopSignals) -> bool:
         """Train to the end; returns whether it stopped before."""
-        trainer, course, steps = self.trainer, self.course, self.training.steps
-        goal = steps if stop_after is None else min(steps, max(stop_after, trainer.steps_done))
+        trainer, course, limit = self.trainer, self.course, self.training.seconds
+        goal = None if stop_after is None else max(stop_after, trainer.steps_done)
         pace = Pace(trainer.steps_done)
         spent = course.seconds
         stalled = False
         source = cast(Generator[Batch], self.loader.iterate(trainer.steps_done))
         with contextlib.closing(source) as batches:
-            while trainer.steps_done < goal and not stalled and not trainer.stop_agreed:
+            over = self._over(trainer.steps_done, course)
+            while not (over or stalled or trainer.stop_agreed or trainer.steps_done == goal):
                 began = time.perf_counter()
+                if limit is not None:
+                    trainer.progress = self.world.agree(min(1.0, course.updating / limit))
                 loss = trainer.step(next(batches))
                 update = trainer.last
                 assert update is not None
@@ -258,14 +275,17 @@ class Session:
                     course.window[1] += 1
                 else:
                     course.skipped += 1
-                pace.stepped(step, update.tokens, time.perf_counter() - began, loss)
+                took = time.perf_counter() - began
+                course.updating += took
+                pace.stepped(step, update.tokens, took, loss)
                 course.seconds = spent + pace.elapsed
+                over = self._over(step, course)
                 self._tell(step, pace)
-                stalled = self._look(step, pace, last=step == steps)
+                stalled = self._look(step, pace, last=over)
                 course.seconds = spent + pace.elapsed
         if self.saved != trainer.steps_done:
             self._save(last=True)
-        return trainer.steps_done < steps and not stalled
+        return not (over or stalled)
 
     def _look(self, step: int, pace: Pace, *, last: bool) -> bool:
         """Whatever is due after this step; returns whether the guards ask to stop."""
@@ -467,8 +487,8 @@ class Session:
 
     def _tell(self, step: int, pace: Pace) -> None:
         if self._progress is not None:
-            steps, loss = self.training.steps, pace.loss
-            left = pace.left(step, steps)
+            limit, loss, steps = self.training.seconds, pace.loss, self._total(step)
+            left = pace.left(step, steps) if limit is None else max(0.0, limit - self.course.updating)
             bits = None if self.tokens_per_byte is None else bits_per_byte(loss, self.tokens_per_byte)
             self._progress(told.Stepped(step, steps, loss, bits, pace.speed, left))
 
@@ -504,7 +524,7 @@ def _tokens_per_byte(corpus: Corpus, recipe: Recipe) -> float:
     return total / bytes_per_token
 
 
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
     """Whether the processor has bf16 products; true where that cannot be told."""
     try:
         flags = Path("/proc/cpuinfo").read_text(errors="replace")

@@ -103,6 +103,7 @@ class Trainer:
         found = (getattr(module, "after_step", None) for module in network.modules())
         self.hooks: list[Callable[[int, int], object]] = [hook for hook in found if callable(hook)]
         self.steps_done = 0
+        self.progress = None if training.seconds is None else 0.0  # of the time, moved on by who holds the clock
         self.last: Update | None = None
         self.stop_asked = False  # what this process asks for; `stop_agreed` is what all of them know
         self.stop_agreed = False
@@ -122,7 +123,7 @@ class Trainer:
         the weights as they were.
         """
         step, steps = self.steps_done, self.training.steps
-        if step >= steps:
+        if step >= steps and self.training.seconds is None:
             raise TrainingError(f"all {steps} steps are done", hint="training.steps says how many there are")
         batch = self._checked(batch)
         if not (self.model.training and self.network.training):
@@ -132,13 +133,15 @@ class Trainer:
             sums, divisor, tokens = self._gradients(batch, step)
         loss, grad_norm, metrics = self._judged(sums, divisor)
         why = self._fault(loss, grad_norm)
-        rate = self.training.rate(step)
+        rate = self.training.rate(step, self.progress)
         if why is None:
             self._clip(grad_norm)
             set_rate(self.optimiser, rate)
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1
+        if self.progress:  # how many there will be, as far as can be told
+            steps = max(self.steps_done, round(step / self.progress))
         for hook in self.hooks:
             hook(self.steps_done, steps)
         self.last = Update(self.steps_done, loss, grad_norm, rate, tokens, why, metrics)

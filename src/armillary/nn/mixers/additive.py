@@ -46,7 +46,7 @@ class PoolSettings(MixerSettings):
         """FLOPs of one set of logits and of the averages that it weighs."""
         each, causal = self.size(place.width), place.order == "causal"
         flops = 3.0 + (5 if causal else 4) * (each + 1) + each + 1  # scaled, difference, exponential; sums; quotient
-        flops += 2 if causal else 0  # the running maximum as a decay
+        flops += 5 if causal else 0  # the running maximum in steps, as a decay
         return linear_flops(place.width, self.heads, length) + length * self.heads * flops
 
     def pool_bytes(self, place: Place) -> float:

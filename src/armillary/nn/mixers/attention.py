@@ -9,7 +9,7 @@ themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in S
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -35,7 +35,9 @@ from armillary.nn.mechanism import (
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, Modify, attend
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import FixedState, SpanState, State, WindowState
+from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState
+
+_SITES = frozenset({"rotate", "bias", "relate"})
 
 
 @mixers.register
@@ -49,13 +51,22 @@ class AttentionSettings(MixerSettings):
         "layers, PyTorch's cross attention; outputs and gradients"
     )
     capabilities: ClassVar[Capabilities] = Capabilities(
-        causal=True, bidirectional=True, prefix=True, cross=True, mask=True, state="span", rollback="truncate"
+        causal=True,
+        bidirectional=True,
+        prefix=True,
+        cross=True,
+        mask=True,
+        state="span",
+        rollback="truncate",
+        driven=True,
     )
     tracked: ClassVar[bool] = False  # whether the mask needs the positions of earlier tokens
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int | None = Field(None, gt=0, description="key/value heads (divides heads); by default as many")
     head_width: int | None = Field(None, gt=0, description="features per head; by default width / heads")
-    position: PositionSettings | None = Field(None, description="where tokens stand: rope, alibi, t5, none")
+    position: PositionSettings | None = Field(
+        None, description="where tokens stand: rope, alibi, t5, transformer_xl, none"
+    )
     norm: NormSettings | None = Field(None, description="norm of queries and keys, per head")
     softcap: float | None = Field(None, gt=0, description="scores become c·tanh(score/c)")
     sinks: bool = Field(False, description="a learned logit per head that takes attention and gives nothing")
@@ -70,7 +81,7 @@ class AttentionSettings(MixerSettings):
     def _coherent(self) -> AttentionSettings:
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
-        if self.position is not None and self.position.kind != "none" and not self.position.sites & {"rotate", "bias"}:
+        if self.position is not None and self.position.kind != "none" and not self.position.sites & _SITES:
             raise ValueError(f"'{self.position.kind}' acts on the embedding: put it under model.position")
         return self
 
@@ -131,7 +142,7 @@ class AttentionSettings(MixerSettings):
             flops += self.norm.flops(each, float(length * (self.heads + self.groups)))
         if self.position is not None:
             flops += self.position.cost(place, length, self.heads, self.groups, each).flops
-        tracked = self.tracked or (self.position is not None and "bias" in self.position.sites)
+        tracked = self.tracked or (self.position is not None and bool(self.position.sites & {"bias", "relate"}))
         kept = 0 if place.order == "bidirectional" and not place.cross else self.kept(length)
         return Cost(flops, kept * (2 * key * itemsize + (8 if tracked else 0)))
 
@@ -196,8 +207,8 @@ class Attention(Mixer):
             if settings.position is not None and sites
             else None
         )
-        self.rotates, self.biases = "rotate" in sites, "bias" in sites
-        self.tracks = self.biases or settings.tracked
+        self.rotates, self.biases, self.relates = "rotate" in sites, "bias" in sites, "relate" in sites
+        self.tracks = self.biases or self.relates or settings.tracked
         self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
@@ -222,7 +233,8 @@ class Attention(Mixer):
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
         look = Look(0, ctx.where(x), ctx.where(x), ctx=ctx)
-        return Frozen({"q": q, "k": k, "scoring": self._scoring(self._mask(ctx, look), look)})
+        q, scoring = self._related(q, self._scoring(self._mask(ctx, look), look), look)
+        return Frozen({"q": q, "k": k, "scoring": scoring})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
         if frozen.weights is not None:
@@ -281,16 +293,25 @@ class Attention(Mixer):
         positions = ctx.where(x).expand(x.shape[0], -1)
         if self.tracks:
             parts["positions"] = positions[:, None]
-        assert isinstance(state, (SpanState, WindowState))
-        start, uniform, index = state.lengths, state.uniform, None
-        if isinstance(state, WindowState):
-            held, index = state.append(parts, ctx.lengths)
+        index: Tensor | None = None
+        mask: Mask | None
+        if isinstance(state, SlideState):
+            if not self.diagonal:
+                raise UnsupportedError("a driver's segments show every token to itself", where=self.path)
+            held, mask = state.see(parts, self._kept(x, parts, ctx) if state.detached else None, ctx.lengths)
+            look = Look(0, positions, held["positions"][:, 0] if self.tracks else None, ctx=ctx)
         else:
-            held = state.append(parts, ctx.lengths)
-        before: int | Tensor = start if uniform is None or state.uniform is None else uniform
-        look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index, ctx)
-        mask = self.narrow(self._extend_mask(look, ctx, x), look)
-        return self._mixed(q, held["k"], held["v"], self._scoring(mask, look), x, ctx)
+            assert isinstance(state, (SpanState, WindowState))
+            start, uniform = state.lengths, state.uniform
+            if isinstance(state, WindowState):
+                held, index = state.append(parts, ctx.lengths)
+            else:
+                held = state.append(parts, ctx.lengths)
+            before: int | Tensor = start if uniform is None or state.uniform is None else uniform
+            look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index, ctx)
+            mask = self.narrow(self._extend_mask(look, ctx, x), look)
+        q, scoring = self._related(q, self._scoring(mask, look), look)
+        return self._mixed(q, held["k"], held["v"], scoring, x, ctx)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
         """The order's mask, narrowed to what this kind of attention looks at."""
@@ -308,6 +329,37 @@ class Attention(Mixer):
             assert self.position is not None and look.keys is not None
             bias = partial(_bias_rows, self.position, look.queries, look.keys)
         return Scoring(mask, bias, self.modify(look))
+
+    def _related(self, q: Tensor, how: Scoring, look: Look) -> tuple[Tensor, Scoring]:
+        """The queries that meet the keys' content, and what a position that knows them adds to the scores."""
+        if not self.relates:
+            return q, how
+        assert self.position is not None and look.keys is not None
+        q, scores = self.position.relate(q, look.queries, look.keys)
+        return q, replace(how, bias=partial(_scaled_rows, scores, self.scale))
+
+    def entries(self, x: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """What tokens x [B, T, D] at ctx.positions are looked at by: keys and values [B, G, T, K], and
+        their positions [B, 1, T] where scores depend on them."""
+        k = self._keys(x, ctx)
+        if self.position is not None and self.rotates:
+            _, k = self.position.rotate(k, k, ctx.where(x))
+        v = self.v(x).unflatten(-1, (self.groups, self.width))
+        parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
+        if self.tracks:
+            parts["positions"] = ctx.where(x).expand(x.shape[0], -1)[:, None]
+        return parts
+
+    def _kept(self, x: Tensor, parts: dict[str, Tensor], ctx: Context) -> dict[str, Tensor] | None:
+        """The chunk's entries for later segments: the same numbers, whose gradient reaches the weights of
+        the products and ends at x."""
+        if not torch.is_grad_enabled():
+            return None
+        entries = self.entries(x.detach(), ctx)
+        if ctx.taps is None:
+            return {name: entries[name] for name in ("k", "v")}
+        # an edit of k or v acts on what later segments see, too
+        return {name: parts[name].detach() + (entries[name] - entries[name].detach()) for name in ("k", "v")}
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring, x: Tensor, ctx: Context) -> Tensor:
         if ctx.taps is None:
@@ -396,6 +448,10 @@ class Attention(Mixer):
 def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     bias: Tensor = position.bias(q_pos[:, rows], k_pos[:, columns])  # type: ignore[operator]
     return bias
+
+
+def _scaled_rows(scores: Bias, scale: float, rows: Tensor, columns: Tensor) -> Tensor:
+    return scores(rows, columns) * scale
 
 
 def _textbook(mixer: Attention, x: Tensor, ctx: Context) -> Tensor:

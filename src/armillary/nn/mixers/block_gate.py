@@ -6,11 +6,13 @@ Welling & Kingma 2018 (Learning Sparse Neural Networks through L0 Regularization
 variable, which is exactly 0 with a probability that can be penalised.
 
 For query t and block n of b finished keys with mean k̄_n, per head: log α = gain · q_t·k̄_n / √K +
-bias, s = σ(log α) (in updates σ((log u − log(1 − u) + log α)/τ) with uniform u), g = clip(1.2·s − 0.1,
-0, 1). A gate multiplies the block's softmax weights before they are normalised: at 1 it is attention,
-at 0 the block is not computed and gets no gradient. The block that the query stands in is always
-open, so only finished blocks are gated and the mixer is causal. Blocks are counted from the start of
-each document. λ times the expected share of open blocks is added to the loss.
+bias, s = σ(log α) (in updates σ((log u − log(1 − u) + log α)/τ) with uniform u, drawn once for
+neighbouring queries), g = clip(1.2·s − 0.1, 0, 1). A gate multiplies the block's softmax weights before
+they are normalised: at 1 it is attention, at 0 the block is not computed and gets no gradient. The
+block that the query stands in is always open, so only finished blocks are gated and the mixer is
+causal. Blocks are counted from the start of each document. λ times the expected share of open blocks,
+as far as that is above a target, is added to the loss. Gains and biases are kept divided by 10: a logit
+has several units to go while training moves a parameter by a fraction of one.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from armillary.nn.training import attach, uniform
 
 LOW, HIGH = -0.1, 1.1  # to where the gate is stretched before it is clipped to [0, 1]
 TEMPERATURE = 0.33
+PACE = 10.0  # how much faster gains and biases move than they would as parameters of their own
 TILE = 16  # queries that the op takes together; the blocks that any of them opens are computed
 
 
@@ -61,7 +64,8 @@ class BlockGateSettings(MixerSettings):
     position: PositionSettings | None = Field(RopeSettings(), description="how q and k turn: rope or none")
     block: int = Field(32, gt=0, description="keys in a block")
     penalty: float = Field(0.0, ge=0, description="loss added per expected share of open blocks, in nats")
-    start: float = Field(2.0, description="bias of the gates before training: above 0 they begin open")
+    target: float = Field(0.0, ge=0, lt=1, description="expected share of open blocks that costs nothing")
+    start: float = Field(1.0, description="bias of the gates before training: above 0 they begin open")
 
     @model_validator(mode="after")
     def _coherent(self) -> BlockGateSettings:
@@ -122,7 +126,8 @@ class BlockGate(Mixer):
         self.heads, self.groups = settings.heads, settings.groups
         self.width = settings.features(place.width)
         self.value_groups = self.groups
-        self.block, self.penalty, self.start = settings.block, settings.penalty, settings.start
+        self.block, self.start = settings.block, settings.start
+        self.penalty, self.target = settings.penalty, settings.target
         self.tile = math.gcd(TILE, settings.block)
         self.scale = self.width**-0.5
         self.q = place.product(place.width, self.heads * self.width, "q")
@@ -141,8 +146,8 @@ class BlockGate(Mixer):
         )
 
     def reset(self, generator: torch.Generator | None) -> None:
-        nn.init.ones_(self.gain)
-        nn.init.constant_(self.bias, self.start)
+        nn.init.constant_(self.gain, 1 / PACE)
+        nn.init.constant_(self.bias, self.start / PACE)
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         return self.v(x).unflatten(-1, (self.groups, self.width))  # type: ignore[no-any-return]
@@ -239,19 +244,21 @@ class BlockGate(Mixer):
         batch, length = q.shape[:2]
         blocks = means.shape[2]
         wide = means.dtype
-        asked = (q.to(wide) * (self.gain * self.scale).to(wide)[:, None]).transpose(1, 2)
+        asked = (q.to(wide) * (self.gain * (PACE * self.scale)).to(wide)[:, None]).transpose(1, 2)
         asked = asked.reshape(batch, self.groups, -1, self.width)
         logits = (asked @ means.transpose(2, 3)).view(batch, self.heads, length, blocks)
-        logits = logits + self.bias.to(wide)[:, None, None]
+        logits = logits + (self.bias * PACE).to(wide)[:, None, None]
         index = torch.arange(blocks + 1, device=q.device)
         earlier = (index[:-1] < own[..., None])[:, None]
         if same is not None:
             earlier = earlier & same[:, None]
-        drawn = uniform(ctx, self.path, "gate", logits.shape, q.detach())
+        # One draw for the queries that the op takes together, or one of them would open nearly every block.
+        tiles = -(-length // self.tile)
+        drawn = uniform(ctx, self.path, "gate", (batch, self.heads, tiles, blocks), q.detach())
         if drawn is None:
             soft = torch.sigmoid(logits)
         else:
-            drawn = drawn.to(wide)
+            drawn = drawn.to(wide).repeat_interleave(self.tile, 2)[:, :, :length]
             soft = torch.sigmoid((drawn.log() - (1 - drawn).log() + logits) / TEMPERATURE)
         gate = (soft * (HIGH - LOW) + LOW).clamp(0, 1)
         if ctx.taps is not None:
@@ -264,7 +271,8 @@ class BlockGate(Mixer):
         if self.penalty and ctx.training is not None:
             chance = torch.sigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH))
             pairs = earlier.expand_as(chance).sum().clamp(min=1)
-            logs = attach(logs, self.penalty * chance.masked_fill(~earlier, 0.0).sum() / pairs, ctx)
+            share = chance.masked_fill(~earlier, 0.0).sum() / pairs
+            logs = attach(logs, self.penalty * (share - self.target).clamp(min=0), ctx)
         return logs
 
     def _sparse(

@@ -78,25 +78,18 @@ class HTransformerSettings(MixerSettings):
         causal = place.order == "causal"
         own = blocks * self.block
         found = own * self._row(each)
-        reach = [2 * count * self.block for count in pairs]  # coarse tokens at each level
         for level, count in enumerate(pairs):
-            rows = count * (self.block << level) if causal else reach[level]
-            found += rows * self._row(each) + rows * self.block * (0 if causal else 1)
-            found += rows if causal else 0
-            coarse = size >> level
+            coarse, reach = size >> level, 2 * count * self.block
             if causal:
-                found += 4 * coarse * each if level else 0  # two halvings of keys and values
-                found += 2 * rows * each
+                rows = count * (self.block << level)
+                found += rows * (self._row(each) + 1 + 2 * each) + (4 * coarse * each if level else 0)
             else:
-                found += 3 * coarse * each if level else 0
-                found += 3 * coarse * each
-                found += 2 * (reach[level] << level) * each
-        if not causal:
-            found += 3 * size * each
-        if pairs:
-            # the levels' logarithms, their common one and the shares; the own block's share
+                found += reach * (self._row(each) + self.block + 3 * each) + (3 * coarse * each if level else 0)
+                joined = own if level == 0 else max(reach << 1, 2 * pairs[level - 1] * self.block)
+                found += joined * (3 * each + 3)
+        if causal and pairs:  # the levels' logarithms, their common one and the shares; the own block's share
             found += (len(pairs) + 1) * size * 6 + size * each
-        found += size * each  # what is not there becomes 0
+        found += size * each * (1 if causal else 4)  # what is not there becomes 0
         flops += self.heads * found
         levels = NodeState.levels_for(length, self.block)
         kept = 0 if place.order == "bidirectional" else 2 * place.width * itemsize * (1 + levels) * self.block

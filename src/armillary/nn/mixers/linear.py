@@ -69,7 +69,7 @@ class KernelSettings(MixerSettings):
         sums = (5.0 if causal else 4.0) * features * (each + 1)  # decay, outer product, sum, product with q
         flops = sums + each + 1 + (1 if causal else 0)
         if scaled:  # largest feature, clamp, difference, exponential; the running scale as a decay
-            flops += 3.0 * features + (2 if causal else 1)
+            flops += 3.0 * features + (6 if causal else 2)
         return length * self.heads * flops
 
     def state_bytes(self, place: Place, features: int, scaled: bool = False) -> float:
@@ -165,7 +165,7 @@ class KernelAttention(Mixer):
                 keys = keys.masked_fill(~real[..., None, None], -torch.inf)
             top = keys.detach().amax(-1)
             scale = running_max(top, before, ctx.documents) if causal else whole_max(top, ctx.documents)
-            keys = (keys - scale[..., None]).exp()
+            keys = keys.add_(-scale[..., None]).exp_()  # in place: what made them does not need them again
         elif real is not None:
             keys = keys * real[..., None, None].to(keys.dtype)
         return {"q": self.queries(q), "k": keys, "scale": scale if causal else None, "documents": ctx.documents}

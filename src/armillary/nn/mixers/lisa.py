@@ -65,7 +65,8 @@ class LisaSettings(MixerSettings):
         both = {"order": "bidirectional"}
         small = partial(cls, heads=2, codebooks=2, codewords=5)
         return [
-            Example("hard", small(), compiled=True),
+            Example("hard", small()),
+            Example("one_codebook", small(codebooks=1), compiled=True),
             Example("soft", small(assignment="soft")),
             Example("soft_decay", small(assignment="soft", decay=0.8, temperature=2.0)),
             Example("hard_both_ways", small(), both),

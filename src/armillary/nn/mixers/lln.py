@@ -131,7 +131,7 @@ class LogNormal(KernelAttention):
 
     def queries(self, q: Tensor) -> Tensor:
         scaled = q.to(torch.promote_types(q.dtype, torch.float32)) * self.temperatures()[0]
-        return (scaled - scaled.detach().amax(-1, keepdim=True)).exp()
+        return scaled.add_(-scaled.detach().amax(-1, keepdim=True)).exp_()
 
     def keys(self, k: Tensor) -> Tensor:
         return k.to(torch.promote_types(k.dtype, torch.float32)) * self.temperatures()[1]

@@ -132,7 +132,7 @@ class Performer(KernelAttention):
         features = self._project(q)
         if not self.logarithmic:
             return features
-        return (features - features.detach().amax(-1, keepdim=True)).exp()
+        return features.add_(-features.detach().amax(-1, keepdim=True)).exp_()
 
     def keys(self, k: Tensor) -> Tensor:
         return self._project(k)
@@ -146,7 +146,7 @@ class Performer(KernelAttention):
             return F.relu(projected) + self.offset
         if self.hyperbolic:
             projected = torch.cat([projected, -projected], -1)
-        return projected - x.square().sum(-1, keepdim=True) * 0.5
+        return projected.add_(x.square().sum(-1, keepdim=True) * -0.5)  # in place: these are the large tensors
 
 
 def orthogonal_directions(rows: int, width: int, generator: torch.Generator) -> Tensor:
@@ -157,8 +157,7 @@ def orthogonal_directions(rows: int, width: int, generator: torch.Generator) -> 
         q, r = torch.linalg.qr(_normal(width, width, generator))
         blocks.append((q * r.diagonal().sign()).t())  # with the signs it is uniform over rotations (Mezzadri 2007)
     lengths = torch.linalg.vector_norm(_normal(rows, width, generator), dim=1, keepdim=True)
-    drawn: Tensor = torch.cat(blocks)[:rows]
-    made: Tensor = drawn * lengths
+    made: Tensor = torch.cat(blocks)[:rows] * lengths
     return made
 
 

@@ -93,8 +93,9 @@ class Pruned(Attention):
         self.distances.copy_(distances)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
-        assert look.keys is not None
-        return both(super().narrow(mask, look), _Fixed(self.kept, self.distances, look.queries, look.keys))
+        # In a whole sequence queries and keys are the same tokens.
+        keys = look.queries if look.keys is None else look.keys
+        return both(super().narrow(mask, look), _Fixed(self.kept, self.distances, look.queries, keys))
 
 
 @dataclass(frozen=True, eq=False)

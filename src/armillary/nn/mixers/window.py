@@ -8,6 +8,7 @@ attention. Global tokens are in `longformer`. Alternating whole blocks of local 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -103,9 +104,13 @@ class WindowAttention(Attention):
         self.window = settings.kept(0)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
+        return super().narrow(self._windows(look), look)
+
+    def _windows(self, look: Look, joined: Callable[[Mask], Mask] | None = None) -> Mask:
+        """Every head's window, `joined` with what else there is."""
         own: dict[tuple[int, int], Mask] = {}
         for back, gap in self.spans:
             ahead = back if self.order == "bidirectional" else 0
-            own[back, gap] = Window(back, ahead, gap, look.before, keys=look.index)
-        seen = PerHead(tuple(own[span] for span in self.spans)) if len(own) > 1 else next(iter(own.values()))
-        return super().narrow(seen, look)
+            window = Window(back, ahead, gap, look.before, keys=look.index)
+            own[back, gap] = window if joined is None else joined(window)
+        return PerHead(tuple(own[span] for span in self.spans)) if len(own) > 1 else next(iter(own.values()))

@@ -10,6 +10,7 @@ Memory).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.native.rows import attendable, few_rows_attend
 from armillary.nn.mask import Causal, Mask, PerHead, Window, dense
-from armillary.nn.ops import plain
+from armillary.nn.ops import plain, readable
 from armillary.nn.ops.blocked import attend_blocked
 
 Bias = Callable[[Tensor, Tensor], Tensor]  # rows of queries [q], columns of keys [S] → [B or 1, H or 1, q, S]
@@ -58,6 +59,7 @@ def attend(
         )
     queries, keys = q.shape[2], k.shape[2]
     fusable = whole and softcap is None
+    marked = mask is not None and mask.most(keys) > 0
     if fusable and queries <= FEW and not torch.is_grad_enabled():
         return _few(q, k, v, mask, scale), None
     if fusable and v.shape[-1] == q.shape[-1]:
@@ -66,13 +68,22 @@ def attend(
             return _banded(q, k, v, *band, scale), None
         if mask is None or (isinstance(mask, Causal) and band is not None):
             return _fused(q, k, v, None, mask is not None, scale), None
+    apart = whole and mask is not None and queries == keys and 1 < mask.residues() < queries
+    # Not in a graph, which would hold every residue's attention, nor where a window spares more.
+    if apart and mask is not None and not torch.compiler.is_compiling() and mask.low(queries) == 0:
+        return _residues(q, k, v, mask, scale, softcap), None
+    places = _places(mask, keys) if whole and mask is not None and marked else None
+    far = _Far.of(k, v, mask, places) if mask is not None and places is not None else None
     pieces = []
     mass: Tensor | None = None
     for start in range(0, queries, BLOCK):
         stop = min(queries, start + BLOCK)
-        low, reach = (0, keys) if mask is None else (mask.low(start), mask.reach(stop, keys))
+        low, reach = 0, keys
+        if mask is not None and (far is not None or not marked):
+            low, reach = mask.low(start), mask.reach(stop, keys)
         low = min(low, reach - 1)  # rows that see nothing still need a key to be masked
-        part, weight = _rows(q, k, v, start, stop, low, reach, mask, bias, scale, softcap, sinks, modify, want_mass)
+        how = (mask, bias, scale, softcap, sinks, modify, want_mass)
+        part, weight = _rows(q, k, v, start, stop, low, reach, *how, far)
         pieces.append(part)
         if weight is not None:
             weight = F.pad(weight, (low, keys - reach))
@@ -97,8 +108,13 @@ def attend_plain(
     simple = bias is None and sinks is None and modify is None and not want_mass
     if simple and mask is not None and not isinstance(mask, PerHead):
         places = mask.candidates(q.shape[2], k.shape[2], q.device)
-        if places is not None and places.shape[1] < k.shape[2]:
-            return _gathered(q, k, v, places, mask, scale, softcap), None
+        marked, keys = None, k.shape[2]
+        if places is not None and mask.most(keys):
+            marked = _places(mask, keys)
+            places = None if marked is None else places
+        others = 0 if marked is None else marked.shape[1]
+        if places is not None and places.shape[1] + others < keys:
+            return _gathered(q, k, v, places, marked, mask, scale, softcap), None
     weights = attend_weights(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, modify=modify)
     y = weights.to(v.dtype) @ _per_head(v, q.shape[1])
     return y, weights.sum(2) if want_mass else None
@@ -109,21 +125,33 @@ def _gathered(
     k: Tensor,
     v: Tensor,
     places: Tensor,
+    marked: Tensor | None,
     mask: Mask,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Every query against its own few keys, places [T, n]."""
+    """Every query against its own few keys, places [T, n], and those that are marked for all."""
     queries, keys = q.shape[2], k.shape[2]
     rows, columns = torch.arange(queries, device=q.device), torch.arange(keys, device=q.device)
+    places = places.sort(1).values  # what two parts of a mask name twice counts once
     chosen = places.clamp(0, keys - 1)
+    known = places == chosen
+    known[:, 1:] &= places[:, 1:] != places[:, :-1]
 
     seen = mask.rows(rows, columns).expand(-1, -1, queries, -1)
-    allowed = seen.gather(3, chosen.expand(*seen.shape[:2], -1, -1)) & (places == chosen)
+    allowed = seen.gather(3, chosen.expand(*seen.shape[:2], -1, -1)) & known
     k, v = _per_head(k, q.shape[1]), _per_head(v, q.shape[1])
     scores = (q[:, :, :, None] @ k[:, :, chosen].transpose(3, 4))[:, :, :, 0]
-    weights = _softmax(scores, allowed, None, scale, softcap, None)
-    return (weights.to(v.dtype)[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0]
+    if marked is None:
+        weights = _softmax(scores, allowed, None, scale, softcap, None)
+        return (weights.to(v.dtype)[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0]
+    far = _Far.of(k, v, mask, marked)
+    again = (far.places[:, None, :, None] == places[:, None]).any(-1)[:, None]
+    beyond = far.allowed(rows) & ~again
+    scores = torch.cat([scores, q @ far.k.transpose(2, 3)], 3)
+    weights = _softmax(scores, _beside(allowed, beyond), None, scale, softcap, None).to(v.dtype)
+    near, rest = weights.split([places.shape[1], far.places.shape[1]], 3)
+    return (near[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0] + rest @ far.v  # type: ignore[no-any-return]
 
 
 def attend_weights(
@@ -192,6 +220,7 @@ def _rows(
     sinks: Tensor | None,
     modify: Modify | None,
     want_mass: bool,
+    far: _Far | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One block of query rows against the keys it can reach; the mask is made inside, so that the
     backward pass makes it again instead of keeping it."""
@@ -200,6 +229,10 @@ def _rows(
         rows = torch.arange(start, stop, device=q.device)
         columns = torch.arange(low, reach, device=q.device)
         allowed = None if mask is None else mask.rows(rows, columns)
+        if far is not None:
+            assert allowed is not None
+            beyond = (far.places < low) | (far.places >= reach)
+            allowed = _beside(allowed, far.allowed(rows) & beyond[:, None, None])
         added = None if bias is None else bias(rows, columns)
         plainly = softcap is None and sinks is None and modify is None and not want_mass
         if plainly and v.shape[-1] == q.shape[-1]:
@@ -214,9 +247,83 @@ def _rows(
         return weights.to(v.dtype) @ _per_head(v, q.shape[1]), weights.sum(2) if want_mass else None
 
     q, k, v = q[:, :, start:stop], k[:, :, low:reach], v[:, :, low:reach]
+    if far is not None:
+        k, v = torch.cat([k, far.k], 2), torch.cat([v, far.v], 2)
     if torch.is_grad_enabled() and stop - start == BLOCK:
         return checkpoint(block, q, k, v, use_reentrant=False)  # type: ignore[no-any-return]
     return block(q, k, v)
+
+
+@dataclass(frozen=True)
+class _Far:
+    """The keys that are marked for all queries, picked: places [B or 1, n], negative for none, keys and
+    values [B, G, n, …], and the mask on them."""
+
+    places: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+
+    @staticmethod
+    def of(k: Tensor, v: Tensor, mask: Mask, places: Tensor) -> _Far:
+        index = places.clamp(min=0)
+        picked = [x.take_along_dim(index[:, None, :, None], 2) for x in (k, v)]
+        return _Far(places, picked[0], picked[1], mask.take(index, k.shape[2]))
+
+    def allowed(self, rows: Tensor) -> Tensor:
+        columns = torch.arange(self.places.shape[1], device=rows.device)
+        return self.mask.rows(rows, columns) & (self.places >= 0)[:, None, None]
+
+
+def _places(mask: Mask, keys: int) -> Tensor | None:
+    """Where the marked keys are, as `marked_places`; None where they may be all."""
+    marks = mask.marks(keys)
+    assert marks is not None
+    places = marked_places(marks, mask.most(keys))
+    return places if places.shape[1] < keys else None
+
+
+def marked_places(marks: Tensor, most: int) -> Tensor:
+    """Where marks [B or 1, S] are True, [B or 1, n] in order, −1 for none; n is the largest number of them
+    in a row, or `most` where that cannot be looked at (in a graph, on an accelerator)."""
+    count = marks.sum(1)
+    if readable(marks):
+        most = int(count.max())
+    elif most < marks.shape[1]:
+        torch._assert_async((count <= most).all(), "more keys are marked than positions counted from 0 allow")
+    places = marks.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return places.masked_fill(~marks.gather(1, places), -1)
+
+
+def _beside(a: Tensor, b: Tensor) -> Tensor:
+    """[…, q, n] and […, q, m] → […, q, n + m], broadcast over the axes before the last."""
+    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], -1)
+
+
+def _residues(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None) -> Tensor:
+    """A mask that keeps places apart whose distance is no multiple of a number: each residue by itself."""
+    length, gap = q.shape[2], mask.residues()
+    steps = torch.arange(length, device=q.device)
+    parts = [
+        attend(*(x[:, :, r::gap] for x in (q, k, v)), mask=_Residue(mask, steps[r::gap]), scale=scale, softcap=softcap)[
+            0
+        ]
+        for r in range(gap)
+    ]
+    order = torch.cat([steps[r::gap] for r in range(gap)])
+    return torch.cat(parts, 2)[:, :, order.argsort()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Residue(Mask):
+    """The part of a mask that some places [n] have among themselves."""
+
+    whole: Mask
+    places: Tensor
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.whole.rows(self.places[q], self.places[k])
 
 
 def _band(mask: Mask | None, queries: int, keys: int) -> tuple[int | None, int | None, int] | None:

@@ -171,38 +171,48 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, held: Layout, block: int, scale: fl
 
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, held: Layout, block: int, scale: float) -> Tensor:
-    """Coarse queries as well; nodes at the end of a document are incomplete, so tokens are counted."""
+    """Coarse queries as well; nodes at the end of a document are incomplete, so tokens are counted.
+    Levels are joined from the top, each twice as fine as the one above."""
     size, used = q.shape[2], held.blocks * block
     count = held.real[:, None, :, None].to(q.dtype if q.dtype == torch.float64 else torch.float32)
     keys = held.real[:, None, :used].unflatten(2, (held.blocks, block))[..., None, :]
     rows = [x[:, :, :used].unflatten(2, (held.blocks, block)) for x in (q, k, v)]
     near, weight = _weigh(_scores(rows[0], rows[1], scale).masked_fill(~keys, -torch.inf), rows[2])
-    logs = [F.pad(weight.flatten(2), (0, size - used), value=EMPTY)]
+    found = [(near.flatten(2, 3), weight.flatten(2))]
     real = held.real[:, None, :, None].to(q.dtype)
     q, k, v = q * real, k * real, v * real  # sums of what is there
-    far = []
     for level, pairs in enumerate(held.pairs):
         if level:
             q, k, v, count = (_halved(x) for x in (q, k, v, count))
-        inverse = 1 / count.clamp(min=1)
-        sides = [
-            (x * inverse.to(x.dtype))[:, :, : 2 * pairs * block].unflatten(2, (pairs, 2, block)) for x in (q, k, v)
-        ]
-        number = count[:, :, : 2 * pairs * block, 0].unflatten(2, (pairs, 2, block)).flip(3)[..., None, :]
+        reach = 2 * pairs * block
+        number = count[:, :, :reach]
+        inverse = 1 / number.clamp(min=1)
+        sides = [(x[:, :, :reach] * inverse.to(x.dtype)).unflatten(2, (pairs, 2, block)) for x in (q, k, v)]
+        number = number[..., 0].unflatten(2, (pairs, 2, block)).flip(3)[..., None, :]
         scores = _scores(sides[0], sides[1].flip(3), scale) + number.clamp(min=1).log()
         y, weight = _weigh(scores.masked_fill(number == 0, -torch.inf), sides[2].flip(3))
-        full = weight.flatten(2).repeat_interleave(1 << level, 2)
-        logs.append(F.pad(full, (0, size - full.shape[2]), value=EMPTY))
-        far.append(y.flatten(2, 4))
-    if not far:
-        return F.pad(near.flatten(2, 3), (0, 0, 0, size - used))
-    shares = (torch.stack(logs) - torch.logsumexp(torch.stack(logs), 0)).exp().to(v.dtype)[..., None]
-    total = F.pad(near.flatten(2, 3), (0, 0, 0, size - used)) * shares[0]
-    for level, y in enumerate(far):
-        reach = y.shape[2] << level
-        share = shares[level + 1][:, :, :reach].unflatten(2, (y.shape[2], 1 << level))
-        total[:, :, :reach].unflatten(2, (y.shape[2], 1 << level)).add_(y[:, :, :, None] * share)
-    return total
+        found.append((y.flatten(2, 4), weight.flatten(2)))
+    total, weight = found.pop()
+    while found:
+        fine, own = found.pop()
+        if len(found):  # level 0 is as fine as the blocks
+            total, weight = _doubled(total), weight.repeat_interleave(2, 2)
+        total, weight = _joined(fine, own, total, weight)
+    return F.pad(total, (0, 0, 0, size - total.shape[2]))
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Every row twice: [B, H, S, K] → [B, H, 2S, K]."""
+    return x[:, :, :, None].expand(-1, -1, -1, 2, -1).flatten(2, 3)
+
+
+def _joined(a: Tensor, log_a: Tensor, b: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two outputs [B, H, S, V] of log weights [B, H, S] as one; the shorter one has nothing at its end."""
+    length = max(a.shape[2], b.shape[2])
+    log_a, log_b = (F.pad(x, (0, length - x.shape[2]), value=EMPTY) for x in (log_a, log_b))
+    a, b = (F.pad(x, (0, 0, 0, length - x.shape[2])) for x in (a, b))
+    share = torch.sigmoid(log_a - log_b).to(a.dtype)[..., None]
+    return b + share * (a - b), torch.logaddexp(log_a, log_b)
 
 
 def _halved(x: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def running_histogram(
         return _plain(added, decay, age, held, documents)
     outputs = []
     last = None if documents is None else documents[:, 0]
-    for start in range(0, length, CHUNK):
+    # Split, not sliced: the backward pass of a slice fills a tensor of the whole length.
+    for start, piece in zip(range(0, length, CHUNK), added.split(CHUNK, 1), strict=True):
         part = slice(start, min(length, start + CHUNK))
         ages = age[:, part].cumsum(1)
         size = ages.shape[1]
@@ -49,7 +50,7 @@ def running_histogram(
             inward = inward * (ids == last[:, None])
             last = ids[:, -1]
         passed = torch.pow(decay, (ages[:, :, None] - ages[:, None]).clamp(min=0)) * allowed
-        found = passed @ added[:, part] + inward[..., None] * held[:, None]
+        found = passed @ piece + inward[..., None] * held[:, None]
         held = found[:, -1]
         outputs.append(found)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), held

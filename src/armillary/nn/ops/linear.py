@@ -27,6 +27,7 @@ from armillary.nn.ops.decay import decay_attend_plain
 
 CHUNK = 64  # tokens whose pairs are formed
 SEGMENT = 512  # tokens at a time, a multiple of CHUNK: what is made of them stays in the cache
+STEP = 4.0  # of a running maximum, in nats
 LOWEST = -1e30  # the logarithm of nothing: finite, because −∞ − (−∞) is not a number
 
 
@@ -86,9 +87,10 @@ def linear_attend_plain(
 
 
 def running_max(x: Tensor, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-    """The largest x so far, of the same document: x [B, T, H] → [B, T, H]; `before` [B, H]: of earlier
-    chunks. It is a scale, which cancels, so no gradient flows through it."""
-    x = x.detach().clamp(min=LOWEST)
+    """The largest x so far, of the same document, rounded up to a multiple of STEP: x [B, T, H] → [B, T,
+    H]; `before` [B, H]: of earlier chunks. In steps, it soon stands still, and then nothing has to be
+    rescaled. It is a scale, which cancels, so no gradient flows through it."""
+    x = ((x.detach() * (1 / STEP)).ceil() * STEP).clamp(min=LOWEST)
     if documents is None:
         top = x.cummax(1).values
     else:
@@ -102,10 +104,9 @@ def running_max(x: Tensor, before: Tensor | None = None, documents: Tensor | Non
 
 
 def whole_max(x: Tensor, documents: Tensor | None = None) -> Tensor:
-    """The largest x of the row, or of the document: x [B, T, H] → [B, 1 or T, H], without gradient."""
-    x = x.detach().clamp(min=LOWEST)
+    """As `running_max`, of the whole row or document: [B, 1 or T, H]."""
     if documents is None:
-        return x.amax(1, keepdim=True)
+        return x.detach().amax(1, keepdim=True).clamp(min=LOWEST)
     return torch.maximum(running_max(x, None, documents), running_max(x.flip(1), None, documents.flip(1)).flip(1))
 
 
@@ -183,6 +184,7 @@ class _Factors:
 def _factors(
     start: int, chunks: int, chunk: int, scale: Tensor | None, before: Tensor | None, documents: Tensor | None
 ) -> _Factors:
+    scale = _moving(start, chunks * chunk, scale, before)
     if scale is None and documents is None:
         return _Factors()
     length = (scale if scale is not None else documents).shape[1]  # type: ignore[union-attr]
@@ -214,6 +216,16 @@ def _factors(
         enter, leave = enter.masked_fill(~inward, -torch.inf), leave.masked_fill(~outward, -torch.inf)
         pass_by = pass_by.masked_fill(~through, -torch.inf)
     return _Factors(pairs, enter.exp()[..., None], leave.exp()[..., None], pass_by.exp()[..., None])
+
+
+def _moving(start: int, length: int, scale: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """The scale, or None where it stands still and all factors are 1: a maximum soon does."""
+    if scale is None or scale.device.type != "cpu" or (start == 0 and before is None):
+        return scale
+    first = scale[:, start - 1] if start else before
+    assert first is not None
+    # all of them: the maximum of a new document may fall and come back
+    return None if bool((scale[:, start : start + length] == first[:, None]).all()) else scale
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -83,7 +83,9 @@ def scatter_attend(
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         documents = begins.cumsum(1)
     starts = range(0, length, chunk)
-    behind = _suffixes(fk, v, starts, chunk, window, valid, documents) if not causal else {}
+    # Split, not sliced: the backward pass of a slice fills a tensor of the whole length.
+    qs, ks, vs, fqs, fks = (x.split(chunk, 2) for x in (q, k, v, fq, fk))
+    behind = _suffixes(fks, vs, starts, chunk, window, valid, documents) if not causal else {}
     before: Totals | None = None
     done, pieces = 0, []
     for start in starts:
@@ -93,18 +95,18 @@ def scatter_attend(
             part = slice(done, low)
             owner = None if documents is None else documents[:, low - 1]
             before = (before or nothing(fk, v, owner)).absorb(
-                fk[:, :, part], v[:, :, part], _live(places, part, valid, documents, owner), owner
+                _part(fks, chunk, part), _part(vs, chunk, part), _live(places, part, valid, documents, owner), owner
             )
             done = low
         near, here = slice(low, high), slice(start, stop)
         far = [totals for totals in (before, behind.get(start)) if totals is not None]
         pieces.append(
             _chunk(
-                q[:, :, here],
-                k[:, :, near],
-                v[:, :, near],
-                fq[:, :, here],
-                fk[:, :, near],
+                qs[start // chunk],
+                _part(ks, chunk, near),
+                _part(vs, chunk, near),
+                fqs[start // chunk],
+                _part(fks, chunk, near),
                 apart=places[:, here, None] - places[:, None, near],
                 seen=_seen(here, near, valid, documents),
                 far=far,
@@ -214,9 +216,16 @@ def _estimate(queries: Tensor, most: Tensor, fk: Tensor) -> Tensor:
     return (product + TINY).log() + most + top.transpose(2, 3)
 
 
+def _part(pieces: tuple[Tensor, ...], chunk: int, part: slice) -> Tensor:
+    """Some places of axis 2 of what was split into chunks."""
+    first, last = part.start // chunk, (part.stop - 1) // chunk
+    joined = pieces[first] if first == last else torch.cat(pieces[first : last + 1], 2)
+    return joined[:, :, part.start - first * chunk : part.stop - first * chunk]
+
+
 def _suffixes(
-    fk: Tensor,
-    v: Tensor,
+    fks: tuple[Tensor, ...],
+    vs: tuple[Tensor, ...],
     starts: range,
     chunk: int,
     window: int,
@@ -224,8 +233,8 @@ def _suffixes(
     documents: Tensor | None,
 ) -> dict[int, Totals]:
     """For each chunk, the totals of the tokens beyond its reach to the right."""
-    length = fk.shape[2]
-    places = torch.arange(length, device=fk.device)[None]
+    length = sum(piece.shape[2] for piece in fks)
+    places = torch.arange(length, device=vs[0].device)[None]
     found: dict[int, Totals] = {}
     after: Totals | None = None
     done = length
@@ -234,8 +243,8 @@ def _suffixes(
         if high < done:
             part = slice(high, done)
             owner = None if documents is None else documents[:, high]
-            after = (after or nothing(fk, v, owner)).absorb(
-                fk[:, :, part], v[:, :, part], _live(places, part, valid, documents, owner), owner
+            after = (after or nothing(fks[0], vs[0], owner)).absorb(
+                _part(fks, chunk, part), _part(vs, chunk, part), _live(places, part, valid, documents, owner), owner
             )
             done = high
         if after is not None:

@@ -1,0 +1,186 @@
+"""Memory beyond the window: constant state over a million tokens, and what the memory of each driver can hold.
+
+(a) A million tokens through `extend` in chunks: resident memory at the end against that after the first 10,000.
+(b) Copying: a string of 16 random symbols fills window 1 and is asked for in window 9; in between stand
+fillers and nothing of the string. Networks learn it from one window's distance on, then two, four and
+eight, on strings drawn anew for every update; 1,000 fresh strings decide. With the memory set to zero
+the string is gone; Transformer-XL sees as far as its layers' memories reach together, and no further.
+
+`python benchmarks/memory_drivers.py [driver …]` runs (b) for these drivers only and reports nothing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+from torch import Tensor
+
+LENGTH, SYMBOLS, FILLERS = 16, 32, 4  # tokens of a window; what strings are made of; what stands between
+ASK = SYMBOLS + FILLERS
+STREAM, EARLY, CHUNK = 1_000_000, 10_000, 2000
+
+DRIVERS: dict[str, dict[str, Any]] = {
+    "transformer_xl": {"segment": LENGTH, "memory": 2 * LENGTH},
+    "memory_tokens": {"segment": LENGTH, "tokens": LENGTH},
+    "feedback": {"segment": LENGTH, "window": 1, "rows": LENGTH},
+}
+REACH = 4  # windows that two layers of Transformer-XL with two windows of memory each see back
+STAGES = ((1, 1500), (2, 500), (4, 400), (8, 400))  # distance in windows, updates at most
+GOOD = 0.999  # accuracy on a training batch at which the next stage begins
+
+
+def network(driver: str, **changes: Any) -> Any:
+    from armillary.base.settings import parse
+    from armillary.nn.network import ModelSettings, build
+
+    data = {
+        "width": 64,
+        "depth": 2,
+        "vocabulary": ASK + 1,
+        "block": {
+            "mixer": {"kind": "attention", "heads": 4, "position": "transformer_xl"},
+            "channel": {"kind": "gated", "hidden": 128},
+        },
+        "head": {"kind": "language_model", "tied": False},
+        "driver": {"kind": driver, **DRIVERS[driver], **changes},
+    }
+    return build(parse(ModelSettings, data))
+
+
+# -- (a)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+
+@torch.no_grad()
+def stream(driver: str) -> None:
+    """Prints the growth in % and the speed."""
+    model = network(driver).eval()
+    state = model.init_state(1)
+    ids = torch.randint(0, ASK, (1, CHUNK), generator=torch.Generator().manual_seed(1))
+    early, start = 0, time.perf_counter()
+    for done in range(CHUNK, STREAM + 1, CHUNK):
+        out = model.extend(ids, state, last=True)
+        if done == EARLY:
+            early = resident()
+    assert bool(out.isfinite().all())
+    print(100 * (resident() / early - 1), STREAM / (time.perf_counter() - start))
+
+
+def streamed(driver: str) -> tuple[float, float]:
+    """In a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "stream", driver], capture_output=True, text=True, check=True)
+    growth, speed = done.stdout.split()[-2:]
+    return float(growth), float(speed)
+
+
+# -- (b)
+
+
+def strings(rows: int, distance: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids [rows, (distance + 1) · 16] and the symbols [rows, 16] that the last window asks for."""
+    symbols = torch.randint(0, SYMBOLS, (rows, LENGTH), generator=generator)
+    fillers = torch.randint(SYMBOLS, ASK, (rows, (distance - 1) * LENGTH), generator=generator)
+    return torch.cat([symbols, fillers, torch.full((rows, LENGTH), ASK)], 1), symbols
+
+
+def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool = False, **changes: Any) -> Any:
+    model = network(driver, **changes)
+    generator = torch.Generator().manual_seed(2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    for distance, most in stages:
+        good = 0
+        for step in range(most):
+            for group in optimiser.param_groups:
+                group["lr"] = 2e-3 * min(1.0, (step + 1) / 50)
+            # every distance so far takes turns, the newest most often
+            now = distance if step % 2 == 0 else int(torch.randint(1, distance + 1, (), generator=generator))
+            ids, symbols = strings(64, now, generator)
+            hidden = model.hidden(ids)[:, -LENGTH:]
+            loss = model.cross_entropy(hidden, symbols) / symbols.numel()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            if now == distance:
+                right = float((model.head(hidden.detach()).argmax(-1) == symbols).float().mean())
+                good = good + 1 if right >= GOOD else 0
+                if say and step % 50 == 0:
+                    print(f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True)
+                if good == 5:
+                    break
+    return model.eval()
+
+
+@torch.no_grad()
+def recalled(model: Any, distance: int, blank: bool = False) -> float:
+    """Share of the symbols of 1,000 fresh strings that are given back, read by `extend` in two chunks."""
+    generator = torch.Generator().manual_seed(1234)
+    right = 0.0
+    for _ in range(10):
+        ids, symbols = strings(100, distance, generator)
+        state = model.init_state(100)
+        model.extend(ids[:, :-LENGTH], state)
+        if blank:
+            forget(state)
+        right += float((model.extend(ids[:, -LENGTH:], state).argmax(-1) == symbols).float().mean()) / 10
+    return right
+
+
+def forget(state: Any) -> None:
+    """Set what the memory holds to zero; counters stay."""
+    for block in state.blocks:
+        for held in block.values():
+            for name, tensor in held.tensors.items():
+                if tensor.is_floating_point() and (name == "memory" or name.startswith("row")):
+                    tensor.zero_()
+
+
+def main(chosen: list[str]) -> None:
+    if chosen:
+        for driver in chosen:
+            start = time.perf_counter()
+            stages = ((1, 1500), (2, 500), (REACH, 500)) if driver == "transformer_xl" else STAGES
+            model = learn(driver, stages, say=True)
+            print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
+            for distance in (1, 2, 4, 8):
+                print(f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}")
+        return
+    figures: dict[str, Any] = {}
+    reach: dict[str, tuple[float, str]] = {}
+    for driver in DRIVERS:
+        growth, speed = streamed(driver)
+        figures |= {f"{driver}: memory grown, %": growth, f"{driver}: tokens/s read": speed}
+        reach[f"{driver}: memory grown, %"] = (2.0, "max")
+    for driver in ("memory_tokens", "feedback"):
+        start = time.perf_counter()
+        model = learn(driver)
+        found = {"recalled, %": 100 * recalled(model, 8), "memory zeroed, %": 100 * recalled(model, 8, blank=True)}
+        figures |= {f"{driver}: {name}": value for name, value in found.items()}
+        figures[f"{driver}: learned in, s"] = time.perf_counter() - start
+        reach |= {f"{driver}: recalled, %": (99.0, "min"), f"{driver}: memory zeroed, %": (5.0, "max")}
+    model = learn("transformer_xl", ((1, 1500), (2, 500), (REACH, 500)))
+    figures["transformer_xl: recalled within reach, %"] = 100 * recalled(model, REACH)
+    figures["transformer_xl: recalled beyond, %"] = 100 * recalled(model, 8)
+    reach |= {
+        "transformer_xl: recalled within reach, %": (99.0, "min"),
+        "transformer_xl: recalled beyond, %": (5.0, "max"),
+    }
+    report("memory_drivers", figures, reach)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["stream"]:
+        stream(sys.argv[2])
+    else:
+        main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Drivers: recurrence over segments, one to a file."""

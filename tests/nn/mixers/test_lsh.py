@@ -101,7 +101,7 @@ def test_more_rounds_and_wider_windows_find_more_of_the_attention() -> None:
     for rounds, window in ((1, 8), (4, 8), (4, 24), (16, 200)):
         mixer = made(LSHSettings(heads=2, rounds=rounds, buckets=8, window=window), 32)
         seen = mixer.sight(x, Context()) > 0
-        found.append(float((whole * seen)[:, :, 100:].sum(-1).mean()))
+        found.append(float((whole * seen)[:, :, 100:].sum(-1).mean().detach()))
     assert found == sorted(found)
     assert found[0] < 0.6 < 0.9 < found[-1]
 
@@ -135,6 +135,18 @@ def test_long_chunks_and_short_ones_go_on_alike(settings: Any, agree: Any) -> No
                 start = stop
             agree(torch.cat(pieces, 1), expected, 2e-5)
             assert state.nbytes == size  # however many tokens it has seen
+
+
+def test_gradients_flow_through_long_chunks(agree: Any) -> None:
+    """Chunks that sort their rings, whose orders leave out what an order has lost."""
+    mixer, x = made(SETTINGS[1]), torch.randn(1, 90, 16, requires_grad=True)
+    weights = torch.randn(1, 90, 16)
+    state = mixer.init_state(1, 4, torch.float32, "cpu")
+    pieces = [mixer.extend(x[:, start:stop], state, Context()) for start, stop in ((0, 30), (30, 31), (31, 90))]
+    wanted = [x, *mixer.parameters()]
+    found = torch.autograd.grad((torch.cat(pieces, 1) * weights).sum(), wanted)
+    for a, b in zip(found, torch.autograd.grad((mixer(x, Context()) * weights).sum(), wanted), strict=True):
+        agree(a, b, 1e-4)
 
 
 def test_tokens_that_are_not_there_are_seen_by_nobody(agree: Any) -> None:

@@ -40,6 +40,7 @@ def test_blocks_are_the_definition(widths: list[int], native: bool, agree, monke
     if not native:
         monkeypatch.setattr(bands, "fits", lambda x: False)
     monkeypatch.setattr(band, "BLOCKS", 2)
+    monkeypatch.setattr(band, "TOKENS", 1000)  # three heads of four together
     q, k, v, orders, places, _ = given(300, widths, 7)
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     found = band_attend(q, k, v, orders, places, widths, 0.4)

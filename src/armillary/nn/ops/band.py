@@ -13,7 +13,7 @@ backward, so time and memory are linear in length (Kitaev et al. 2020, Reformer)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from armillary.nn.ops import plain
 
 SIZE = 64  # tokens of a block
 BLOCKS = 64  # at a time: their scores stay in the cache
+TOKENS = 16384  # of several heads at a time
 NOWHERE = -(2**30)  # the place of what no token sees
 
 
@@ -222,6 +223,30 @@ class _Sorted:
         return [slice(start, min(self.blocks, start + BLOCKS)) for start in range(0, self.blocks, BLOCKS)]
 
 
+def _heaps(orders: list[Tensor], places: Tensor, widths: list[int]) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+    """Heads of the batch one behind the other, TOKENS at a time, as one long row: which rows of [B·H·T, …], their
+    orders, and their places [R, rows], so far apart that no head sees another."""
+    length, every = places.shape[3], places.shape[0] * places.shape[1]
+    jump = int(places.max()) + max(widths) + 1
+    each = max(1, min(TOKENS // max(order.shape[2] for order in orders), (2**31 - 1) // jump))
+    flat = places.flatten(0, 1)
+    for first in range(0, every, each):
+        last = min(every, first + each)
+        shift = torch.arange(last - first, device=places.device)
+        own = flat[first:last]
+        moved = torch.where(own == NOWHERE, own, own + (shift * jump).to(own.dtype)[:, None, None])
+        yield (
+            slice(first * length, last * length),
+            [(order.flatten(0, 1)[first:last] + (shift * length)[:, None]).flatten() for order in orders],
+            moved.transpose(0, 1).flatten(1),
+        )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, H, T, K] → [B·H·T, K], in the type to multiply in."""
+    return x.to(_kind(x)).reshape(-1, x.shape[3])
+
+
 def _kind(q: Tensor) -> torch.dtype:
     """The type to multiply in: a CPU without products in bf16 imitates them slowly."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _has_bf16():
@@ -237,36 +262,30 @@ def _has_bf16() -> bool:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, orders: list[Tensor], places: Tensor, widths: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    out = v.new_empty(batch, heads, length, v.shape[-1])
-    sums = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
+    shape = (*q.shape[:3], v.shape[-1])
+    rows, keys, values = _flat(q), _flat(k), _flat(v)
+    out = torch.zeros(values.shape, dtype=torch.float32, device=q.device)
+    sums = torch.full((len(out),), -torch.inf, dtype=torch.float32, device=q.device)
     limits = torch.tensor(widths, dtype=torch.int32, device=q.device)
-    kind = _kind(q)
-    for b in range(batch):
-        for h in range(heads):
-            total = torch.zeros(length, v.shape[-1], dtype=torch.float32, device=q.device)
-            for number, order in enumerate(orders):
-                part = _Sorted(order[b, h], widths[number])
-                at = part.places_of(places[b, h, : number + 1])
-                rows, keys, values = part.rows_of(q[b, h].to(kind)), part.keys_of(k[b, h].to(kind)), None
-                values = part.keys_of(v[b, h].to(kind))
-                ys, logs = [], []
-                for piece in part.parts():
-                    weights = torch.bmm(rows[piece], keys[piece].transpose(1, 2))
-                    logs.append(band_softmax_(weights, at, limits[: number + 1], piece.start, scale))
-                    ys.append(torch.bmm(weights, values[piece]))
-                y = torch.cat(ys).flatten(0, 1)[: part.rows].float()
-                log = torch.cat(logs).flatten()[: part.rows]
-                if number == 0:
-                    total[part.order], sums[b, h, part.order] = y, log
-                    continue
-                old = sums[b, h, part.order]
+    for heap, own, at in _heaps(orders, places, widths):
+        total, logs = out[heap], sums[heap]
+        for number, order in enumerate(own):
+            part = _Sorted(order, widths[number])
+            asked, looked, given = part.rows_of(rows[heap]), part.keys_of(keys[heap]), part.keys_of(values[heap])
+            seats, bounds = part.places_of(at[: number + 1]), limits[: number + 1]
+            ys, found = [], []
+            for piece in part.parts():
+                weights = torch.bmm(asked[piece], looked[piece].transpose(1, 2))
+                found.append(band_softmax_(weights, seats, bounds, piece.start, scale))
+                ys.append(torch.bmm(weights, given[piece]))
+            y, log = torch.cat(ys).flatten(0, 1)[: part.rows].float(), torch.cat(found).flatten()[: part.rows]
+            if number > 0:
+                old = logs[order]
                 both = torch.logaddexp(old, log)
                 share = (log - both).exp().nan_to_num_(0.0)  # of this order; of nothing where none has anything
-                total[part.order] = torch.lerp(total[part.order], y, share[:, None])
-                sums[b, h, part.order] = both
-            out[b, h] = total
-    return out, sums
+                y, log = torch.lerp(total[order], y, share[:, None]), both
+            total[order], logs[order] = y, log
+    return out.to(v.dtype).view(shape), sums.view(shape[:3])
 
 
 @_attend.register_fake
@@ -290,33 +309,26 @@ def _attend_backward(
     widths: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    dots = (grad.float() * out.float()).sum(-1)
+    dots, logs = (grad.float() * out.float()).sum(-1).flatten(), sums.flatten()
     limits = torch.tensor(widths, dtype=torch.int32, device=q.device)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    kind = _kind(q)
-    for b in range(batch):
-        for h in range(heads):
-            sources = [x[b, h].to(kind) for x in (q, k, v, grad)]
-            totals = [torch.zeros(length, x.shape[-1], dtype=torch.float32, device=q.device) for x in sources[:3]]
-            for number, order in enumerate(orders):
-                part = _Sorted(order[b, h], widths[number])
-                at = part.places_of(places[b, h, : number + 1])
-                rows, inward = part.rows_of(sources[0]), part.rows_of(sources[3])
-                keys, values = part.keys_of(sources[1]), part.keys_of(sources[2])
-                log, dot = part.column(sums[b, h], -torch.inf), part.column(dots[b, h], 0.0)
-                found = _pieces(part, rows, keys, values, inward, log, dot, at, limits[: number + 1], scale)
-                for total, slopes in zip(totals, found, strict=True):
-                    if part.rows == length:  # every token is in the order: a sum over its inverse
-                        inverse = torch.empty_like(part.order).scatter_(
-                            0, part.order, torch.arange(length, device=q.device)
-                        )
-                        total += slopes.index_select(0, inverse)
-                    else:
-                        total[part.order] += slopes
-            for gradient, total in zip(grads, totals, strict=True):
-                gradient[b, h] = total
-    return grads  # type: ignore[return-value]
+    sources = [_flat(x) for x in (q, k, v, grad)]
+    totals = [torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in sources[:3]]
+    for heap, own, at in _heaps(orders, places, widths):
+        rows, keys, values, inward = (x[heap] for x in sources)
+        for number, order in enumerate(own):
+            part = _Sorted(order, widths[number])
+            log, dot = part.column(logs[heap], -torch.inf), part.column(dots[heap], 0.0)
+            given = (part.rows_of(rows), part.keys_of(keys), part.keys_of(values), part.rows_of(inward))
+            found = _pieces(part, *given, log, dot, part.places_of(at[: number + 1]), limits[: number + 1], scale)
+            inverse: Tensor | None = None
+            if part.rows == len(rows):  # every token is in the order: a sum over its inverse
+                inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))
+            for total, slopes in zip(totals, found, strict=True):
+                if inverse is None:
+                    total[heap].index_add_(0, order, slopes.float())
+                else:
+                    total[heap] += slopes.index_select(0, inverse)
+    return tuple(total.to(x.dtype).view(x.shape) for total, x in zip(totals, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
 def _pieces(

@@ -337,6 +337,84 @@ def test_check_finds_what_is_broken(armillary: Armillary, tmp_path: Path) -> Non
     assert [line for line in shown.out.splitlines() if "FAILED" in line and "causality" in line]
 
 
+# -- compare
+
+
+@pytest.mark.timeout(240)
+def test_compare_prints_figures_and_words(
+    armillary: Armillary, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain lines where there is no terminal; called again, it only says what it found."""
+    from armillary.compare import measure
+
+    for name, value in {"SHORTEST": 64, "LONGEST": 64, "HALVINGS": 2, "REPEATS": 1}.items():
+        monkeypatch.setattr(measure, name, value)
+    words = ("compare", "quick", f"data.sources=[{{path: {corpus}}}]", *TINY, "training.precision=float32")
+    words += ("--vary", "model.block.mixer=one head:{kind: attention, heads: 1}", "--budget", "2steps", "--seeds", "2")
+    words += ("--probes", "none", "--limit", "6", "--run", str(tmp_path / "c"))
+    shown = armillary(*words)
+    assert shown.status == 0, shown.err
+    assert "2 variants × 2 seeds: 4 runs" in shown.err and "one head, seed 1: " in shown.err and "\x1b" not in shown.err
+    assert "one head" in shown.out and str(tmp_path / "c" / "report.html") in shown.out
+    again = armillary(*words, "--json")
+    assert "4 of them done" in again.err
+    facts = json.loads(again.out)
+    for sentence in facts["conclusion"]:
+        assert sentence in shown.out
+    assert [row["name"] for row in facts["variants"]] == ["base", "one head"] and facts["finished"]
+    other = armillary(*words, "--seeds", "3")
+    assert other.status == 2 and "seeds: [0, 1] → [0, 1, 2]" in other.err
+
+
+def test_an_interrupted_compare_says_how_to_go_on(
+    armillary: Armillary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import armillary.compare as room
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "compare", interrupted)
+    words = ("compare", "quick", "--vary", "model.width=32", "--budget", "2steps", "--run", str(tmp_path / "c"))
+    shown = armillary(*words)
+    assert shown.status == 130 and "same command" in shown.err and str(tmp_path / "c") in shown.err
+
+
+def test_the_live_table_shows_every_run() -> None:
+    import io
+
+    from armillary.cli.comparing import Board
+    from armillary.compare import Failed, Measured, Planned, Probed, Working
+    from armillary.train import Stepped
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with Board(stream) as board:
+        board(Planned(("base", "[red]new"), (0, 1), "runs/c", {("base", 0): 2.0}))
+        board(Measured("[red]new", 0, 1.9))
+        inner = Stepped(3, 10, 1.5, 2.25, 1234.0, 61.0)
+        board(Working("training", "base", 1, 0.3, 125.0, inner))
+        board(Failed("[red]new", 1, "the loss is not finite"))
+        board(Probed(("base",), "recall", "causal-self", None, 0.1, "cannot"))
+        board._live.refresh()
+    shown = stream.getvalue()
+    for part in (
+        "2.0000",
+        "1.9000",
+        "-0.1000",
+        "30 %",
+        "step 3/10",
+        "1,234 tokens/s",
+        "2:05 left",
+        "failed",
+        "[red]new",
+    ):
+        assert part in shown, part
+
+
 # -- mistakes: one message, status 2, no traceback (the fixture sees to that)
 
 
@@ -356,6 +434,25 @@ def test_check_finds_what_is_broken(armillary: Armillary, tmp_path: Path) -> Non
         (("check", "mixer", "atention"), "unknown mixer 'atention'", "did you mean 'attention'?"),
         (("check", "mixer", "x", "--file", "nowhere.py"), "no such file", ""),
         (("export", "nowhere/at/all", "there"), "there is no such folder", ""),
+        (("compare", "quick", "--budget", "2steps"), "nothing is varied", "--vary"),
+        (("compare", "quick", "--vary", "model.width=64"), "no budget", "--budget"),
+        (("compare", "quick", "--vary", "model.width=64", "--budget", "200"), "has no unit", "500steps"),
+        (("compare", "quick", "--vary", "model.widht=64", "--budget", "2steps"), "unknown key 'widht'", "'width'"),
+        (
+            ("compare", "quick", "--vary", "model.width=64", "--budget", "2steps", "--seeds", "0"),
+            "0 seeds",
+            "at least 1",
+        ),
+        (
+            ("compare", "quick", "--vary", "model.block.mixer.heads=3", "--budget", "2steps"),
+            "the variant 'heads=3' cannot be built",
+            "change width or heads",
+        ),
+        (
+            ("compare", "quick", "--vary", "model.width=64", "--budget", "2steps", "--equal-loss", "--seeds", "3"),
+            "equal loss cannot be shown with 3 seeds",
+            "--seeds 5",
+        ),
     ],
 )
 def test_a_mistake_has_one_message(

@@ -115,7 +115,7 @@ class Board:
         self._seeds: tuple[int, ...] = ()
         self._cells: dict[tuple[str, int], str] = {}
         self._bits: dict[tuple[str, int], float] = {}
-        self._now = ""
+        self._now, self._left = "", ""
         self._said = -float("inf")
         self._what = ""
 
@@ -181,8 +181,9 @@ class Board:
             parts.append(f"{inner.tokens_per_second:,.0f} tokens/s")
         elif event.share:
             parts.append(f"{100 * event.share:.0f} %")
-        if event.seconds_left is not None:
-            parts.append(f"{clock(event.seconds_left)} left in all")
+        self._left = "" if event.seconds_left is None else f"{clock(event.seconds_left)} left in all"
+        if self._live is None:  # the live table has a line for it
+            parts.append(self._left)
         return " · ".join(part for part in parts if part)
 
     def _show(self, text: str, *, fresh: bool) -> None:
@@ -235,7 +236,7 @@ class Board:
             mean = f"{sum(mine) / len(mine):.4f}" if mine else "·"
             difference = f"{sum(apart) / len(apart):+.4f}" if apart and name != reference else ""
             shown.add_row(Text(name), *(self._cells.get((name, s), "·") for s in seeds), mean, difference)
-        return Group(shown, now)
+        return Group(shown, now, Text(self._left))
 
 
 COMMANDS = {"compare": compare}

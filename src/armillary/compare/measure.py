@@ -119,7 +119,6 @@ def times(prepare: Callable[[int, int], Callable[[], None]], lengths: list[int])
             if best < SECONDS:
                 best = min([best, *(_timed(call) for _ in range(REPEATS if best < SECONDS / 4 else 1))])
             found.append((length, best / rows))
-            gc.collect()
     except UnsupportedError:
         return None
     return found

@@ -49,9 +49,7 @@ def test_both_ways_is_the_peers_layer(padded: bool, agree: Any, load: Any, shake
     # theirs: 10000 for global tokens, −10000 for padding, else 0
     kinds = torch.zeros(2, T).masked_fill(~padding, -10000.0)
     kinds[:, :N] = 10000.0
-    expected = theirs(
-        x, kinds, is_index_masked=kinds < 0, is_index_global_attn=kinds > 0, is_global_attn=True
-    )[0]
+    expected = theirs(x, kinds, is_index_masked=kinds < 0, is_index_global_attn=kinds > 0, is_global_attn=True)[0]
     found = ours(x, Context(padding=padding))
     real = padding[..., None]
     agree(found * real, expected * real, 2e-5)
@@ -92,9 +90,7 @@ def test_causal_is_its_definition(block: int, agree: Any, monkeypatch: pytest.Mo
     with torch.no_grad():
         state = mixer.init_state(1, T, torch.float32, "cpu")
         cuts = [(0, 2), (2, 9), (9, 10), (10, 33), (33, T)]
-        pieces = [
-            mixer.extend(x[:, a:b], state, Context(positions=torch.arange(a, b)[None])) for a, b in cuts
-        ]
+        pieces = [mixer.extend(x[:, a:b], state, Context(positions=torch.arange(a, b)[None])) for a, b in cuts]
         agree(torch.cat(pieces, 1), expected, 2e-5)
 
 

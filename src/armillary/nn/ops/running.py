@@ -34,9 +34,7 @@ def running_mean(
     return (_one_by_one if plain() else _in_chunks)(v, weights, fresh, mean, mass)
 
 
-def _one_by_one(
-    v: Tensor, weights: Tensor, fresh: Tensor, mean: Tensor, mass: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _one_by_one(v: Tensor, weights: Tensor, fresh: Tensor, mean: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = []
     for t in range(v.shape[1]):
         mean = mean.masked_fill(fresh[:, t, None, None], 0)
@@ -47,9 +45,7 @@ def _one_by_one(
     return torch.stack(rows, 1), mean, mass
 
 
-def _in_chunks(
-    v: Tensor, weights: Tensor, fresh: Tensor, mean: Tensor, mass: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _in_chunks(v: Tensor, weights: Tensor, fresh: Tensor, mean: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     part = fresh.long().cumsum(1)
     pieces, current = [], torch.zeros_like(part[:, 0])
     for start in range(0, v.shape[1], CHUNK):

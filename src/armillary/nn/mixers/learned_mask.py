@@ -58,9 +58,7 @@ class LearnedMaskSettings(AttentionSettings):
     )
     tracked: ClassVar[bool] = True
     structured: bool = Field(True, description="one entry per distance; false: one per pair of positions")
-    length: int | None = Field(
-        None, gt=0, description="positions (distances) that the mask has; by default model.context"
-    )
+    length: int | None = Field(None, gt=0, description="positions (distances) of the mask; by default model.context")
     temperature: float = Field(1.0, gt=0, description="of the relaxed draws")
     straight_through: bool = Field(True, description="draws are 0 or 1 and pass the gradient on")
     closing: float = Field(1e4, gt=0, description="c: what a closed entry takes from a score in an update")
@@ -162,9 +160,9 @@ class LearnedMask(Attention):
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         y = super().finish(mixed, x, ctx)
-        return (
-            y if self.gate.frozen or ctx.training is None else attach(y, self.gate.penalty * self.gate.expected(), ctx)
-        )
+        if self.gate.frozen or ctx.training is None:
+            return y
+        return attach(y, self.gate.penalty * self.gate.expected(), ctx)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
         mask = super().narrow(mask, look)

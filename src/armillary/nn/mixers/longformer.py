@@ -72,6 +72,11 @@ class LongformerSettings(WindowSettings):
     def build(self, place: Place) -> Longformer:
         return Longformer(self, place)
 
+    def active(self, parameters: int) -> int:
+        """A token that is not global passes the local products and the output's."""
+        local, own = 2 * self.heads + 2 * self.groups, self.heads + 2 * self.groups
+        return parameters * local // (local + own)
+
     def pairs(self, place: Place, length: int) -> float:
         if self.sinks:
             return float(self.heads * length * length)

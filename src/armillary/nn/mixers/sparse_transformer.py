@@ -28,6 +28,8 @@ from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.attention import Attention, AttentionSettings, Look
 from armillary.nn.positions.rope import RopeSettings
 
+Pattern = Literal["fixed", "strided"]
+PATTERNS: tuple[Pattern, Pattern] = ("fixed", "strided")
 Part = tuple[bool, int | None]  # whether a head has part A; which stretch of a block (for `strided` 0) is its B
 
 
@@ -44,13 +46,12 @@ class SparseTransformerSettings(AttentionSettings):
     capabilities: ClassVar[Capabilities] = Capabilities(
         causal=True, bidirectional=True, mask=True, state="span", rollback="truncate"
     )
-    pattern: Literal["strided", "fixed"] = Field("fixed", description="fixed suits text, strided images and music")
+    pattern: Pattern = Field("fixed", description="fixed suits text, strided images and music")
     stride: int = Field(128, gt=0, description="l: how far a query looks by itself; about √T")
     summary: int = Field(8, gt=0, description="c: tokens of every block that later blocks see (fixed)")
     distinct: bool = Field(True, description="whether heads take different tokens of a block as its summary (fixed)")
     combine: Literal["heads", "union", "layers"] = Field(
-        "heads",
-        description="heads: part A in even heads, B in odd; union: both in one softmax; layers: A in even, B in odd",
+        "heads", description="heads: A in even heads, B in odd; union: both in one softmax; layers: A in even, B in odd"
     )
 
     @model_validator(mode="after")
@@ -63,27 +64,25 @@ class SparseTransformerSettings(AttentionSettings):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        fixed: dict[str, Any] = {"stride": 4, "summary": 1}
-        strided: dict[str, Any] = {"pattern": "strided", "stride": 3}
-        rope = RopeSettings()
-        both_ways = {"order": "bidirectional"}
+        fixed, strided, rope = cls(stride=4, summary=1), cls(pattern="strided", stride=3), RopeSettings()
+        layers, both_ways = {"layer": 1}, {"order": "bidirectional"}
         return [
-            Example("fixed", cls(**fixed, position=rope, kv_heads=2), compiled=True),
-            Example("strided", cls(**strided, position=rope), compiled=True),
+            Example("fixed", fixed.derive(position=rope, kv_heads=2), compiled=True),
+            Example("strided", strided.derive(position=rope), compiled=True),
             Example("fixed_union", cls(stride=5, summary=2, combine="union")),
-            Example("strided_union", cls(**strided, combine="union")),
-            Example("fixed_layers", cls(stride=2, summary=1, combine="layers", distinct=False), {"layer": 1}),
-            Example("strided_layers", cls(**strided, combine="layers"), {"layer": 1}),
-            Example("sinks", cls(**fixed, sinks=True)),
-            Example("fixed_both_ways", cls(**fixed), both_ways),
-            Example("strided_both_ways", cls(**strided), both_ways),
+            Example("strided_union", strided.derive(combine="union")),
+            Example("fixed_layers", cls(stride=2, summary=1, combine="layers", distinct=False), layers),
+            Example("strided_layers", strided.derive(combine="layers"), layers),
+            Example("sinks", fixed.derive(sinks=True)),
+            Example("fixed_both_ways", fixed, both_ways),
+            Example("strided_both_ways", strided, both_ways),
         ]
 
     @classmethod
     def limits(cls) -> list[Limit]:
         dense = Example("dense", AttentionSettings())
-        wide = [cls(stride=64, combine="union", pattern=pattern) for pattern in ("strided", "fixed")]
-        return [Limit(each.pattern, Example("wide", each), dense) for each in wide]
+        fixed, strided = (cls(stride=64, combine="union", pattern=pattern) for pattern in PATTERNS)
+        return [Limit("fixed", Example("wide", fixed), dense), Limit("strided", Example("wide", strided), dense)]
 
     def parts(self, layer: int) -> list[Part]:
         """What every head of a layer sees."""

@@ -151,7 +151,8 @@ def _gathered(
     scores = torch.cat([scores, q @ far.k.transpose(2, 3)], 3)
     weights = _softmax(scores, _beside(allowed, beyond), None, scale, softcap, None).to(v.dtype)
     near, rest = weights.split([places.shape[1], far.places.shape[1]], 3)
-    return (near[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0] + rest @ far.v  # type: ignore[no-any-return]
+    y: Tensor = (near[:, :, :, None] @ v[:, :, chosen])[:, :, :, 0] + rest @ far.v
+    return y
 
 
 def attend_weights(
@@ -305,12 +306,10 @@ def _residues(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap
     """A mask that keeps places apart whose distance is no multiple of a number: each residue by itself."""
     length, gap = q.shape[2], mask.residues()
     steps = torch.arange(length, device=q.device)
-    parts = [
-        attend(*(x[:, :, r::gap] for x in (q, k, v)), mask=_Residue(mask, steps[r::gap]), scale=scale, softcap=softcap)[
-            0
-        ]
-        for r in range(gap)
-    ]
+    parts = []
+    for r in range(gap):
+        own = [x[:, :, r::gap] for x in (q, k, v)]
+        parts.append(attend(*own, mask=_Residue(mask, steps[r::gap]), scale=scale, softcap=softcap)[0])
     order = torch.cat([steps[r::gap] for r in range(gap)])
     return torch.cat(parts, 2)[:, :, order.argsort()]
 

@@ -80,9 +80,9 @@ LAWS = {
 
 NOT_YET = """## Not yet
 
-Other sequence mixers and channel mixers than those above (sparse, kernelised, state-space, convolutional, routed, \
-mixtures of experts), further objectives, adapting and compressing models, explaining and guarding them, retrieval, \
-agents, serving and other domains than text are not here yet.
+Other sequence mixers and channel mixers than those above (state-space, convolutional, mixtures of experts), further \
+objectives, adapting models, compressing them by more than pruning their attention, explaining and guarding them, \
+retrieval, agents, serving and other domains than text are not here yet.
 """
 
 

@@ -25,10 +25,10 @@ $ make bench    # installs the peers, measures everything, prints each figure be
 ```
 
 One benchmark alone: `.venv/bin/python benchmarks/run.py training`. Each pairs Armillary with its peer in one run: \
-they take turns, at least five times each after a warm-up, and the ratio is the median of the pairwise ratios, since \
+they take turns, several times each after a warm-up, and the ratio is the median of the pairwise ratios, since \
 a machine drifts and neighbours in time do not. Let nothing else run meanwhile.
 
-The shape is the same for all: LLaMA-like, width 512, 8 blocks, 8 heads, 4 key/value heads, FFN 1408, vocabulary \
+The shape of whole models is the same for all: LLaMA-like, width 512, 8 blocks, 8 heads, 4 key/value heads, FFN 1408, vocabulary \
 16,384, about 32 M parameters.
 
 ## Goals
@@ -42,6 +42,23 @@ The shape is the same for all: LLaMA-like, width 512, 8 blocks, 8 heads, 4 key/v
 | prefill tokens/s, 512 tokens, bf16 | `llama.cpp`, f16 | ≥ 1.2 × |
 | `armillary --help`; `import armillary` | – | < 0.3 s; < 0.1 s |
 | taps that are not set | a build without taps | the same captured graph; eager, ≤ 1% more instructions |
+
+Attention, forward and backward, batch 1, 8 heads of 64, float32 and bf16 (where a processor has no bf16 instructions \
+the peer is timed at a shorter length, and a ratio that grows with length is a lower bound):
+
+| measure | peer | goal |
+| --- | --- | --- |
+| window of 256, 16,384 tokens | PyTorch's fused attention | ≥ 8 ×; time exponent ≤ 1.15 |
+| linear attention and FAVOR+ with 256 features, 16,384 tokens | the same | ≥ 8 ×; time exponent ≤ 1.1 |
+| `lsh` with a window of 64, 16,384 tokens, hashing and sorting included | the same | ≥ 4 × at 2 rounds, ≥ 2 × at 4; \
+time exponent ≤ 1.25 |
+| block-sparse attention, 8,192 tokens, blocks of 64 | itself at full density | time in proportion to density within \
+1.5 × down to 5% |
+| linear attention in chunks, 2,048 tokens | its token loop | ≥ 20 × |
+| memory drivers, 1,000,000 tokens | itself after 10,000 | resident memory within 2% |
+| memory drivers, 16 symbols copied over 8 windows | chance | ≥ 99% of strings, ≤ 5% with the memory zeroed |
+| block gates; attention only where required; attention pruned by data (`make campaign`) | dense attention, and static \
+controls | ≥ 90% of scores skipped; ≥ 63% of attention blocks replaced; ≥ 25% of pairs removed; each at equal loss |
 """
 
 

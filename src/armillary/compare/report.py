@@ -228,7 +228,7 @@ def _lengths(found: Found, tones: dict[str, int]) -> str:
                 lines.append(
                     Curve(row["name"], tones[row["name"]], [tuple(point) for point in row[key]["points"]], note)
                 )
-        drawn += curves(title, "one row, forward and backward", lines, x_is="tokens in the row", show=duration)
+        drawn += curves(title, "one row, forward and backward", lines, x_is="tokens in the row", show=_time)
     if not drawn:
         return ""
     note = (
@@ -356,6 +356,10 @@ def _method(found: Found) -> str:
 
 
 # -- words
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} µs" if seconds < 9.5e-4 else duration(seconds)
 
 
 def _ends(ends: Sequence[float] | None, form: str) -> str:

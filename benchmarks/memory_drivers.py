@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
 from torch import Tensor
+
+from common import report
 
 LENGTH, SYMBOLS, FILLERS = 16, 32, 4  # tokens of a window; what strings are made of; what stands between
 ASK = SYMBOLS + FILLERS
@@ -29,6 +30,11 @@ DRIVERS: dict[str, dict[str, Any]] = {
     "transformer_xl": {"segment": LENGTH, "memory": 2 * LENGTH},
     "memory_tokens": {"segment": LENGTH, "tokens": LENGTH},
     "feedback": {"segment": LENGTH, "window": 1, "rows": LENGTH},
+}
+WIDE = {
+    "transformer_xl": {"segment": 256, "memory": 512},
+    "memory_tokens": {"segment": 256},
+    "feedback": {"segment": 256},
 }
 REACH = 4  # windows that two layers of Transformer-XL with two windows of memory each see back
 STAGES = ((1, 1500), (2, 500), (4, 400), (8, 400))  # distance in windows, updates at most
@@ -65,7 +71,7 @@ def resident() -> int:
 @torch.no_grad()
 def stream(driver: str) -> None:
     """Prints the growth in % and the speed."""
-    model = network(driver).eval()
+    model = network(driver, **WIDE[driver]).eval()
     state = model.init_state(1)
     ids = torch.randint(0, ASK, (1, CHUNK), generator=torch.Generator().manual_seed(1))
     early, start = 0, time.perf_counter()
@@ -116,7 +122,9 @@ def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool =
                 right = float((model.head(hidden.detach()).argmax(-1) == symbols).float().mean())
                 good = good + 1 if right >= GOOD else 0
                 if say and step % 50 == 0:
-                    print(f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True)
+                    print(
+                        f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True
+                    )
                 if good == 5:
                     break
     return model.eval()
@@ -154,7 +162,9 @@ def main(chosen: list[str]) -> None:
             model = learn(driver, stages, say=True)
             print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
             for distance in (1, 2, 4, 8):
-                print(f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}")
+                print(
+                    f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}"
+                )
         return
     figures: dict[str, Any] = {}
     reach: dict[str, tuple[float, str]] = {}

@@ -163,7 +163,8 @@ def main(chosen: list[str]) -> None:
             print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
             for distance in (1, 2, 4, 8):
                 print(
-                    f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}"
+                    f"  {distance} windows: {recalled(model, distance):.4f}, "
+                    f"memory zeroed {recalled(model, distance, True):.4f}"
                 )
         return
     figures: dict[str, Any] = {}

@@ -31,6 +31,11 @@ DRIVERS: dict[str, dict[str, Any]] = {
     "memory_tokens": {"segment": LENGTH, "tokens": LENGTH},
     "feedback": {"segment": LENGTH, "window": 1, "rows": LENGTH},
 }
+WIDE = {
+    "transformer_xl": {"segment": 256, "memory": 512},
+    "memory_tokens": {"segment": 256},
+    "feedback": {"segment": 256},
+}
 REACH = 4  # windows that two layers of Transformer-XL with two windows of memory each see back
 STAGES = ((1, 1500), (2, 500), (4, 400), (8, 400))  # distance in windows, updates at most
 GOOD = 0.999  # accuracy on a training batch at which the next stage begins
@@ -66,7 +71,7 @@ def resident() -> int:
 @torch.no_grad()
 def stream(driver: str) -> None:
     """Prints the growth in % and the speed."""
-    model = network(driver).eval()
+    model = network(driver, **WIDE[driver]).eval()
     state = model.init_state(1)
     ids = torch.randint(0, ASK, (1, CHUNK), generator=torch.Generator().manual_seed(1))
     early, start = 0, time.perf_counter()
@@ -158,7 +163,8 @@ def main(chosen: list[str]) -> None:
             print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
             for distance in (1, 2, 4, 8):
                 print(
-                    f"  {distance} windows: {recalled(model, distance):.4f}, zeroed {recalled(model, distance, True):.4f}"
+                    f"  {distance} windows: {recalled(model, distance):.4f}, "
+                    f"memory zeroed {recalled(model, distance, True):.4f}"
                 )
         return
     figures: dict[str, Any] = {}

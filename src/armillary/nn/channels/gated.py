@@ -67,6 +67,8 @@ class Gated(ChannelMixer):
         self.chunk = settings.chunk
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.chunk is None and ctx.taps is None:
+            return self.down(self._hidden(x))  # type: ignore[no-any-return]
         return in_chunks(self._hidden, self.down, x, self.chunk, ctx, f"{self.path}.hidden")
 
     def _hidden(self, x: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class FFN(ChannelMixer):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.chunk is None and ctx.taps is None:
-            return self.down(self._hidden(x))  # type: ignore[no-any-return]
-        return in_chunks(self._hidden, self.down, x, self.chunk, ctx, f"{self.path}.hidden")
+            return self.down(self.inner(x))  # type: ignore[no-any-return]
+        return in_chunks(self, x, ctx)
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
         return self.activation(self.up(x))

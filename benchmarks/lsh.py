@@ -21,7 +21,7 @@ from armillary.nn.ops.band import band_attend, band_seen, band_weights, sort_gro
 from common import interleaved, peak_rss, ratio, report
 
 HEADS, WIDTH, LENGTH, WINDOW = 8, 64, 16384, 64
-TRAINED, SECONDS = 2048, 60.0  # tokens that the small model is looked at with; how long it trains
+TRAINED, SECONDS = 2048, 120.0  # tokens that the small model is looked at with; how long it trains
 
 
 def tensors(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -137,6 +137,7 @@ def recovered() -> dict[str, float]:
             ways = {
                 f"hashing, {rounds} rounds": (orders, places, [WINDOW] * rounds),
                 f"a window of {rounds * WINDOW}": (order, place, [rounds * WINDOW]),
+                f"a window of {WINDOW}": (order, place, [WINDOW]),
                 f"hashing, {rounds} rounds, and a window of {WINDOW}": (*both, [WINDOW] * (rounds + 1)),
             }
             for name, way in ways.items():

@@ -411,6 +411,8 @@ def test_reversible_shared_blocks_and_compiled_ones(counted: Any, agree: Any) ->
 def test_reversible_blocks_cannot_norm_the_sum() -> None:
     with pytest.raises(SettingsError, match="cannot have norm_at: post"):
         network(block={**LOOK, "norm_at": "post"}, topology="reversible")
+    with pytest.raises(SettingsError, match="a driver steps through single blocks"):
+        network(block=LOOK, topology="reversible", driver={"kind": "memory_tokens"})
 
 
 def test_reversible_cost_is_counted() -> None:

@@ -6,7 +6,7 @@ of a chunk are computed again in the backward pass instead of being kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from armillary.nn.context import Context
 
 
-def in_chunks(
-    up: Callable[[Tensor], Tensor],
-    down: Callable[[Tensor], Tensor],
-    x: Tensor,
-    chunk: int | None,
-    ctx: Context,
-    tap: str,
-) -> Tensor:
-    """down(up(x)) for x [B, T, D], `chunk` tokens at a time (None: all at once); `tap` names what lies
-    between, which exists whole only while it is watched."""
-    parts = [x] if chunk is None or x.shape[1] <= chunk else list(x.split(chunk, 1))
+def in_chunks(channel: Any, x: Tensor, ctx: Context) -> Tensor:
+    """channel.down(channel.inner(x)) for x [B, T, D], `channel.chunk` tokens at a time (None: all at once);
+    what lies between, the tap `hidden`, exists whole only while something is watched."""
+    parts = [x] if channel.chunk is None or x.shape[1] <= channel.chunk else list(x.split(channel.chunk, 1))
     if ctx.taps is not None:
-        hidden = ctx.taps(tap, torch.cat([up(part) for part in parts], 1))
-        return torch.cat([down(part) for part in hidden.split([part.shape[1] for part in parts], 1)], 1)
-    if len(parts) == 1:
-        return down(up(x))
-
-    def both(part: Tensor) -> Tensor:
-        return down(up(part))
-
-    if torch.is_grad_enabled():
-        done = [checkpoint(both, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    else:
-        done = [both(part) for part in parts]
+        hidden = ctx.taps(f"{channel.path}.hidden", torch.cat([channel.inner(part) for part in parts], 1))
+        return torch.cat([channel.down(part) for part in hidden.split([part.shape[1] for part in parts], 1)], 1)
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([channel.down(channel.inner(part)) for part in parts], 1)
+    done = [checkpoint(_both, channel, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.cat(done, 1)
+
+
+def _both(channel: Any, part: Tensor) -> Tensor:
+    return channel.down(channel.inner(part))  # type: ignore[no-any-return]

@@ -66,6 +66,8 @@ class ModelSettings(StackSettings):
             raise ValueError("form: encoder_decoder and encoder: {…} go together")
         if self.position is not None and self.position.kind != "none" and "embed" not in self.position.sites:
             raise ValueError(f"'{self.position.kind}' does not act on the embedding: put it under the mixer's position")
+        if self.driver is not None and self.topology == "reversible":
+            raise ValueError("a driver steps through single blocks, which a reversible stack does not have")
         if self.driver is not None and self.encoder is not None:
             raise ValueError("a driver drives a decoder or an encoder, not an encoder_decoder")
         crosses = any(branch.look == "memory" for block in self.layers() for branch in block.all())

@@ -67,7 +67,9 @@ class Gated(ChannelMixer):
         self.chunk = settings.chunk
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return in_chunks(self._hidden, self.down, x, self.chunk, ctx, f"{self.path}.hidden")
+        if self.chunk is None and ctx.taps is None:
+            return self.down(self.inner(x))  # type: ignore[no-any-return]
+        return in_chunks(self, x, ctx)
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
         return self.activation(self.gate(x)) * self.up(x)  # type: ignore[no-any-return]

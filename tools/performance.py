@@ -28,8 +28,8 @@ One benchmark alone: `.venv/bin/python benchmarks/run.py training`. Each pairs A
 they take turns, several times each after a warm-up, and the ratio is the median of the pairwise ratios, since \
 a machine drifts and neighbours in time do not. Let nothing else run meanwhile.
 
-The shape of whole models is the same for all: LLaMA-like, width 512, 8 blocks, 8 heads, 4 key/value heads, FFN 1408, vocabulary \
-16,384, about 32 M parameters.
+The shape of whole models is the same for all: LLaMA-like, width 512, 8 blocks, 8 heads, 4 key/value heads, FFN \
+1408, vocabulary 16,384, about 32 M parameters.
 
 ## Goals
 

@@ -41,7 +41,7 @@ def uniform(ctx: Context, path: str, name: str, shape: Sequence[int], like: Tens
     None outside an update, where a mechanism does what it does on average."""
     if ctx.training is None:
         return None
-    return _uniform(ctx.training.seed, like, list(shape), _stream(path, name))  # type: ignore[no-any-return]
+    return _uniform(ctx.training.seed, like.detach(), list(shape), _stream(path, name))  # type: ignore[no-any-return]
 
 
 def gumbel(ctx: Context, path: str, name: str, shape: Sequence[int], like: Tensor) -> Tensor | None:

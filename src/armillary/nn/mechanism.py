@@ -377,6 +377,16 @@ class ChannelMixer(nn.Module):
         return self(x, ctx)  # type: ignore[no-any-return]
 
 
+def head_width(width: int, heads: int, given: int | None = None, *, settable: bool = True) -> int:
+    """Features per head: those given, or an even share of the width; settable: whether a recipe may give them."""
+    if given is None and width % heads:
+        raise UnsupportedError(
+            f"a width of {width} does not divide into {heads} heads",
+            hint="change width or heads" + (", or set head_width" if settable else ""),
+        )
+    return given or width // heads
+
+
 def initialise(module: nn.Module, seed: int) -> None:
     """Draw every parameter from one generator, in module order, so that a seed means a network."""
     device = next(module.parameters()).device

@@ -17,15 +17,6 @@ from armillary.nn.mechanism import Frozen, Mixer, MixerSettings, Place, Position
 from armillary.nn.state import SpanState, State
 
 
-def head_width(width: int, heads: int, given: int | None) -> int:
-    """Features per head: those given, or an even share of the width."""
-    if given is None and width % heads:
-        raise UnsupportedError(
-            f"a width of {width} does not divide into {heads} heads", hint="change width or heads, or set head_width"
-        )
-    return given or width // heads
-
-
 def visible(order: str, ctx: Context) -> Mask | None:
     """The mask of a whole call, causal or bidirectional."""
     mask = both(Causal() if order == "causal" else None, ctx.mask)

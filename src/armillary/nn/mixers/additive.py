@@ -23,7 +23,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.mixers.linear import TINY, present
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
 from armillary.nn.state import FixedState, State
@@ -36,11 +36,7 @@ class PoolSettings(MixerSettings):
 
     def size(self, width: int) -> int:
         """Width of a head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def pool_flops(self, place: Place, length: int) -> float:
         """FLOPs of one set of logits and of the averages that it weighs."""

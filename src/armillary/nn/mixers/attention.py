@@ -30,6 +30,7 @@ from armillary.nn.mechanism import (
     NormSettings,
     Place,
     PositionSettings,
+    head_width,
     mixers,
 )
 from armillary.nn.norms.rmsnorm import RMSNormSettings
@@ -116,12 +117,7 @@ class AttentionSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
+        return head_width(width, self.heads, self.head_width)
 
     def build(self, place: Place) -> Attention:
         return Attention(self, place)

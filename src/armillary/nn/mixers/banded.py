@@ -18,7 +18,7 @@ from torch import Tensor
 from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width
 from armillary.nn.ops.band import band_attend, chunk_attend, ranks, sort_groups
 from armillary.nn.state import State
 
@@ -41,12 +41,7 @@ class BandedSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
+        return head_width(width, self.heads, self.head_width)
 
     def grouping(self, width: int) -> float:
         """FLOPs of finding the groups of one token in one head, and of making its key."""

@@ -30,7 +30,16 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mask import Causal, Documents, Keys, both
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, PositionSettings, mixers
+from armillary.nn.mechanism import (
+    Capabilities,
+    Frozen,
+    Mixer,
+    MixerSettings,
+    Place,
+    PositionSettings,
+    head_width,
+    mixers,
+)
 from armillary.nn.ops.attend import attend
 from armillary.nn.ops.block_sparse import attend_block_sparse
 from armillary.nn.positions.none import NoPositionSettings
@@ -94,12 +103,7 @@ class BlockGateSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
+        return head_width(width, self.heads, self.head_width)
 
     def build(self, place: Place) -> BlockGate:
         return BlockGate(self, place)

@@ -22,7 +22,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.hierarchy import hierarchy_attend, hierarchy_extend, layout, pairs_of
 from armillary.nn.state import NodeState, State
 
@@ -60,11 +60,7 @@ class HTransformerSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def build(self, place: Place) -> HTransformer:
         return HTransformer(self, place)

@@ -17,7 +17,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
 from armillary.nn.state import FixedState, State
 
@@ -51,12 +51,7 @@ class KernelSettings(MixerSettings):
 
     def size(self, width: int) -> int:
         """Width of a head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
+        return head_width(width, self.heads, self.head_width)
 
     def products(self, width: int, length: int) -> float:
         """FLOPs of the projections."""

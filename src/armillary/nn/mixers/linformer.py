@@ -21,7 +21,7 @@ from armillary.base.errors import InputError, UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.attend import attend
 from armillary.nn.state import FixedState, State
 
@@ -57,11 +57,7 @@ class LinformerSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def build(self, place: Place) -> Linformer:
         if not place.cross and place.order != "bidirectional":

@@ -27,7 +27,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.histogram import running_histogram
 from armillary.nn.state import FixedState, State
 from armillary.nn.training import attach
@@ -81,11 +81,7 @@ class LisaSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def build(self, place: Place) -> Lisa:
         return Lisa(self, place)

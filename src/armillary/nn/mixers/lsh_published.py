@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.mixers.banded import NORM_EPSILON
 from armillary.nn.mixers.lsh import Rotations, check_buckets
 
@@ -70,12 +69,7 @@ class LSHPublishedSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if self.head_width is None and width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads",
-                hint="change width or heads, or set head_width",
-            )
-        return self.head_width or width // self.heads
+        return head_width(width, self.heads, self.head_width)
 
     def build(self, place: Place) -> LSHPublished:
         return LSHPublished(self, place)

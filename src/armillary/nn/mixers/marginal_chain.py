@@ -21,9 +21,8 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.chain import LARGE, backward_messages, forward_messages
-from armillary.nn.span import head_width
 from armillary.nn.state import SpanState, State
 
 

@@ -22,7 +22,7 @@ from armillary.nn.activation import ACTIVATIONS, Activation
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.state import State, WindowState
 
 
@@ -54,11 +54,7 @@ class NgramSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def joined(self, place: Place) -> int:
         """How many tokens a head joins."""

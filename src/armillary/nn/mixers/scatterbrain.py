@@ -28,6 +28,7 @@ from armillary.nn.mechanism import (
     MixerSettings,
     Place,
     PositionSettings,
+    head_width,
     mixers,
 )
 from armillary.nn.ops.features import log_features, orthogonal_features
@@ -73,11 +74,7 @@ class ScatterbrainSettings(MixerSettings):
         ]
 
     def head_width(self, width: int) -> int:
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def build(self, place: Place) -> Scatterbrain:
         return Scatterbrain(self, place)

@@ -26,7 +26,16 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mask import Causal, Documents, Keys, Mask, both
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, PositionSettings, mixers
+from armillary.nn.mechanism import (
+    Capabilities,
+    Frozen,
+    Mixer,
+    MixerSettings,
+    Place,
+    PositionSettings,
+    head_width,
+    mixers,
+)
 from armillary.nn.ops.attend import attend
 from armillary.nn.positions.none import NoPositionSettings
 from armillary.nn.positions.rope import RopeSettings
@@ -71,11 +80,7 @@ class SmartBirdSettings(MixerSettings):
 
     def features(self, width: int) -> int:
         """Features per head."""
-        if width % self.heads:
-            raise UnsupportedError(
-                f"a width of {width} does not divide into {self.heads} heads", hint="change width or heads"
-            )
-        return width // self.heads
+        return head_width(width, self.heads, settable=False)
 
     def build(self, place: Place) -> SmartBird:
         return SmartBird(self, place)

@@ -18,9 +18,9 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import Capabilities, MixerSettings, Place, mixers
+from armillary.nn.mechanism import Capabilities, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.stick import stick_attend
-from armillary.nn.span import SpanMixer, head_width
+from armillary.nn.span import SpanMixer
 
 
 @mixers.register

@@ -16,6 +16,7 @@ from armillary.base import files
 from armillary.base.errors import SettingsError
 from armillary.base.settings import parse
 from armillary.nn.channels.gated import GatedSettings
+from armillary.nn.mechanism import mixers
 from armillary.nn.mixers.attention import AttentionSettings
 from armillary.nn.positions.rope import RopeSettings
 from armillary.recipe import Recipe, library
@@ -269,7 +270,7 @@ def test_the_schema_for_editors() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"extends", *Recipe.model_fields}
     assert schema["properties"]["seed"]["description"] == Recipe.model_fields["seed"].description
-    assert schema["$defs"]["any-mixer"]["anyOf"][0] == {"enum": ["attention", "retention"]}
+    assert schema["$defs"]["any-mixer"]["anyOf"][0] == {"enum": mixers.names()}
     assert json.loads(json.dumps(schema)) == schema
 
 

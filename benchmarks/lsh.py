@@ -34,7 +34,9 @@ def tensors(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def bands(q: torch.Tensor, rounds: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Orders and places of a hash into buckets of about WINDOW tokens, from q [1, H, T, K]."""
     buckets = max(2, q.shape[2] // WINDOW)
-    hashed = Rotations(rounds, (buckets,), q.shape[1], q.shape[3], 0).hash(q.detach().float().transpose(1, 2))
+    # many buckets are a product of two factors, as published: one would make hashing quadratic in length
+    factors = (16, buckets // 16) if buckets >= 64 else (buckets,)
+    hashed = Rotations(rounds, factors, q.shape[1], q.shape[3], 0).hash(q.detach().float().transpose(1, 2))
     pairs = [sort_groups(hashed[:, :, number], WINDOW) for number in range(rounds)]
     return [order for order, _ in pairs], torch.stack([place for _, place in pairs], 2)
 

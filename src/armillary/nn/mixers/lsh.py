@@ -110,7 +110,9 @@ class Rotations:
         turned = turned.unflatten(-1, (self.rounds, -1)).permute(0, 1, 3, 2, 4)
         bucket, radix = None, 1
         for part, factor in zip(turned.split([one // 2 for one in self.factors], -1), self.factors, strict=True):
-            found = torch.cat([part, -part], -1).argmax(-1) * radix
+            nearest = part.abs().argmax(-1)  # the largest of [part, −part], without forming it
+            opposite = part.gather(-1, nearest[..., None])[..., 0] < 0
+            found = (nearest + opposite * (factor // 2)) * radix
             bucket, radix = found if bucket is None else bucket + found, radix * factor
         assert bucket is not None
         return bucket

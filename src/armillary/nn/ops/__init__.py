@@ -6,6 +6,7 @@ Inside `with plain_ops():` every op takes its plain form; tests and FLOP counts 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,18 @@ def readable(x: Tensor) -> bool:
     if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In what to multiply tensors like x: a CPU without instructions for bf16 imitates them, many times
+    slower than it multiplies float32."""
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+    return torch.float32 if slow else x.dtype
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from armillary.native.bands import band_softmax_, band_softmax_backward_
-from armillary.nn.ops import plain
+from armillary.nn.ops import plain, product_dtype
 
 SIZE = 64  # tokens of a block
 BLOCKS = 64  # at a time: their scores stay in the cache
@@ -244,18 +244,7 @@ def _heaps(orders: list[Tensor], places: Tensor, widths: list[int]) -> Iterator[
 
 def _flat(x: Tensor) -> Tensor:
     """[B, H, T, K] → [B·H·T, K], in the type to multiply in."""
-    return x.to(_kind(x)).reshape(-1, x.shape[3])
-
-
-def _kind(q: Tensor) -> torch.dtype:
-    """The type to multiply in: a CPU without products in bf16 imitates them slowly."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _has_bf16():
-        return torch.float32
-    return q.dtype
-
-
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.to(product_dtype(x)).reshape(-1, x.shape[3])
 
 
 @torch.library.custom_op("armillary::band_attend", mutates_args=())

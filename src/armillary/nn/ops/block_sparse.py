@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from armillary.native.rows import softmax_rows_, softmax_rows_backward_
-from armillary.nn.ops import plain
+from armillary.nn.ops import plain, product_dtype
 
 SCORES = 1 << 18  # scores formed at once, so that they and what they come from stay in the cache
 
@@ -278,15 +278,9 @@ def _prepared(
     scale: float,
 ) -> _Inputs:
     tiled = None if gate is None else _tiled(gate, rows)
-    kind = _product_type(q)
+    kind = product_dtype(q)
     q, k, v = _tiled(q, rows).to(kind), k.flatten(0, 1).to(kind), v.flatten(0, 1).to(kind)
     return _Inputs(q, k, v, tiled, documents, padding, rows, columns, scale)
-
-
-def _product_type(q: Tensor) -> torch.dtype:
-    """In what products are formed: a processor without bf16 instructions multiplies float32 many times faster."""
-    slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.float32 if slow else q.dtype
 
 
 def _untiled(x: Tensor, like: Tensor) -> Tensor:

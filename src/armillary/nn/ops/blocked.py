@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from armillary.native.rows import softmax_rows_, softmax_rows_backward_
+from armillary.nn.ops import product_dtype
 
 ROWS = 128  # query rows at a time: scores of a block stay in the cache
 
@@ -52,8 +53,9 @@ def _weights(
 @torch.library.custom_op("armillary::attend_blocked", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float) -> Tensor:
     batch, heads, queries, width = q.shape
-    folded, keys, values = _folded(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1)
     out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
+    folded, keys, values = _folded(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1)
     for start in range(0, queries, ROWS):
         stop = min(queries, start + ROWS)
         _, weights, seen = _weights(folded, keys, start, stop, left, right, scale)
@@ -73,11 +75,12 @@ def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, width = q.shape
-    groups, length = k.shape[1], k.shape[2]
+    groups, length, given = k.shape[1], k.shape[2], q.dtype
+    grad_q = torch.empty(batch, queries, heads, width, dtype=given, device=q.device).transpose(1, 2)
+    grad, q, k, v = (x.to(product_dtype(x)) for x in (grad, q, k, v))
     folded, keys, values = _folded(q, groups), k.flatten(0, 1), v.flatten(0, 1)
     grads = _folded(grad, groups)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grad_q = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     grad_k = torch.zeros(batch * groups, length, width, dtype=wide, device=q.device)
     grad_v = torch.zeros_like(grad_k)
     for start in range(0, queries, ROWS):
@@ -93,7 +96,7 @@ def _attend_backward(
         grad_q[:, :, start:stop] = y.view(batch, heads, stop - start, width)
         grad_k[:, seen] += torch.bmm(slopes.transpose(1, 2), rows)
     shape = (batch, groups, length, width)
-    return grad_q, grad_k.to(k.dtype).view(shape), grad_v.to(v.dtype).view(shape)
+    return grad_q, grad_k.to(given).view(shape), grad_v.to(given).view(shape)
 
 
 @_attend_backward.register_fake

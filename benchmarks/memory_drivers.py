@@ -123,7 +123,8 @@ def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool =
                 good = good + 1 if right >= GOOD else 0
                 if say and step % 50 == 0:
                     print(
-                        f"{driver} distance {distance} step {step} loss {float(loss):.3f} right {right:.3f}", flush=True
+                        f"{driver} distance {distance} step {step} loss {float(loss.detach()):.3f} right {right:.3f}",
+                        flush=True,
                     )
                 if good == 5:
                     break

@@ -56,7 +56,8 @@ time exponent ≤ 1.25 |
 1.5 × down to 5% |
 | linear attention in chunks, 2,048 tokens | its token loop | ≥ 20 × |
 | memory drivers, 1,000,000 tokens | itself after 10,000 | resident memory within 2% |
-| memory drivers, 16 symbols copied over 8 windows | chance | ≥ 99% of strings, ≤ 5% with the memory zeroed |
+| memory drivers, 16 symbols copied over 8 windows, 1,000 fresh strings | chance | ≥ 99% of symbols; \
+≤ 5% with the memory zeroed |
 | block gates; attention only where required; attention pruned by data (`make campaign`) | dense attention, and static \
 controls | ≥ 90% of scores skipped; ≥ 63% of attention blocks replaced; ≥ 25% of pairs removed; each at equal loss |
 """

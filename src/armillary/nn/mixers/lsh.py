@@ -108,7 +108,8 @@ class Rotations:
         # and no chunking, moves a token to another bucket.
         turned = q.transpose(1, 2).double() @ self.directions.to(q.device).double()
         turned = turned.unflatten(-1, (self.rounds, -1)).permute(0, 1, 3, 2, 4)
-        bucket, radix = None, 1
+        bucket: Tensor | None = None
+        radix = 1
         for part, factor in zip(turned.split([one // 2 for one in self.factors], -1), self.factors, strict=True):
             nearest = part.abs().argmax(-1)  # the largest of [part, −part], without forming it
             opposite = part.gather(-1, nearest[..., None])[..., 0] < 0

@@ -41,11 +41,12 @@ def decay_attend(
     log_decay = log_decay.expand(batch, -1, -1).float()
     pieces = []
     last = None if documents is None else documents[:, 0]  # the document that the carried state belongs to
-    for start in range(0, length, CHUNK):
-        part = slice(start, min(length, start + CHUNK))
-        ids = None if documents is None else documents[:, part]
-        y, state = _chunk(q[:, part], k[:, part], v[:, part], log_decay[:, part], state, ids, last)
-        last = None if ids is None else ids[:, -1]
+    # split, not slices: the backward pass of a slice fills a tensor of the whole length
+    parts = [x.split(CHUNK, 1) for x in (q, k, v, log_decay)]
+    ids = [None] * len(parts[0]) if documents is None else documents.split(CHUNK, 1)
+    for q_part, k_part, v_part, decay_part, id_part in zip(*parts, ids, strict=True):
+        y, state = _chunk(q_part, k_part, v_part, decay_part, state, id_part, last)
+        last = None if id_part is None else id_part[:, -1]
         pieces.append(y)
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), state
 

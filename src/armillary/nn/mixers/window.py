@@ -1,9 +1,9 @@
 """Sliding-window attention: each head looks at the nearest tokens only, and the state is a ring of them.
 
-Beltagy, Peters & Cohan 2020, Longformer: The Long-Document Transformer (its local part, with dilation);
-windows that differ between heads: Guo, Zhang & Liu 2019, Gaussian Transformer, and locality-constrained
-attention. Global tokens are in `longformer`. Alternating whole blocks of local and global attention
-(Song et al. 2023, Zebra) is a pattern of blocks in the recipe.
+Beltagy, Peters & Cohan 2020, Longformer: The Long-Document Transformer (its local part, with dilation).
+Windows may differ between heads; `multi_view` spreads them up to the whole sequence, `longformer` adds
+global tokens. Alternating blocks of local and global attention (Song et al. 2023, Zebra) is a pattern in
+the recipe.
 """
 
 from __future__ import annotations

@@ -315,8 +315,12 @@ def test_mechanisms_and_check(armillary: Armillary, tmp_path: Path) -> None:
     assert results and all(one["passed"] for one in results)
 
 
-def test_check_finds_what_is_broken(armillary: Armillary, tmp_path: Path) -> None:
+def test_check_finds_what_is_broken(armillary: Armillary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm in the user's own file that looks at later tokens."""
+    from armillary.nn.mechanism import norms
+
+    norms.names()
+    monkeypatch.setattr(norms, "_entries", dict(norms._entries))  # what is registered here is gone afterwards
     file = tmp_path / "wrong.py"
     file.write_text(
         "from typing import ClassVar\n"

@@ -87,14 +87,12 @@ class FixedState(State):
     kind: ClassVar[str] = "fixed"
 
 
-class SpanState(State):
-    """Tensors that grow by one entry per token along axis 2: [B, G, capacity, …].
+class CountedState(State):
+    """A state that knows how many tokens each row has seen.
 
-    lengths: [B] tokens held by each row; `uniform` is their common value as a Python number, or
-    None once rows differ, so that the common case needs no look at the data.
+    lengths: [B]; `uniform` is their common value as a Python number, or None once rows differ, so that
+    the common case needs no look at the data.
     """
-
-    kind: ClassVar[str] = "span"
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
@@ -103,12 +101,43 @@ class SpanState(State):
         self.uniform: int | None = 0
 
     @property
-    def capacity(self) -> int:
-        return next(iter(self.tensors.values())).shape[2]
-
-    @property
     def longest(self) -> int:
         return self.uniform if self.uniform is not None else int(self.lengths.max())
+
+    def select(self, rows: Tensor) -> Self:
+        other = super().select(rows)
+        other._set_lengths(self.lengths[rows])
+        return other
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        joined = super().join(states)
+        joined._set_lengths(torch.cat([state.lengths for state in states]))
+        return joined
+
+    def restore(self, snapshot: Self) -> None:
+        super().restore(snapshot)
+        self._set_lengths(snapshot.lengths)
+
+    def to(self, device: torch.device | str) -> Self:
+        other = super().to(device)
+        other.lengths = self.lengths.to(device)
+        return other
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths.clone()
+        same = bool((lengths == lengths[0]).all())
+        self.uniform = int(lengths[0]) if same else None
+
+
+class SpanState(CountedState):
+    """Tensors that grow by one entry per token along axis 2: [B, G, capacity, …]."""
+
+    kind: ClassVar[str] = "span"
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.tensors.values())).shape[2]
 
     def append(self, parts: Mapping[str, Tensor], lengths: Tensor | None = None) -> dict[str, Tensor]:
         """Add parts [B, G, T, …] after each row's tokens; returns the views [B, G, longest, …].
@@ -146,33 +175,12 @@ class SpanState(State):
     def truncate(self, lengths: Tensor) -> None:
         self._set_lengths(torch.minimum(self.lengths, lengths.to(self.lengths)))
 
-    def select(self, rows: Tensor) -> Self:
-        other = super().select(rows)
-        other._set_lengths(self.lengths[rows])
-        return other
-
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
         capacity = max(state.capacity for state in states)
         for state in states:
             state._reserve(capacity)
-        joined = super().join(states)
-        joined._set_lengths(torch.cat([state.lengths for state in states]))
-        return joined
-
-    def restore(self, snapshot: Self) -> None:
-        super().restore(snapshot)
-        self._set_lengths(snapshot.lengths)
-
-    def to(self, device: torch.device | str) -> Self:
-        other = super().to(device)
-        other.lengths = self.lengths.to(device)
-        return other
-
-    def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths.clone()
-        same = bool((lengths == lengths[0]).all())
-        self.uniform = int(lengths[0]) if same else None
+        return super().join(states)
 
     def _valid(self, lengths: Tensor | None, count: int) -> Tensor:
         steps = torch.arange(count, device=self.lengths.device)
@@ -195,22 +203,16 @@ class SpanState(State):
             self.tensors[name] = grown
 
 
-class WindowState(State):
+class WindowState(CountedState):
     """The last `window` tokens of each row, in a ring along axis 2: [B, G, window, …]; the token with
     index i of its row (counted from 0) lies in slot i % window.
-
-    lengths: [B] tokens that each row has seen; `uniform` is their common value as a Python number,
-    or None once rows differ.
     """
 
     kind: ClassVar[str] = "window"
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
-        first = next(iter(self.tensors.values()))
-        self.window = first.shape[2]
-        self.lengths = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
-        self.uniform: int | None = 0
+        self.window = next(iter(self.tensors.values())).shape[2]
 
     def append(self, parts: Mapping[str, Tensor], lengths: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """What the tokens of a chunk can look back at, and the chunk itself; then the ring moves on.
@@ -254,33 +256,8 @@ class WindowState(State):
             self.uniform = None
         return held, places
 
-    def select(self, rows: Tensor) -> Self:
-        other = super().select(rows)
-        other._set_lengths(self.lengths[rows])
-        return other
 
-    @classmethod
-    def join(cls, states: Sequence[Self]) -> Self:
-        joined = super().join(states)
-        joined._set_lengths(torch.cat([state.lengths for state in states]))
-        return joined
-
-    def restore(self, snapshot: Self) -> None:
-        super().restore(snapshot)
-        self._set_lengths(snapshot.lengths)
-
-    def to(self, device: torch.device | str) -> Self:
-        other = super().to(device)
-        other.lengths = self.lengths.to(device)
-        return other
-
-    def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths.clone()
-        same = bool((lengths == lengths[0]).all())
-        self.uniform = int(lengths[0]) if same else None
-
-
-class NodeState(WindowState):
+class NodeState(CountedState):
     """The current block of each row and one closed node per level, in groups of `block` entries along
     axis 2: [B, G, (1 + levels)·block, …]. It grows by one group each time that the past doubles; what
     far groups hold are means (see `nn.ops.hierarchy`)."""
@@ -299,10 +276,6 @@ class NodeState(WindowState):
     @property
     def levels(self) -> int:
         return next(iter(self.tensors.values())).shape[2] // self.block - 1
-
-    @property
-    def longest(self) -> int:
-        return self.uniform if self.uniform is not None else int(self.lengths.max())
 
     def reserve(self, levels: int) -> None:
         missing = (levels - self.levels) * self.block

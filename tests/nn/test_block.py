@@ -242,3 +242,43 @@ def test_contradictions_are_settings_errors(data: dict[str, Any], message: str) 
     with pytest.raises(SettingsError) as error:
         parse(BlockSettings, data)
     assert message in str(error.value)
+
+
+def test_a_branch_beside_reads_what_the_one_before_it_read() -> None:
+    """x + a(n(x)) + b(n(x)), then the channel on the sum: heads of two mixers as if they were one's."""
+    settings = parse(
+        BlockSettings,
+        {
+            "branches": [
+                {"name": "near", "mixer": {"kind": "window", "heads": 2, "window": 3}},
+                {"name": "far", "mixer": {"kind": "attention", "heads": 2}, "beside": True},
+                {"name": "channel", "channel": "gated"},
+            ]
+        },
+    )
+    block = settings.build(Place(16))
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(2, 7, 16)
+    near, far, channel = block.branches()
+    middle = x + near.inner(near.norm(x), Context()) + far.inner(far.norm(x), Context())
+    expected = middle + channel.inner(channel.norm(middle), Context())
+    torch.testing.assert_close(block(x, Context()), expected)
+
+
+@pytest.mark.parametrize(
+    "branches, message",
+    [
+        ([{"name": "a", "mixer": "attention", "beside": True}], "none before it"),
+        (
+            [
+                {"name": "a", "mixer": "attention", "norm_at": "post"},
+                {"name": "b", "mixer": "attention", "beside": True},
+            ],
+            "norm_at: post",
+        ),
+    ],
+)
+def test_a_branch_that_cannot_stand_beside_is_refused(branches: list[dict], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse(BlockSettings, {"branches": branches})

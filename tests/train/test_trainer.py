@@ -311,3 +311,22 @@ def test_what_cannot_be_trained_is_refused() -> None:
         Trainer(torch.nn.Linear(2, 2), training())
     with pytest.raises(SettingsError, match="needs an encoder"):
         Trainer(network(), training(objective="masked"))
+
+
+def test_calls_of_an_update_share_its_loss_and_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 rows in parts of 2: four calls whose shares add up to 1, each with noise of its own, the same again."""
+    told: list[list[tuple[int, float]]] = []
+    for _ in range(2):
+        net, calls = network(), []
+        usual = net.hidden
+
+        def hidden(ids: Tensor, calls: list = calls, usual: Any = usual, **inputs: Any) -> Tensor:
+            calls.append((int(inputs["training"].seed), float(inputs["training"].share)))
+            return usual(ids, **inputs)
+
+        monkeypatch.setattr(net, "hidden", hidden)
+        Trainer(net, training(micro_batch=2)).step(batch())
+        told.append(calls)
+    assert told[0] == told[1]
+    assert [share for _, share in told[0]] == pytest.approx([0.25] * 4)
+    assert len({seed for seed, _ in told[0]}) == 4

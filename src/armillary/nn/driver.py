@@ -251,6 +251,13 @@ class Turn(State):
     def select(self, rows: Tensor) -> Self:
         return super().select(rows)._counted()
 
+    def rows(self, first: int, count: int) -> Self:
+        return super().rows(first, count)._counted()
+
+    def absorb(self, first: int, part: Self) -> None:
+        super().absorb(first, part)
+        self._counted()
+
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
         return super().join(states)._counted()

@@ -115,7 +115,7 @@ class NetworkState:
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for _, _, state in self._each())
+        return sum(state.nbytes for _, _, state in self.each())
 
     def select(self, rows: Tensor) -> NetworkState:
         memory = self.memory
@@ -140,21 +140,37 @@ class NetworkState:
             other.memory = Memory(torch.cat([m.hidden for m in memories]), padding)
         return other
 
+    def rows(self, first: int, count: int) -> NetworkState:
+        """The state of `count` rows from `first` on, over the same storage; give it back to `absorb` after
+        every chunk."""
+        memory, part = self.memory, slice(first, first + count)
+        if memory is not None:
+            memory = Memory(memory.hidden[part], None if memory.padding is None else memory.padding[part])
+        return self._map(lambda s: s.rows(first, count), self.lengths[part].clone(), self.positions[part].clone(), memory)
+
+    def absorb(self, first: int, part: NetworkState) -> None:
+        """Make the rows from `first` on those of `part`: what `rows` gave, or a state of its own."""
+        for index, name, state in self.each():
+            state.absorb(first, part.blocks[index][name])
+        place = slice(first, first + part.batch)
+        self.lengths, self.positions = self.lengths.clone(), self.positions.clone()
+        self.lengths[place], self.positions[place] = part.lengths, part.positions
+
     def snapshot(self) -> NetworkState:
         return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone(), self.memory)
 
     def restore(self, snapshot: NetworkState) -> None:
-        for index, name, state in self._each():
+        for index, name, state in self.each():
             state.restore(snapshot.blocks[index][name])
         self.lengths, self.positions = snapshot.lengths.clone(), snapshot.positions.clone()
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the tokens from lengths[b] on; raises, with nothing changed, where a state cannot."""
-        for _, _, state in self._each():
+        for _, _, state in self.each():
             if state.kind not in ("span", "fixed") or (state.kind == "fixed" and not _constant(state)):
                 state.truncate(lengths)
         kept = torch.minimum(self.lengths, lengths.to(self.lengths))
-        for _, _, state in self._each():
+        for _, _, state in self.each():
             if state.kind == "span":
                 state.truncate(kept)
         self.positions = self.positions - (self.lengths - kept)
@@ -166,7 +182,8 @@ class NetworkState:
             memory = Memory(memory.hidden.to(device), None if memory.padding is None else memory.padding.to(device))
         return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device), memory)
 
-    def _each(self) -> Iterator[tuple[int, str, State]]:
+    def each(self) -> Iterator[tuple[int, str, State]]:
+        """(index of the block, name of the branch, its state), of every state."""
         for index, block in enumerate(self.blocks):
             for name, state in block.items():
                 yield index, name, state

@@ -14,7 +14,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
 from armillary.nn.mask import Causal, Documents, Keys, Mask, both
 from armillary.nn.mechanism import Frozen, Mixer, MixerSettings, Place, PositionSettings
-from armillary.nn.state import SpanState, State
+from armillary.nn.state import SpanState, State, zeros
 
 
 def visible(order: str, ctx: Context) -> Mask | None:
@@ -100,9 +100,9 @@ class SpanMixer(Mixer):
             raise UnsupportedError("a bidirectional mixer cannot be extended", where=self.path)
         shape = (batch, self.groups, capacity, self.width)
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
-        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        tensors = {name: zeros(shape, dtype, device) for name in ("k", "v")}
         if self.tracks:
-            tensors["positions"] = torch.zeros(batch, 1, capacity, dtype=torch.int64, device=device)
+            tensors["positions"] = zeros((batch, 1, capacity), torch.int64, device)
         return SpanState(tensors)
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:

@@ -3,6 +3,11 @@
 Kinds: span (grows with tokens), window (bounded), fixed (constant), scored (lossy). Without
 gradients storage is written in place; with gradients tensors are replaced. A row whose chunk is
 empty, and tokens beyond a row's length, leave the state bit-identical.
+
+An engine keeps many sequences in the rows of one state: `rows` is a part of it over the same storage,
+`absorb` takes back what a chunk on such a part left behind. Where the entries of the tokens stand on
+their own (`divisible`), they can be cut out and pasted, so that sequences with a common beginning
+share it.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +24,21 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.mask import Beside, Causal, Mask, Segments
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros that take memory only where they are written: room for tokens that may never come."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = dtype.itemsize
+    for dimension in shape:
+        size *= dimension
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(*shape)
+
+
 class State:
     """Tensors with the batch as their first axis."""
 
     kind: ClassVar[str]
+    divisible: ClassVar[bool] = False  # the entries of a token depend on no later token
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
@@ -60,6 +77,25 @@ class State:
 
     def restore(self, snapshot: Self) -> None:
         self.tensors = {name: t.clone() for name, t in snapshot.tensors.items()}
+
+    def rows(self, first: int, count: int) -> Self:
+        """The state of `count` rows from `first` on, over the same storage; give it back to `absorb` after
+        every chunk."""
+        return self._with({name: t.narrow(0, first, count) for name, t in self.tensors.items()})
+
+    def absorb(self, first: int, part: Self) -> None:
+        """Make the rows from `first` on those of `part`: what `rows` gave, or a state of its own."""
+        self._fit(part)
+        for name, t in part.tensors.items():
+            mine = self.tensors[name].narrow(0, first, t.shape[0])
+            if t.data_ptr() == mine.data_ptr() and t.shape == mine.shape:
+                continue
+            if t.shape != mine.shape:  # entries along axis 2 that were not needed yet
+                mine = mine.narrow(2, 0, t.shape[2])
+            mine.copy_(t)
+
+    def _fit(self, part: Self) -> None:
+        """Grow to the size of `part`, where states grow."""
 
     def put(self, name: str, value: Tensor) -> None:
         """Give a tensor of constant size new contents: in place without gradients, replaced with them."""
@@ -124,6 +160,19 @@ class CountedState(State):
         other.lengths = self.lengths.to(device)
         return other
 
+    def rows(self, first: int, count: int) -> Self:
+        other = super().rows(first, count)
+        other.lengths = self.lengths.narrow(0, first, count).clone()
+        if self.uniform is None:
+            other._set_lengths(other.lengths)
+        return other
+
+    def absorb(self, first: int, part: Self) -> None:
+        super().absorb(first, part)
+        lengths = self.lengths.clone()
+        lengths[first : first + part.batch] = part.lengths
+        self._set_lengths(lengths)
+
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths.clone()
         same = bool((lengths == lengths[0]).all())
@@ -134,6 +183,7 @@ class SpanState(CountedState):
     """Tensors that grow by one entry per token along axis 2: [B, G, capacity, …]."""
 
     kind: ClassVar[str] = "span"
+    divisible: ClassVar[bool] = True
 
     @property
     def capacity(self) -> int:
@@ -174,6 +224,23 @@ class SpanState(CountedState):
 
     def truncate(self, lengths: Tensor) -> None:
         self._set_lengths(torch.minimum(self.lengths, lengths.to(self.lengths)))
+
+    def cut(self, row: int, start: int, stop: int) -> dict[str, Tensor]:
+        """A copy of the entries of a row's tokens from `start` to before `stop`, [G, stop − start, …]."""
+        return {name: t[row, :, start:stop].clone() for name, t in self.tensors.items()}
+
+    def paste(self, row: int, start: int, entries: Mapping[str, Tensor]) -> None:
+        """Make such entries those of the row's tokens from `start` on; what came behind is forgotten."""
+        count = next(iter(entries.values())).shape[1]
+        self._make_room(start + count)
+        for name, entry in entries.items():
+            self.tensors[name][row, :, start : start + count] = entry
+        lengths = self.lengths.clone()
+        lengths[row] = start + count
+        self._set_lengths(lengths)
+
+    def _fit(self, part: Self) -> None:
+        self._reserve(part.capacity)
 
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
@@ -292,6 +359,9 @@ class NodeState(CountedState):
                 self.tensors[name].copy_(value)
         self.lengths = self.lengths + (count if lengths is None else lengths.to(self.lengths))
         self.uniform = self.uniform + count if lengths is None and self.uniform is not None else None
+
+    def _fit(self, part: Self) -> None:
+        self.reserve(part.levels)
 
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:

@@ -123,12 +123,19 @@ class _Together(State):
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         return {
             f"{index}.{key}.{name}": tensor
-            for index, key, state in self.network._each()
+            for index, key, state in self.network.each()
             for name, tensor in state.tensors.items()
         }
 
     def select(self, rows: Tensor) -> _Together:
         return _Together(self.network.select(rows))
+
+    def rows(self, first: int, count: int) -> _Together:
+        return _Together(self.network.rows(first, count))
+
+    def absorb(self, first: int, part: State) -> None:
+        assert isinstance(part, _Together)
+        self.network.absorb(first, part.network)
 
     @classmethod
     def join(cls, states: Sequence[Any]) -> Any:

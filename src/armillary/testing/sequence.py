@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
-from armillary.nn.state import State
+from armillary.nn.state import SpanState, State
 from armillary.testing.cases import Case, Trial, padded, swap
 from armillary.testing.compare import held, near, refuses, require, same, slopes_near, untouched
 
@@ -169,6 +169,33 @@ def selection(case: Case) -> None:
             near(y[valid], expected.gather(1, places)[valid], "joined states")
             if joined is not None:
                 require(joined.nbytes > 0 and joined.to("cpu").nbytes == joined.nbytes, "nbytes or to() is wrong")
+            if seed == SEEDS[0] and state is not None:
+                _kept(trial, expected, cut)
+
+
+def _kept(trial: Trial, expected: Tensor, cut: int) -> None:
+    """What an engine does with the rows of one state: work on some, put others in their place, share beginnings."""
+    state = trial.state(capacity=trial.length)
+    assert state is not None
+    trial.fill(state, cut)
+    before = held(state)
+    part, some = state.rows(1, 2), torch.tensor([1, 2])
+    near(trial.extend(part, trial.x[some, cut:], cut, rows=some), expected[some, cut:], "rows of a state")
+    state.absorb(1, part)
+    untouched(before, held(state), torch.tensor([True, False, False, True]), "a chunk of some rows changed others")
+    lone, third = trial.state(torch.tensor([3]), capacity=cut), torch.tensor([3])
+    assert lone is not None
+    trial.extend(lone, trial.x[third, :cut], 0, rows=third)
+    state.absorb(0, lone)
+    part = state.rows(0, 1)
+    near(trial.extend(part, trial.x[third, cut:], cut, rows=third), expected[third, cut:], "a row put in another's place")
+    if not isinstance(state, SpanState) or not state.divisible:
+        return
+    fresh = trial.state(torch.tensor([3]))
+    assert isinstance(fresh, SpanState)
+    for start, stop in ((0, cut - 1), (cut - 1, cut)):
+        fresh.paste(0, start, state.cut(3, start, stop))
+    near(trial.extend(fresh, trial.x[third, cut:], cut, rows=third), expected[third, cut:], "entries that were pasted")
 
 
 # -- causality

@@ -36,7 +36,7 @@ from armillary.nn.mechanism import (
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, Modify, attend
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState
+from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState, zeros
 
 _SITES = frozenset({"rotate", "bias", "relate"})
 
@@ -264,9 +264,9 @@ class Attention(Mixer):
             raise UnsupportedError("a bidirectional mixer cannot be extended", where=self.path)
         shape = (batch, self.groups, capacity if self.window is None else self.window, self.width)
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
-        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        tensors = {name: zeros(shape, dtype, device) for name in ("k", "v")}
         if self.tracks:
-            tensors["positions"] = torch.zeros(batch, 1, shape[2], dtype=torch.int64, device=device)
+            tensors["positions"] = zeros((batch, 1, shape[2]), torch.int64, device)
         return SpanState(tensors) if self.window is None else WindowState(tensors)
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:

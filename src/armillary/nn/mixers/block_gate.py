@@ -18,6 +18,7 @@ has several units to go while training moves a parameter by a fraction of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -44,7 +45,7 @@ from armillary.nn.ops.attend import attend
 from armillary.nn.ops.block_sparse import attend_block_sparse
 from armillary.nn.positions.none import NoPositionSettings
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import SpanState, State
+from armillary.nn.state import SpanState, State, zeros
 from armillary.nn.training import attach, uniform
 
 LOW, HIGH = -0.1, 1.1  # to where the gate is stretched before it is clipped to [0, 1]
@@ -197,7 +198,7 @@ class BlockGate(Mixer):
         # Zeros, not empty: a slot that a ragged row has not reached meets a weight of 0, and 0·NaN is NaN.
         shape = (batch, self.groups, capacity, self.width)
         wide = torch.promote_types(dtype, torch.float32)
-        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        tensors = {name: zeros(shape, dtype, device) for name in ("k", "v")}
         means = torch.zeros(batch, self.groups, capacity // self.block, self.width, dtype=wide, device=device)
         return BlockSpanState(tensors, means, self.block)
 
@@ -329,6 +330,18 @@ class BlockSpanState(SpanState):
             else:
                 means[:, :, first:last] = fresh
         self.tensors["means"] = means
+
+    def cut(self, row: int, start: int, stop: int) -> dict[str, Tensor]:
+        found = super().cut(row, start, stop)
+        del found["means"]  # they follow from the keys
+        return found
+
+    def paste(self, row: int, start: int, entries: Mapping[str, Tensor]) -> None:
+        super().paste(row, start, entries)
+        stop = int(self.lengths[row])
+        first, last = start // self.block, stop // self.block
+        keys = self.tensors["k"][row : row + 1, :, first * self.block : last * self.block].transpose(1, 2)
+        self.tensors["means"][row, :, first:last] = _means(keys, last - first, self.block)[0]
 
     def _reserve(self, capacity: int) -> None:
         means = self.tensors.pop("means")

@@ -23,7 +23,7 @@ from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.chain import LARGE, backward_messages, forward_messages
-from armillary.nn.state import SpanState, State
+from armillary.nn.state import SpanState, State, zeros
 
 
 @mixers.register
@@ -65,6 +65,8 @@ class MarginalChainSettings(MixerSettings):
 
 class ChainState(SpanState):
     """Keys, values and the message over them; a message cannot be taken back to an earlier token."""
+
+    divisible: ClassVar[bool] = False
 
     def truncate(self, lengths: Tensor) -> None:
         raise UnsupportedError("a chain's state cannot be truncated", hint="take a snapshot before and restore it")
@@ -124,7 +126,7 @@ class MarginalChain(Mixer):
         if self.order == "bidirectional":
             raise UnsupportedError("a bidirectional mixer cannot be extended", where=self.path)
         shape = (batch, self.heads, capacity)
-        tensors = {name: torch.zeros(*shape, self.width, dtype=dtype, device=device) for name in ("k", "v")}
+        tensors = {name: zeros((*shape, self.width), dtype, device) for name in ("k", "v")}
         wide = torch.promote_types(dtype, torch.float32)
         return ChainState({**tensors, "message": torch.zeros(shape, dtype=wide, device=device)})
 

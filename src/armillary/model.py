@@ -93,7 +93,7 @@ class Model(nn.Module):
         """Complete a prompt.
 
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
-        (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed).
+        (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …).
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
         """
@@ -231,11 +231,14 @@ class Model(nn.Module):
         return ids if begin is None else [begin, *ids]
 
     def _complete(self, starts: list[list[int]], single: bool, sampling: Sampling, streaming: bool) -> Any:
-        taps = self._tapped({}).get("taps")
+        taps, sources = self._tapped({}).get("taps"), None
+        if self.settings.form == "encoder_decoder":
+            # the decoder starts from the last token of the source, as in training
+            sources, starts = starts, [ids[-1:] for ids in starts]
         if streaming:
-            pieces = stream(self.network, self.tokenizer, starts, sampling, taps=taps)
+            pieces = stream(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
             return (piece.text for piece in pieces) if single else pieces
-        done = generate(self.network, self.tokenizer, starts, sampling, taps=taps)
+        done = generate(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
         return done[0] if single else done
 
     def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:

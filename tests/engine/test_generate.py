@@ -9,7 +9,7 @@ import torch
 
 from armillary.base.errors import InputError
 from armillary.engine.generate import generate, stream
-from armillary.engine.sampling import Sampler, Sampling, filtered
+from armillary.engine.sampling import Chooser, Sampling, choose, filtered
 from armillary.model import Model
 from armillary.nn.network import ModelSettings, build
 from armillary.text import TokenizerSettings, train_tokenizer
@@ -98,17 +98,17 @@ def test_filters_against_their_definitions() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     shares = torch.tensor([0.6, 0.3, 0.0, 0.1])
-    sampler = Sampler(Sampling(temperature=1.0, seed=1), [[0]], 4, torch.device("cpu"))
-    drawn = torch.tensor([int(sampler.pick(shares.log()[None], [0])[0]) for _ in range(4000)])
+    chooser = Chooser(Sampling(temperature=1.0, seed=1), [0])
+    drawn = torch.tensor([choose(shares.log()[None], [chooser])[0].token for _ in range(4000)])
     counts = torch.bincount(drawn, minlength=4) / 4000
     assert counts[2] == 0
     assert torch.allclose(counts, shares, atol=0.04)  # five standard deviations of the largest
 
 
 def test_repetition_penalty_divides_what_was_seen() -> None:
-    sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), [[0, 1]], 3, torch.device("cpu"))
-    assert int(sampler.pick(torch.tensor([[3.0, -1.0, 1.6]]), [0])[0]) == 2  # 3/2 < 1.6
-    assert int(sampler.pick(torch.tensor([[3.0, -1.0, 1.6]]), [0])[0]) == 0  # now 1.6/2 < 3/2
+    chooser = Chooser(Sampling(temperature=0, repetition_penalty=2.0), [0, 1])
+    assert choose(torch.tensor([[3.0, -1.0, 1.6]]), [chooser])[0].token == 2  # 3/2 < 1.6
+    assert choose(torch.tensor([[3.0, -1.0, 1.6]]), [chooser])[0].token == 0  # now 1.6/2 < 3/2
 
 
 def test_bad_requests(network) -> None:

@@ -1,4 +1,4 @@
-"""Decoding through the network's state: batches of ragged prompts, streaming, stop strings.
+"""Completions of prompts, on an engine made for them.
 
 `stream` yields pieces of text as they are certain; `generate` gathers them.
 """
@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from armillary.base.errors import InputError
-from armillary.engine.sampling import Sampler, Sampling
+from armillary.engine.core import Engine
+from armillary.engine.request import Answer, GenerationError, Request
+from armillary.engine.request import Piece as Given
+from armillary.engine.sampling import Sampling
 from armillary.nn.network import Network
-from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.taps import Taps
-from armillary.text import StreamDecoder, Tokenizer
+from armillary.text import Tokenizer
 
 Finish = Literal["stop", "end", "length"]
+MOST = 64  # prompts under way at a time
 
 
 @dataclass
@@ -63,16 +64,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     taps: Taps | None = None,
 ) -> Completions:
-    """Complete every prompt (token ids)."""
+    """Complete every prompt (token ids); sources: what an encoder–decoder reads for each."""
     done = Completions(Completion() for _ in prompts)
-    for piece in stream(network, tokenizer, prompts, sampling, into=done, taps=taps):
+    for piece in stream(network, tokenizer, prompts, sampling, into=done, sources=sources, taps=taps):
         done[piece.row].text += piece.text
     return done
 
 
-@torch.no_grad()
 def stream(
     network: Network,
     tokenizer: Tokenizer,
@@ -80,107 +81,42 @@ def stream(
     sampling: Sampling,
     *,
     into: Completions | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
     taps: Taps | None = None,
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
 
     into: completions to fill with ids, log-probabilities and reasons on the way.
     """
-    starts = [list(prompt) for prompt in prompts]
-    if not starts:
+    if not prompts:
         return
-    _check(network, starts, sampling)
-    device = network.device
-    done = into if into is not None else Completions(Completion() for _ in starts)
-    sampler = Sampler(sampling, starts, network.settings.vocabulary or 0, device)
-    writers = [_Writer(tokenizer.stream(), sampling.stop) for _ in starts]
-    longest = max(len(prompt) for prompt in starts)
-    ids = torch.zeros(len(starts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(starts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-    ragged = any(len(prompt) < longest for prompt in starts)
-    lengths = torch.tensor([len(prompt) for prompt in starts], device=device) if ragged else None
-    state = network.init_state(len(starts), longest + sampling.max_new_tokens)
-    logits = network.extend(ids.to(device), state, lengths=lengths, last=True, taps=taps)[:, 0]
-    rows = list(range(len(starts)))
-    for step in range(sampling.max_new_tokens):
-        tokens, logprobs = sampler.pick(logits, rows)
-        keep: list[int] = []
-        for place, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
-            writer, one = writers[row], done[row]
-            if token == tokenizer.eos:
-                one.finish = "end"
-                yield Piece(row, writer.close(), "end")
-                continue
-            one.ids.append(token)
-            one.logprobs.append(logprob)
-            text = writer.push(token)
-            if writer.stopped:
-                one.finish = "stop"
-                yield Piece(row, text, "stop")
-            elif step + 1 == sampling.max_new_tokens:
-                rest = writer.close()
-                one.finish = "stop" if writer.stopped else "length"
-                yield Piece(row, text + rest, one.finish)
-            else:
-                keep.append(place)
-                if text:
-                    yield Piece(row, text)
-        if not keep or step + 1 == sampling.max_new_tokens:
-            return
-        if len(keep) < len(rows):
-            picked = torch.tensor(keep, device=device)
-            state, tokens = state.select(picked), tokens[picked]
-            rows = [rows[place] for place in keep]
-        logits = network.extend(tokens[:, None], state, taps=taps)[:, 0]
-
-
-class _Writer:
-    """Text of one row: holds back what may still turn into a stop text."""
-
-    def __init__(self, decoder: StreamDecoder, stops: Sequence[str]) -> None:
-        self.decoder, self.stops = decoder, [stop for stop in stops if stop]
-        self.held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        return self._settle(self.decoder.push(token), last=False)
-
-    def close(self) -> str:
-        return "" if self.stopped else self._settle(self.decoder.finish(), last=True)
-
-    def _settle(self, text: str, last: bool) -> str:
-        self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.stopped = True
-            text, self.held = self.held[: min(found)], ""
-            return text
-        waiting = 0 if last else max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        cut = len(self.held) - waiting
-        text, self.held = self.held[:cut], self.held[cut:]
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
-
-
-def _check(network: Network, prompts: list[list[int]], sampling: Sampling) -> None:
-    vocabulary = network.settings.vocabulary or 0
     for row, prompt in enumerate(prompts):
-        if not prompt:
+        if not len(prompt):
             raise InputError(f"prompt {row} has no tokens", hint="give at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise InputError(f"prompt {row} holds an id outside the vocabulary of {vocabulary}")
-    if isinstance(network.position, LearnedPosition):
-        needed = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-        if needed > network.position.length:
-            raise InputError(
-                f"prompt and completion need {needed} positions, but {network.position.length} were learned",
-                hint="shorten the prompt or max_new_tokens",
-            )
+    done = into if into is not None else Completions(Completion() for _ in prompts)
+    longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps)
+    answers = [
+        engine.submit(Request(tuple(prompt), sampling, None if sources is None else tuple(sources[row]), stream=row))
+        for row, prompt in enumerate(prompts)
+    ]
+    open_ = list(range(len(prompts)))
+    while open_:
+        engine.step()
+        for row in list(open_):
+            for piece in _new(answers[row]):
+                done[row].ids += [choice.token for choice in piece.choices]
+                done[row].logprobs += [choice.logprob for choice in piece.choices]
+                if piece.finish is not None:
+                    open_.remove(row)
+                    assert piece.finish in ("stop", "end", "length")
+                    done[row].finish = piece.finish
+                if piece.text or piece.finish is not None:
+                    yield Piece(row, piece.text, done[row].finish if piece.finish is not None else None)
+
+
+def _new(answer: Answer) -> Iterator[Given]:
+    for piece in answer.ready():
+        if piece.finish == "error":
+            raise GenerationError(answer.error or "the engine failed")
+        yield piece

@@ -1,15 +1,18 @@
-"""How the next token is chosen from its scores: filters, penalties, seeds.
+"""How the next token is chosen from its scores: what is asked for, and the choice itself.
 
-Order: repetition penalty, temperature, top-k, top-p, min-p, draw. Every row draws from its own
-generator, so a row's tokens do not depend on its neighbours in the batch.
+Order: biases, penalties and bounds of length; what else steps in (constraints, watermarks); temperature,
+top-k, top-p, min-p; draw. Every sequence draws from its own generator, once per token, so its tokens do
+not depend on its neighbours in the batch, nor on whether they were guessed beforehand.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from armillary.base.errors import InputError, SettingsError, nearest
@@ -31,8 +34,32 @@ class Sampling(Settings):
     repetition_penalty: float = Field(
         1.0, gt=0, description="scores of tokens already there shrink by this factor (Keskar et al. 2019, CTRL)"
     )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="taken off the score of every token generated before")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="taken off as often as the token was generated")
+    logit_bias: dict[int, float] = Field({}, description="added to the scores of tokens; −100 forbids, 100 forces")
+    min_new_tokens: int = Field(0, ge=0, description="no end before so many")
+    target_new_tokens: int | None = Field(
+        None, gt=0, description="about so many: the end's score rises by 10 from half of it to half more than it"
+    )
+    alternatives: int = Field(0, ge=0, le=20, description="give the log-probabilities of so many likeliest tokens, too")
     stop: tuple[str, ...] = Field((), description="texts that end a completion; they are left out of it")
     seed: int = Field(0, description="seed of the draws")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Sampling:
+        for name in ("min_new_tokens", "target_new_tokens"):
+            if (getattr(self, name) or 0) > self.max_new_tokens:
+                raise ValueError(f"{name} is {getattr(self, name)}, more than max_new_tokens, {self.max_new_tokens}")
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores are taken as they come."""
+        return (
+            self.repetition_penalty == 1.0
+            and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+            and not (self.min_new_tokens or self.target_new_tokens)
+        )
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Sampling:
@@ -48,47 +75,138 @@ class Sampling(Settings):
             raise InputError(str(error)) from None
 
 
-class Sampler:
-    """Chooses tokens for the rows of a batch; `rows` picks which generators go on."""
+class Step(Protocol):
+    """Something that changes the scores of one sequence: a constraint, a watermark."""
 
-    def __init__(self, sampling: Sampling, prompts: list[list[int]], vocabulary: int, device: torch.device) -> None:
-        self.sampling = sampling
-        # A fixed odd multiplier keeps the streams of neighbouring rows and seeds apart.
-        self.generators = [
-            torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + row) & 0x7FFFFFFF_FFFFFFFF)
-            for row in range(len(prompts))
-        ]
-        self.seen: Tensor | None = None
+    def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
+        """Scores [V] float32 after the tokens `ids` → new scores; may change them in place."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, its log-probability in nats under the model's own distribution (unfiltered, temperature
+    1), and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Chooser:
+    """Chooses the tokens of one sequence.
+
+    prompt: its tokens; end: the id that ends an answer, or None; stream: keeps the draws of sequences
+    with one seed apart; steps: what else has a say.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        *,
+        end: int | None = None,
+        stream: int = 0,
+        steps: Sequence[Step] = (),
+    ) -> None:
+        self.sampling, self.end, self.steps = sampling, end, tuple(steps)
+        # A fixed odd multiplier keeps the streams of neighbouring sequences and seeds apart.
+        self.generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
+        self.ids = list(prompt)
+        self.begun = len(self.ids)
+        self.plain = sampling.plain and not self.steps
+        self._seen = set(self.ids)
+        self._counts: dict[int, int] = {}
+
+    @property
+    def generated(self) -> int:
+        return len(self.ids) - self.begun
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Scores [V] float32 with biases, penalties, bounds and steps applied."""
+        sampling = self.sampling
+        scores = scores.clone()
+        for token, bias in sampling.logit_bias.items():
+            if not 0 <= token < len(scores):
+                raise InputError(f"logit_bias names the token {token}; the vocabulary has {len(scores)}")
+            scores[token] += bias
         if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(prompt, dtype=torch.int64, device=device)] = True
+            seen = torch.tensor(sorted(self._seen), dtype=torch.int64)
+            picked, penalty = scores[seen], sampling.repetition_penalty
+            scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
+        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens = torch.tensor(list(self._counts), dtype=torch.int64)
+            counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+            scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if self.end is not None:
+            if self.generated < sampling.min_new_tokens:
+                scores[self.end] = -torch.inf
+            elif sampling.target_new_tokens is not None:
+                done = self.generated / sampling.target_new_tokens
+                scores[self.end] += 10 * max(-1.0, min(1.0, 2 * (done - 1)))
+        for step in self.steps:
+            scores = step.apply(scores, self.ids)
+        return scores
 
-    def pick(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """logits [b, V] of the given rows → tokens [b] int64 and their log-probabilities [b] under the
-        unfiltered distribution at temperature 1."""
-        scores = logits.float()
-        plain = torch.log_softmax(scores, -1)
-        if self.seen is not None:
-            penalty = self.sampling.repetition_penalty
-            shrunk = torch.where(scores > 0, scores / penalty, scores * penalty)
-            scores = torch.where(self.seen[rows], shrunk, scores)
-        if self.sampling.temperature == 0:
-            tokens = scores.argmax(-1)
+    def accept(self, token: int) -> None:
+        self.ids.append(token)
+        if not self.plain:
+            self._seen.add(token)
+            self._counts[token] = self._counts.get(token, 0) + 1
+            for step in self.steps:
+                step.accept(token)
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
+    """One token for each row of logits [n, V], by the chooser of the row."""
+    scores = logits.float()
+    own = torch.log_softmax(scores, -1)
+    if not all(chooser.plain for chooser in choosers):
+        scores = torch.stack(
+            [row if chooser.plain else chooser.shaped(row) for row, chooser in zip(scores, choosers, strict=True)]
+        )
+    tokens = torch.empty(len(choosers), dtype=torch.int64, device=logits.device)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        asked = chooser.sampling
+        greedy = asked.temperature == 0
+        groups.setdefault(() if greedy else (asked.temperature, asked.top_k, asked.top_p, asked.min_p), []).append(row)
+    for kind, rows in groups.items():
+        some = scores if len(rows) == len(choosers) else scores[rows]
+        if not kind:
+            tokens[rows] = some.argmax(-1)
         else:
-            tokens = self._draw(filtered(scores / self.sampling.temperature, self.sampling), rows)
-        if self.seen is not None:
-            self.seen[rows, tokens] = True
-        return tokens, plain.gather(1, tokens[:, None])[:, 0]
+            asked = choosers[rows[0]].sampling
+            tokens[rows] = _draw(filtered(some / asked.temperature, asked), [choosers[row].generator for row in rows])
+    logprobs = own.gather(1, tokens[:, None])[:, 0].tolist()
+    found = []
+    for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
+        chooser.accept(token)
+        top: tuple[tuple[int, float], ...] = ()
+        if chooser.sampling.alternatives:
+            top = likeliest(own[row], chooser.sampling.alternatives)
+        found.append(Choice(token, logprobs[row], top))
+    return found
 
-    def _draw(self, scores: Tensor, rows: list[int]) -> Tensor:
-        ladder = torch.softmax(scores, -1).double().cumsum(-1)
-        draws = torch.stack([torch.rand((), dtype=torch.float64, generator=self.generators[row]) for row in rows])
-        goal = draws.to(ladder.device)[:, None] * ladder[:, -1:]
-        tokens = torch.searchsorted(ladder, goal, right=True)[:, 0]
-        # A draw that rounds to the very top must land on the last token that has any probability.
-        last = (ladder < ladder[:, -1:]).sum(-1)
-        return torch.minimum(tokens, last)
+
+def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens of [V], the first first."""
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    ladder = torch.softmax(scores, -1).double().cumsum(-1)
+    draws = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in generators])
+    goal = draws.to(ladder.device)[:, None] * ladder[:, -1:]
+    tokens = torch.searchsorted(ladder, goal, right=True)[:, 0]
+    # A draw that rounds to the very top must land on the last token that has any probability.
+    last = (ladder < ladder[:, -1:]).sum(-1)
+    return torch.minimum(tokens, last)
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -146,7 +146,9 @@ class NetworkState:
         memory, part = self.memory, slice(first, first + count)
         if memory is not None:
             memory = Memory(memory.hidden[part], None if memory.padding is None else memory.padding[part])
-        return self._map(lambda s: s.rows(first, count), self.lengths[part].clone(), self.positions[part].clone(), memory)
+        return self._map(
+            lambda s: s.rows(first, count), self.lengths[part].clone(), self.positions[part].clone(), memory
+        )
 
     def absorb(self, first: int, part: NetworkState) -> None:
         """Make the rows from `first` on those of `part`: what `rows` gave, or a state of its own."""
@@ -284,6 +286,11 @@ class Network(nn.Module):
 
     def mixers(self) -> list[Mixer]:
         return [module for module in self.modules() if isinstance(module, Mixer)]
+
+    @property
+    def side_names(self) -> frozenset[str]:
+        """The side tensors that have to be given."""
+        return self._side
 
     @property
     def device(self) -> torch.device:

@@ -188,7 +188,9 @@ def _kept(trial: Trial, expected: Tensor, cut: int) -> None:
     trial.extend(lone, trial.x[third, :cut], 0, rows=third)
     state.absorb(0, lone)
     part = state.rows(0, 1)
-    near(trial.extend(part, trial.x[third, cut:], cut, rows=third), expected[third, cut:], "a row put in another's place")
+    near(
+        trial.extend(part, trial.x[third, cut:], cut, rows=third), expected[third, cut:], "a row put in another's place"
+    )
     if not isinstance(state, SpanState) or not state.divisible:
         return
     fresh = trial.state(torch.tensor([3]))

@@ -1,0 +1,496 @@
+"""The engine: many answers from one network at a time, whatever its mechanisms.
+
+One step plans (`scheduler`), puts sequences in and out of their places (`slots`, `prefix`), computes
+(`network.extend`), chooses (`sampling`) and hands out. It runs on a thread of its own after `start`;
+without, whoever waits for an answer drives it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import InputError
+from armillary.engine.drafts import Drafter
+from armillary.engine.prefix import Match, Prefixes, Snapshot
+from armillary.engine.request import Answer, Finish, Piece, Request
+from armillary.engine.sampling import Choice, Chooser, choose, likeliest
+from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
+from armillary.engine.scheduler import Sequence as Progress
+from armillary.engine.slots import Apart, Slots
+from armillary.engine.writer import Writer
+from armillary.nn.network import Network
+from armillary.nn.positions.learned import LearnedPosition
+from armillary.nn.taps import Taps
+from armillary.text import Tokenizer
+
+WHOLE = 2048  # prompt tokens in a step when nobody waits for the next token
+LEAST = 16  # prompt tokens in a step, however slow
+STEP = 0.05  # seconds that a step should take while answers are running
+APART = 1024  # tokens between snapshots in a long prompt
+BRANCH = 32  # tokens beyond a match from which a common beginning is worth a snapshot
+RECENT = 0.3  # weight of the last step in what a token is thought to cost
+
+
+@dataclass(eq=False)
+class _Running:
+    """An answer under way."""
+
+    answer: Answer
+    progress: Progress
+    chooser: Chooser
+    writer: Writer | None
+    match: Match = field(default_factory=Match)
+    drafts: list[int] = field(default_factory=list)
+    followers: list[_Running] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.chooser.ids
+
+
+class Engine:
+    """Generates answers.
+
+    slots: answers at a time; capacity: most tokens of one, by default the network's context; memory: bytes
+    for states, running and kept, by default what the slots can come to and half as much again; keep:
+    whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
+    than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
+    are then checked together.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 16,
+        capacity: int | None = None,
+        memory: int | None = None,
+        keep: bool = True,
+        overcommit: float = 1.0,
+        patience: float = 30.0,
+        drafter: Drafter | None = None,
+        taps: Taps | None = None,
+    ) -> None:
+        self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
+        self.capacity = capacity or network.settings.context
+        form = network.settings.form
+        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity)
+        # a prefix that sees itself both ways cannot be gone on from in the middle
+        self.keeps = keep and form == "decoder"
+        self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
+        if memory is None:
+            self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2
+        self.prefixes = Prefixes(self.slots.divisible)
+        self.scheduler = Scheduler(
+            slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self._shrink
+        )
+        self.cost = 0.0  # seconds per prompt token, learnt
+        self.steps = self.failures = self.failing = 0
+        self.progressed = time.monotonic()
+        self._side = {name: torch.zeros(slots, dtype=torch.int64) for name in network.side_names}
+        self._runs: dict[Progress, _Running] = {}
+        self._new: list[_Running] = []
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._closing: float | None = None
+
+    # -- what a caller does
+
+    def submit(self, request: Request, listener: Callable[[Piece], None] | None = None) -> Answer:
+        """Put a request in line. Raises InputError for one that can never be served."""
+        return self.submit_copies([request], [listener])[0]
+
+    def submit_copies(
+        self, requests: Sequence[Request], listeners: Sequence[Callable[[Piece], None] | None] | None = None
+    ) -> list[Answer]:
+        """Requests with one prompt, which is computed once: the others begin when the first has read it."""
+        runs = [
+            self._prepared(request, listener)
+            for request, listener in zip(requests, listeners or [None] * len(requests), strict=True)
+        ]
+        if any(request.ids != requests[0].ids or request.space != requests[0].space for request in requests):
+            raise InputError("copies need one prompt")
+        first = runs[0]
+        if len(runs) > 1 and self.keeps:
+            first.followers = runs[1:]
+            before = len(first.ids) - 1
+            if before and not self.slots.divisible:  # where a copy can go on from
+                first.progress.stops = tuple(sorted({*first.progress.stops, before}))
+        with self._work:
+            if self._closing is not None:
+                raise InputError("the engine is closing and takes no more requests")
+            for run in [first] if first.followers else runs:
+                self._enter(run)
+            self._work.notify()
+        return [run.answer for run in runs]
+
+    def _prepared(self, request: Request, listener: Callable[[Piece], None] | None) -> _Running:
+        self._check(request)
+        answer = Answer(request, self._drive, listener)
+        sampling, prompt = request.sampling, len(request.ids)
+        end = self.tokenizer.eos if self.tokenizer is not None else None
+        progress = Progress(
+            known=prompt,
+            limit=prompt + sampling.max_new_tokens,
+            key=request.key,
+            priority=request.priority,
+            deadline=None if request.timeout is None else answer.submitted + request.timeout,
+            stops=self._stops(request),
+            whole=prompt if self.network.settings.form == "prefix" else 0,
+        )
+        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps)
+        writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
+        self.scheduler.check(progress)
+        return _Running(answer, progress, chooser, writer)
+
+    def _enter(self, run: _Running) -> None:
+        self.scheduler.submit(run.progress, run.answer.submitted)
+        self._new.append(run)
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer all of them; returns when the last is over."""
+        return [answer.wait() for answer in [self.submit(request) for request in requests]]
+
+    def start(self) -> Engine:
+        """Go on a thread of its own."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._loop, name="armillary-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take no more requests; those under way may go on for `drain` seconds, then they end."""
+        with self._work:
+            self._closing = time.monotonic() + drain
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.busy and time.monotonic() < self._closing:
+                self.step()
+            self._end_all("cancelled")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._new or self._runs)
+
+    # -- one step
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Compute the next step; False when there was nothing to do."""
+        with self._lock:
+            for run in self._new:
+                self._runs[run.progress] = run
+            self._new.clear()
+            for run in [run for run in self._runs.values() if run.answer.cancelled]:
+                self._end(run, "cancelled")
+            self._guess()
+            plan = self.scheduler.plan(time.monotonic(), self._budget())
+            self._place(plan)
+        if not plan.work:
+            return False
+        self.steps += 1
+        together = [one for one in plan.work if one.count == 1 or one.drafts]
+        for works in ([together] if together else []) + [[one] for one in plan.work if one not in together]:
+            self._compute(works)
+        self.progressed = time.monotonic()
+        return True
+
+    def _place(self, plan: Plan) -> None:
+        for progress in plan.expired:
+            self._end(self._runs[progress], "deadline")
+        for progress in plan.preempted:
+            run = self._runs[progress]
+            self._remember(run, progress.slot)
+            progress.computed = progress.drafts = 0
+            run.drafts = []
+        for progress in plan.admitted:
+            run = self._runs[progress]
+            self.slots.begin(progress.slot, run.match, run.answer.request.source)
+            run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
+            for name, values in self._side.items():
+                whole = len(run.answer.request.ids) if name == "prefix" else run.answer.request.side[name]
+                values[progress.slot] = whole
+            run.match = Match()
+
+    def _compute(self, works: list[Work]) -> None:
+        """One call of the network for sequences that take a token (and guesses) each, or for one prompt."""
+        works = sorted(works, key=lambda one: one.sequence.slot)
+        runs = [self._runs[one.sequence] for one in works]
+        chunks = [
+            (run.ids + run.drafts)[one.sequence.computed : one.sequence.computed + one.count]
+            for one, run in zip(works, runs, strict=True)
+        ]
+        asked = any(one.drafts for one in works) or any(
+            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
+            for one, run in zip(works, runs, strict=True)
+        )
+        before = [
+            self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
+        ]
+        started = time.monotonic()
+        try:
+            rows = [one.sequence.slot for one in works]
+            logits = self.slots.extend(rows, chunks, last=not asked, side=self._side, taps=self.taps)
+            self._choose(works, runs, logits, before, asked)
+            self.failing = 0
+        except Exception as error:
+            # Rows of other sequences are untouched: they were no part of the call.
+            self.failures, self.failing = self.failures + 1, self.failing + 1
+            with self._lock:
+                for run in runs:
+                    if run.answer.finish is None:
+                        self._end(run, "error", f"{type(error).__name__}: {error}")
+            return
+        if len(works) == 1 and works[0].count >= LEAST:
+            each = (time.monotonic() - started) / works[0].count
+            self.cost = each if self.cost == 0 else (1 - RECENT) * self.cost + RECENT * each
+
+    def _choose(
+        self, works: list[Work], runs: list[_Running], logits: Tensor, before: list[Snapshot], asked: bool
+    ) -> None:
+        if not asked:
+            ready = [place for place, one in enumerate(works) if one.finishes]
+            for place, one in enumerate(works):
+                one.sequence.computed += one.count
+                if place not in ready:
+                    self._keep(runs[place])
+            if not ready:
+                return
+            rows = logits[:, 0] if len(ready) == len(works) else logits[ready, 0]
+            bad = ~torch.isfinite(rows).any(-1) | torch.isnan(rows).any(-1)
+            fine = [place for place, broken in zip(ready, bad.tolist(), strict=True) if not broken]
+            for place in set(ready) - set(fine):
+                self._end_now(runs[place], "error", "the network gave no finite scores")
+            if fine:
+                choices = choose(rows[~bad], [runs[place].chooser for place in fine])
+                for place, choice in zip(fine, choices, strict=True):
+                    self._keep(runs[place])
+                    self._hand_out(runs[place], [choice])
+            return
+        for place, (one, run) in enumerate(zip(works, runs, strict=True)):
+            self._check_drafts(one, run, logits[place, : one.count], before[place])
+
+    def _check_drafts(self, one: Work, run: _Running, logits: Tensor, before: Snapshot) -> None:
+        """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
+        progress, start = one.sequence, one.sequence.computed
+        prompt = run.answer.request.ids
+        if run.answer.request.prompt_logprobs and start < run.chooser.begun - 1:
+            self._score_prompt(run, logits, start, prompt)
+        known = one.count - one.drafts
+        progress.computed += known
+        if not one.finishes:
+            self._keep(run)
+            return
+        if bool(torch.isnan(logits).any()):
+            self._end_now(run, "error", "the network gave no finite scores")
+            return
+        guesses, given = run.drafts[: one.drafts], list[Choice]()
+        run.drafts, progress.drafts = [], 0
+        for step in range(one.drafts + 1):
+            choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
+            given.append(choice)
+            ended = (
+                choice.token == run.chooser.end or run.chooser.generated >= run.answer.request.sampling.max_new_tokens
+            )
+            if ended or step == one.drafts or choice.token != guesses[step]:
+                break
+        right = len(given) - 1
+        run.answer.drafted += one.drafts
+        run.answer.accepted += right
+        if right < one.drafts:
+            self._forget(run, start + known + right, start, before)
+        progress.computed = start + known + right
+        progress.known += right
+        self._keep(run)
+        self._hand_out(run, given)
+
+    def _forget(self, run: _Running, length: int, start: int, before: Snapshot) -> None:
+        """Take back the guesses that were wrong: cut where that can be done, else go back and read again."""
+        slot = run.progress.slot
+        if self.slots.divisible:
+            self.slots.go_back(slot, length, {})
+            return
+        self.slots.go_back(slot, start, before)
+        self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps)
+
+    def _score_prompt(self, run: _Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
+        for place in range(min(len(logits), len(prompt) - 1 - start)):
+            own = torch.log_softmax(logits[place].float(), -1)
+            token = prompt[start + place + 1]
+            top = likeliest(own, run.chooser.sampling.alternatives) if run.chooser.sampling.alternatives else ()
+            run.answer.prompt_choices.append(Choice(token, float(own[token]), top))
+
+    # -- answers
+
+    def _hand_out(self, run: _Running, choices: list[Choice]) -> None:
+        """Tokens that were chosen, the last of which is not computed yet."""
+        text, kept, finish = "", list[Choice](), None
+        for choice in choices:
+            if choice.token == run.chooser.end:
+                text, finish = text + (run.writer.close() if run.writer else ""), "end"
+                break
+            kept.append(choice)
+            if run.writer is not None:
+                text += run.writer.push(choice.token)
+                if run.writer.stopped:
+                    finish = "stop"
+                    break
+        if finish is None and len(run.answer.choices) + len(kept) >= run.answer.request.sampling.max_new_tokens:
+            text += run.writer.close() if run.writer else ""
+            finish = "stop" if run.writer is not None and run.writer.stopped else "length"
+        run.progress.known = len(run.ids)
+        self._follow(run)
+        if finish is None:
+            run.answer.give(Piece(text, tuple(kept)))
+        else:
+            self._end_now(run, finish, piece=Piece(text, tuple(kept), finish))  # type: ignore[arg-type]
+
+    def _end_now(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
+        with self._lock:
+            self._end(run, finish, error, piece)
+
+    def _end(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
+        progress = run.progress
+        for follower in run.followers:  # the first ended early: the others do without it
+            self._enter(follower)
+        run.followers = []
+        if progress.stage == "running" and finish != "error":
+            self._remember(run, progress.slot)
+        if progress.stage != "done":
+            self.scheduler.finish(progress)
+        self._runs.pop(progress, None)
+        run.answer.error = error
+        if piece is None:
+            rest = run.writer.close() if run.writer is not None else ""
+            piece = Piece(rest, (), finish)
+        run.answer.give(piece)
+
+    def _follow(self, run: _Running) -> None:
+        """The prompt has been read: its copies may begin."""
+        if run.followers:
+            with self._lock:
+                for follower in run.followers:
+                    self._enter(follower)
+            run.followers = []
+
+    def _end_all(self, finish: Finish) -> None:
+        with self._lock:
+            while self._runs or self._new:
+                for run in self._new:
+                    self._runs[run.progress] = run
+                self._new.clear()
+                for run in list(self._runs.values()):
+                    self._end(run, finish)
+
+    # -- what is kept for later
+
+    def _stops(self, request: Request) -> tuple[int, ...]:
+        """Where a prompt has to pause, so that others can go on from there."""
+        if not self.keeps or self.slots.divisible:
+            return ()
+        prompt = len(request.ids)
+        wanted = {at for at in request.boundaries if 0 < at < prompt} | set(range(APART, prompt, APART))
+        return tuple(sorted(wanted))
+
+    def _reuse(self, progress: Progress) -> int:
+        run = self._runs[progress]
+        if not self.keeps or run.answer.request.source is not None:
+            return 0
+        # prompt tokens whose own scores are asked for have to be computed
+        most = 0 if run.answer.request.prompt_logprobs else len(run.ids) - 1
+        run.match = self.prefixes.match(run.ids, most, run.answer.request.space)
+        common = min(run.match.common, most)
+        if not self.slots.divisible and common >= run.match.length + BRANCH:
+            progress.stops = tuple(sorted({*progress.stops, common}))
+        return run.match.length
+
+    def _keep(self, run: _Running) -> None:
+        """After a chunk: others may go on from the end of a prompt and from where it paused."""
+        at = run.progress.computed
+        if self.keeps and (at in run.progress.stops or at == run.chooser.begun):
+            self._remember(run, run.progress.slot)
+
+    def _remember(self, run: _Running, slot: int) -> None:
+        if not self.keeps or run.progress.computed == 0 or run.answer.request.source is not None:
+            return
+        ids = run.ids[: run.progress.computed]
+        snapshot = None if self.slots.divisible else self.slots.snapshot(slot)
+        self.prefixes.insert(
+            ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.answer.request.space
+        )
+        self.memory.cached = self.prefixes.nbytes
+        if self.memory.free < 0:
+            self._shrink(-self.memory.free)
+
+    def _shrink(self, size: int) -> None:
+        self.prefixes.shrink(size)
+        self.memory.cached = self.prefixes.nbytes
+
+    # -- around
+
+    def _guess(self) -> None:
+        if self.drafter is None:
+            return
+        for run in self._runs.values():
+            progress = run.progress
+            if progress.stage == "running" and progress.decoding and not run.drafts:
+                left = progress.limit - progress.known - 1
+                run.drafts = self.drafter.propose(run.ids, left) if left > 0 else []
+                progress.drafts = len(run.drafts)
+
+    def _budget(self) -> int:
+        if self.cost == 0 or not any(run.progress.decoding for run in self._runs.values()):
+            return WHOLE
+        return max(LEAST, min(WHOLE, int(STEP / self.cost)))
+
+    def _drive(self, answer: Answer) -> None:
+        """Somebody waits for an answer: go on, unless the engine goes by itself."""
+        if self._thread is None:
+            if not self.step() and answer.finish is None and not self.busy:
+                raise AssertionError("nothing is left to do, and an answer is not complete")
+        else:
+            time.sleep(0.0005)
+
+    def _loop(self) -> None:
+        while True:
+            with self._work:
+                while not self.busy and self._closing is None:
+                    self._work.wait(0.5)
+                    self.progressed = time.monotonic()
+                if self._closing is not None and (not self.busy or time.monotonic() > self._closing):
+                    break
+            if not self.step():
+                time.sleep(0.001)
+        self._end_all("cancelled")
+
+    def _check(self, request: Request) -> None:
+        vocabulary = self.network.settings.vocabulary or 0
+        if not request.ids:
+            raise InputError("the prompt has no tokens", hint="give at least one token")
+        if min(request.ids) < 0 or max(request.ids) >= vocabulary:
+            raise InputError(f"the prompt holds an id outside the vocabulary of {vocabulary}")
+        needed = len(request.ids) + request.sampling.max_new_tokens
+        position = self.network.position
+        if isinstance(position, LearnedPosition) and needed > position.length:
+            raise InputError(
+                f"prompt and completion need {needed} positions, but {position.length} were learned",
+                hint="shorten the prompt or max_new_tokens",
+            )
+        if needed > self.capacity:
+            raise InputError(
+                f"prompt and completion need {needed} tokens, and the engine holds {self.capacity} of one answer",
+                hint="shorten the prompt or max_new_tokens, or give the engine a larger capacity",
+            )
+        for name in self._side:
+            if name != "prefix" and name not in request.side:
+                raise InputError(f"this network needs the side number '{name}'")

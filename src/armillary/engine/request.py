@@ -1,0 +1,116 @@
+"""What is asked of the engine, and what it answers: safe to use from any thread."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from armillary.base.errors import ArmillaryError
+from armillary.engine.sampling import Choice, Sampling, Step
+
+Finish = Literal["stop", "end", "length", "cancelled", "deadline", "error"]
+
+
+class GenerationError(ArmillaryError):
+    """An answer ended before it was complete, through no fault of its request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be generated.
+
+    ids: the prompt's tokens; source: of an encoder–decoder; key: who asks (places and steps are shared
+    out fairly between keys); space: whose earlier sequences may be gone on from (what is kept for one
+    space is never seen from another); priority: higher goes first; timeout: seconds from submission;
+    boundaries: numbers of prompt tokens after which a message ends: other conversations may go on from
+    there; side: named numbers that the network's mechanisms ask for; stream: keeps the draws of answers
+    with the same seed apart; steps: constraints and the like; prompt_logprobs: give those of the prompt.
+    """
+
+    ids: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    source: tuple[int, ...] | None = None
+    key: str = ""
+    space: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    boundaries: tuple[int, ...] = ()
+    side: Mapping[str, int] = field(default_factory=dict)
+    stream: int = 0
+    steps: tuple[Step, ...] = ()
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came with one step: text that is certain, the tokens chosen, and at the end why it ended."""
+
+    text: str = ""
+    choices: tuple[Choice, ...] = ()
+    finish: Finish | None = None
+
+
+class Answer:
+    """The progress of one request: iterate over it for pieces, or call `wait`.
+
+    text, choices, finish: so far; reused: prompt tokens that were at hand from earlier sequences;
+    prompt_choices: of every prompt token but the first, when asked for; drafted, accepted: guesses
+    checked and right; listener: called with every piece, on the engine's thread.
+    """
+
+    def __init__(
+        self, request: Request, drive: Callable[[Answer], None], listener: Callable[[Piece], None] | None
+    ) -> None:
+        self.request = request
+        self.text, self.choices = "", list[Choice]()
+        self.prompt_choices: list[Choice] = []
+        self.finish: Finish | None = None
+        self.error: str | None = None
+        self.reused = self.drafted = self.accepted = 0
+        self.submitted, self.first_at, self.done_at = time.monotonic(), 0.0, 0.0
+        self.cancelled = False
+        self._drive, self._listener = drive, listener
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+
+    def cancel(self) -> None:
+        """End it before the next step."""
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Pieces as they come; the last one has `finish`. Raises GenerationError when the engine failed."""
+        while True:
+            while self._pieces.empty() and self.finish is None:
+                self._drive(self)
+            piece = self._pieces.get()
+            if piece.finish == "error":
+                raise GenerationError(self.error or "the engine failed")
+            yield piece
+            if piece.finish is not None:
+                return
+
+    def ready(self) -> Iterator[Piece]:
+        """The pieces that are there already."""
+        while not self._pieces.empty():
+            yield self._pieces.get()
+
+    def wait(self) -> Answer:
+        """Until it is over; returns itself. Raises GenerationError when the engine failed."""
+        for _ in self:
+            pass
+        return self
+
+    def give(self, piece: Piece) -> None:
+        """For the engine: the next piece."""
+        now = time.monotonic()
+        if piece.choices and not self.first_at:
+            self.first_at = now
+        self.text += piece.text
+        self.choices.extend(piece.choices)
+        if piece.finish is not None:
+            self.finish, self.done_at = piece.finish, now
+        self._pieces.put(piece)
+        if self._listener is not None:
+            self._listener(piece)

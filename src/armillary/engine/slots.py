@@ -1,0 +1,169 @@
+"""The states of the sequences that run: rows of one network state, and what is cut out of it and put back.
+
+It knows kinds of states (divisible or not), never mechanisms. Memory of a row is taken only as its
+tokens are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from armillary.engine.prefix import Entries, Match, Snapshot
+from armillary.nn.network import Network, NetworkState
+from armillary.nn.state import SpanState
+from armillary.nn.taps import Taps
+
+
+class Slots:
+    """`count` rows of at most `capacity` tokens each."""
+
+    def __init__(self, network: Network, count: int, capacity: int) -> None:
+        self.network, self.count, self.capacity = network, count, capacity
+        self.state = network.init_state(count, capacity)
+        self.blank = network.init_state(1, 1)
+        kinds = [state for _, _, state in self.state.each()]
+        spans = sum(state.nbytes for state in kinds if state.divisible)
+        self.each = -(-spans // (count * capacity))  # bytes per token
+        self.fixed = -(-sum(state.nbytes for state in kinds if not state.divisible) // count)  # bytes per row
+        self.divisible = all(state.divisible for state in kinds)
+
+    def extend(
+        self,
+        rows: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        *,
+        last: bool = True,
+        side: Mapping[str, Tensor] | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """The chunk of each row, and logits: of the last token of each [n, 1, V], or of every place [n, T,
+        V]; rows: ascending; side: tensors with one row for each row of the state, of which the right
+        ones are taken."""
+        first, stop = rows[0], rows[-1] + 1
+        longest = max(len(chunk) for chunk in chunks)
+        ids = torch.zeros(stop - first, longest, dtype=torch.int64)
+        lengths = torch.zeros(stop - first, dtype=torch.int64)
+        for row, chunk in zip(rows, chunks, strict=True):
+            ids[row - first, : len(chunk)] = torch.tensor(chunk, dtype=torch.int64)
+            lengths[row - first] = len(chunk)
+        device = self.network.device
+        ragged = bool((lengths != longest).any())
+        given = {name: tensor[first:stop] for name, tensor in (side or {}).items()}
+        part = self.state if stop - first == self.count else self.state.rows(first, stop - first)
+        logits = self.network.extend(
+            ids.to(device), part, lengths=lengths.to(device) if ragged else None, last=last, side=given, taps=taps
+        )
+        if part is not self.state:
+            self.state.absorb(first, part)
+        picked = [row - first for row in rows]
+        return logits if len(picked) == stop - first else logits[picked]
+
+    def length(self, row: int) -> int:
+        return int(self.state.lengths[row])
+
+    def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
+        """Put a row where an earlier sequence was, or at the beginning."""
+        assert source is None
+        self.clear(row)
+        if match.length:
+            self.restore(row, match)
+
+    def clear(self, row: int) -> None:
+        """Begin anew."""
+        self.state.absorb(row, self.blank)
+
+    def entries(self, row: int, start: int, stop: int) -> Entries:
+        """Of the divisible states, the tokens from `start` to before `stop`."""
+        return {
+            (index, name): state.cut(row, start, stop)
+            for index, name, state in self.state.each()
+            if isinstance(state, SpanState) and state.divisible
+        }
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Of the other states, all that they hold now."""
+        return {
+            (index, name): state.rows(row, 1).snapshot()
+            for index, name, state in self.state.each()
+            if not state.divisible
+        }
+
+    def restore(self, row: int, match: Match) -> None:
+        """Put a fresh row where an earlier sequence was."""
+        for index, name, state in self.state.each():
+            if isinstance(state, SpanState) and state.divisible:
+                at = 0
+                for entries, count in match.path:
+                    parts = {part: t[:, :count] for part, t in entries[index, name].items()}
+                    state.paste(row, at, parts)
+                    at += count
+        self._put(row, match.snapshot or {}, match.length)
+
+    def go_back(self, row: int, length: int, snapshot: Snapshot) -> None:
+        """Forget the tokens from `length` on; snapshot: of that moment."""
+        kept = self.state.lengths.clone()
+        kept[row] = length
+        for _, _, state in self.state.each():
+            if state.divisible:
+                state.truncate(kept)
+        self._put(row, snapshot, length)
+
+    def _put(self, row: int, snapshot: Snapshot, length: int) -> None:
+        for index, name, state in self.state.each():
+            if not state.divisible:
+                state.absorb(row, snapshot[index, name])
+        for tensor in (self.state.lengths, self.state.positions):
+            tensor[row] = length
+
+
+class Apart(Slots):
+    """Slots of an encoder–decoder: every sequence looks at a source of its own length, so each has a state
+    of its own and is computed by itself; nothing is kept of it."""
+
+    def __init__(self, network: Network, count: int, capacity: int) -> None:
+        self.network, self.count, self.capacity = network, count, capacity
+        source = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
+        one = network.init_state(1, 1, source=source)
+        kinds = [state for _, _, state in one.each()]
+        looks = sum(state.nbytes for state in kinds if state.kind == "fixed")
+        self.each = sum(state.nbytes for state in kinds if state.divisible)
+        self.fixed = looks * network.settings.context  # of a source as long as the context
+        self.divisible = False
+        self.rows: dict[int, NetworkState] = {}
+
+    def extend(
+        self,
+        rows: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        *,
+        last: bool = True,
+        side: Mapping[str, Tensor] | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        found = []
+        longest = max(len(chunk) for chunk in chunks)
+        for row, chunk in zip(rows, chunks, strict=True):
+            ids = torch.tensor([chunk], dtype=torch.int64, device=self.network.device)
+            given = {name: tensor[row : row + 1] for name, tensor in (side or {}).items()}
+            logits = self.network.extend(ids, self.rows[row], last=last, side=given, taps=taps)
+            missing = (1 if last else longest) - logits.shape[1]
+            found.append(torch.nn.functional.pad(logits, (0, 0, 0, missing)))
+        return torch.cat(found)
+
+    def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
+        assert source is not None and not match.length
+        given = torch.tensor([list(source)], dtype=torch.int64, device=self.network.device)
+        self.rows[row] = self.network.init_state(1, self.capacity, source=given)
+
+    def snapshot(self, row: int) -> Snapshot:
+        return {(index, name): state.snapshot() for index, name, state in self.rows[row].each()}
+
+    def go_back(self, row: int, length: int, snapshot: Snapshot) -> None:
+        state = self.rows[row]
+        for index, name, each in state.each():
+            each.restore(snapshot[index, name])
+        for tensor in (state.lengths, state.positions):
+            tensor[0] = length

@@ -286,9 +286,9 @@ class Engine:
         prompt = run.answer.request.ids
         if run.answer.request.prompt_logprobs and start < run.chooser.begun - 1:
             self._score_prompt(run, logits, start, prompt)
-        known = one.count - one.drafts
+        known, ready = one.count - one.drafts, one.finishes
         progress.computed += known
-        if not one.finishes:
+        if not ready:
             self._keep(run)
             return
         if bool(torch.isnan(logits).any()):

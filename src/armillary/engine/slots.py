@@ -7,13 +7,14 @@ tokens are written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from armillary.engine.prefix import Entries, Match, Snapshot
 from armillary.nn.network import Network, NetworkState
-from armillary.nn.state import SpanState
+from armillary.nn.state import SpanState, State
 from armillary.nn.taps import Taps
 
 
@@ -24,11 +25,14 @@ class Slots:
         self.network, self.count, self.capacity = network, count, capacity
         self.state = network.init_state(count, capacity)
         self.blank = network.init_state(1, 1)
-        kinds = [state for _, _, state in self.state.each()]
-        spans = sum(state.nbytes for state in kinds if state.divisible)
+        spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
         self.each = -(-spans // (count * capacity))  # bytes per token
-        self.fixed = -(-sum(state.nbytes for state in kinds if not state.divisible) // count)  # bytes per row
-        self.divisible = all(state.divisible for state in kinds)
+        self.fixed = -(-(self.state.nbytes - spans) // count)  # bytes per row
+        self.divisible = all(self._cuts(state) for _, _, state in self.state.each())
+
+    def _cuts(self, state: State) -> TypeGuard[SpanState]:
+        """Whether its tokens' entries stand on their own; under a driver a state holds parts of a sequence."""
+        return isinstance(state, SpanState) and state.divisible and self.network.driver is None
 
     def extend(
         self,
@@ -78,9 +82,7 @@ class Slots:
     def entries(self, row: int, start: int, stop: int) -> Entries:
         """Of the divisible states, the tokens from `start` to before `stop`."""
         return {
-            (index, name): state.cut(row, start, stop)
-            for index, name, state in self.state.each()
-            if isinstance(state, SpanState) and state.divisible
+            (index, name): state.cut(row, start, stop) for index, name, state in self.state.each() if self._cuts(state)
         }
 
     def snapshot(self, row: int) -> Snapshot:
@@ -88,13 +90,13 @@ class Slots:
         return {
             (index, name): state.rows(row, 1).snapshot()
             for index, name, state in self.state.each()
-            if not state.divisible
+            if not self._cuts(state)
         }
 
     def restore(self, row: int, match: Match) -> None:
         """Put a fresh row where an earlier sequence was."""
         for index, name, state in self.state.each():
-            if isinstance(state, SpanState) and state.divisible:
+            if self._cuts(state):
                 at = 0
                 for entries, count in match.path:
                     parts = {part: t[:, :count] for part, t in entries[index, name].items()}
@@ -107,13 +109,13 @@ class Slots:
         kept = self.state.lengths.clone()
         kept[row] = length
         for _, _, state in self.state.each():
-            if state.divisible:
+            if self._cuts(state):
                 state.truncate(kept)
         self._put(row, snapshot, length)
 
     def _put(self, row: int, snapshot: Snapshot, length: int) -> None:
         for index, name, state in self.state.each():
-            if not state.divisible:
+            if not self._cuts(state):
                 state.absorb(row, snapshot[index, name])
         for tensor in (self.state.lengths, self.state.positions):
             tensor[row] = length

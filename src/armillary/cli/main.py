@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from armillary.cli import checks, comparing, compress, models, recipes, runs
+from armillary.cli import checks, comparing, compress, models, recipes, runs, serving
 from armillary.cli.command import Command
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (recipes, runs, comparing, models, compress, checks):
+for group in (recipes, runs, comparing, models, serving, compress, checks):
     for name, function in group.COMMANDS.items():
         app.command(name, cls=Command)(function)
 

@@ -453,13 +453,13 @@ class Engine:
             return WHOLE
         return max(LEAST, min(WHOLE, int(STEP / self.cost)))
 
-    def _drive(self, answer: Answer) -> None:
-        """Somebody waits for an answer: go on, unless the engine goes by itself."""
-        if self._thread is None:
-            if not self.step() and answer.finish is None and not self.busy:
-                raise AssertionError("nothing is left to do, and an answer is not complete")
-        else:
-            time.sleep(0.0005)
+    def _drive(self, answer: Answer) -> bool:
+        """Somebody waits for an answer: go on, unless the engine goes by itself (False)."""
+        if self._thread is not None:
+            return False
+        if not self.step() and answer.finish is None and not self.busy:
+            raise AssertionError("nothing is left to do, and an answer is not complete")
+        return True
 
     def _loop(self) -> None:
         while True:

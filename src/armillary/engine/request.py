@@ -62,7 +62,7 @@ class Answer:
     """
 
     def __init__(
-        self, request: Request, drive: Callable[[Answer], None], listener: Callable[[Piece], None] | None
+        self, request: Request, drive: Callable[[Answer], bool], listener: Callable[[Piece], None] | None
     ) -> None:
         self.request = request
         self.text, self.choices = "", list[Choice]()
@@ -82,8 +82,8 @@ class Answer:
     def __iter__(self) -> Iterator[Piece]:
         """Pieces as they come; the last one has `finish`. Raises GenerationError when the engine failed."""
         while True:
-            while self._pieces.empty() and self.finish is None:
-                self._drive(self)
+            while self._pieces.empty() and self.finish is None and self._drive(self):
+                pass
             piece = self._pieces.get()
             if piece.finish == "error":
                 raise GenerationError(self.error or "the engine failed")

@@ -1,0 +1,194 @@
+"""From a request's answers to what goes over the wire: whole, or piece by piece.
+
+An answer belongs to the connection that asked for it: it begins in `__call__` of its response and is
+cancelled when that ends, however it ends. Nothing depends on a generator being started or finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from armillary.engine.request import Answer, Piece, Request
+from armillary.server.errors import HTTPError, explained
+from armillary.server.hosted import Hosted
+from armillary.server.limits import Client, Door
+from armillary.server.metrics import Metrics
+
+ALIVE = 15.0  # seconds between comments that keep a silent stream open
+READS = 30.0  # seconds that a client may take to read what was sent
+
+
+@dataclass
+class Context:
+    """What answers need of the server."""
+
+    door: Door
+    metrics: Metrics
+
+
+@dataclass
+class Job:
+    """The answers of one HTTP request. groups: the copies for each prompt."""
+
+    hosted: Hosted
+    client: Client
+    groups: list[list[Request]]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(group[0].ids) for group in self.groups)
+
+
+class Answered(Response):
+    """A response that computes. whole(answers) gives the JSON; or first(), piece(place, piece, answer) and
+    last(answers) the events of a stream; place: number of the answer."""
+
+    def __init__(
+        self,
+        context: Context,
+        job: Job,
+        *,
+        whole: Callable[[list[Answer]], Any] | None = None,
+        first: Callable[[], list[Any]] | None = None,
+        piece: Callable[[int, Piece, Answer], list[Any]] | None = None,
+        last: Callable[[list[Answer]], list[Any]] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.context, self.job = context, job
+        self.whole, self.first, self.piece, self.last = whole, first, piece, last
+        self.given = headers or {}
+        self.status_code, self.background = 200, None
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job, answers = self.job, list[Answer]()
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        load, count = job.hosted.load, sum(len(group) for group in job.groups)
+        entered = unread = 0
+        try:
+            engine = job.hosted.engine
+            load.admit(count, job.prompt_tokens, engine.cost)
+            self.context.door.admit(job.client, job.prompt_tokens)
+            entered, unread = count, job.prompt_tokens
+            load.answers += entered
+            load.waiting_tokens += unread
+            for group in job.groups:
+                places = range(len(answers), len(answers) + len(group))
+                answers += engine.submit_copies(group, [_listener(loop, pieces, place) for place in places])
+            gone = asyncio.create_task(_gone(receive))
+            work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
+            done, _ = await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.gather(gone, work, return_exceptions=True)
+            if work in done:
+                work.result()
+        except Exception as error:
+            if self._started:
+                raise
+            problem = explained(error)
+            if problem.status in (429, 503):
+                self.context.metrics.rejections.labels(problem.code or "").inc()
+            response = JSONResponse(problem.body(), problem.status, headers=problem.headers() | self.given)
+            await response(scope, receive, send)
+        finally:
+            load.answers -= entered
+            load.waiting_tokens -= unread
+            for answer in answers:
+                answer.cancel()
+                self.context.metrics.answered(job.hosted.name, answer)
+            self.context.door.charge(job.client, sum(len(answer.choices) for answer in answers))
+
+    async def _work(
+        self, scope: Scope, receive: Receive, send: Send, pieces: asyncio.Queue[Any], answers: list[Answer]
+    ) -> None:
+        if self.whole is not None:
+            open_ = len(answers)
+            while open_:
+                _, piece = await pieces.get()
+                open_ -= piece.finish is not None
+            _raise(answers)
+            self._started = True
+            await JSONResponse(self.whole(answers), headers=self._headers())(scope, receive, send)
+            return
+        assert self.first is not None and self.piece is not None and self.last is not None
+        head = [(name.encode(), value.encode()) for name, value in self._headers().items()]
+        head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        self._started = True
+        await _sent(send, {"type": "http.response.start", "status": 200, "headers": head})
+        await self._event(send, self.first())
+        open_ = len(answers)
+        while open_:
+            try:
+                batch = [await asyncio.wait_for(pieces.get(), ALIVE)]
+            except TimeoutError:
+                await _sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
+                continue
+            while not pieces.empty():
+                batch.append(pieces.get_nowait())
+            events = []
+            for place, piece in batch:
+                open_ -= piece.finish is not None
+                if piece.finish == "error":
+                    problem = HTTPError(500, answers[place].error or "the engine failed", code="generation_failed")
+                    events.append(problem.body())
+                else:
+                    events += self.piece(place, piece, answers[place])
+            await self._event(send, events)
+        await self._event(send, self.last(answers))
+        await _sent(send, {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _event(self, send: Send, events: Sequence[Any]) -> None:
+        if events:
+            body = "".join(
+                f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events
+            )
+            await _sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+
+    def _headers(self) -> dict[str, str]:
+        return self.given | self.job.client.headers()
+
+
+def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:
+    def heard(piece: Piece) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
+            loop.call_soon_threadsafe(pieces.put_nowait, (place, piece))
+
+    return heard
+
+
+async def _sent(send: Send, message: Message) -> None:
+    """A client that does not read is given up."""
+    async with asyncio.timeout(READS):
+        await send(message)
+
+
+async def _gone(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def _raise(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        if answer.finish == "error":
+            raise HTTPError(500, answer.error or "the engine failed", code="generation_failed")
+        if answer.finish == "deadline":
+            raise HTTPError(408, "the answer was not complete within its timeout", param="timeout", code="timeout")
+        if answer.finish == "cancelled":
+            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+
+
+def now() -> int:
+    return int(time.time())

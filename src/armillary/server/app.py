@@ -1,0 +1,280 @@
+"""The application: which path leads where, who may come in, and what is said when something is wrong.
+
+Everything needs a key where keys are set; open are only `/live` and `/ready`, which say whether the
+engine makes progress and whether requests are taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import struct
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from armillary.server import chat, completions
+from armillary.server.answering import Context
+from armillary.server.body import read
+from armillary.server.errors import HTTPError, explained
+from armillary.server.hosted import Hosted
+from armillary.server.limits import Client, Door
+from armillary.server.metrics import Metrics
+from armillary.server.openapi import document
+from armillary.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+
+log = logging.getLogger("armillary.server")
+STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
+FAILING = 3  # steps in a row
+
+
+class Server:
+    """models: what is served, the first also under any name when it is the only one; door: keys and rates."""
+
+    def __init__(self, models: Sequence[Hosted], door: Door | None = None) -> None:
+        self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
+        self.door, self.metrics = door or Door(), Metrics()
+        self.context = Context(self.door, self.metrics)
+        self.draining = False
+        posts: list[tuple[str, type[BaseModel], Any]] = [
+            ("/v1/chat/completions", ChatRequest, self._chat),
+            ("/v1/completions", CompletionRequest, self._completions),
+            ("/v1/embeddings", EmbeddingRequest, self._embeddings),
+            ("/tokenize", TokenizeRequest, self._tokenize),
+            ("/detokenize", DetokenizeRequest, self._detokenize),
+        ]
+        gets = [
+            ("/v1/models", self._list),
+            ("/v1/models/{name:path}", self._model),
+            ("/metrics", self._metrics),
+            ("/openapi.json", self._openapi),
+        ]
+        self.document = document([(path, form) for path, form, _ in posts], [path for path, _ in gets])
+        routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
+        routes += [Route(path, self._get(path, call), methods=["GET"]) for path, call in gets]
+        routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
+        self.app = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: self._lost, HTTPError: self._wrong, Exception: self._wrong},
+            lifespan=self._lifespan,
+        )
+
+    # -- around every request
+
+    def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request, client: Client) -> Response:
+            asked = await read(request, form)
+            found = call(asked, client, self._marks(request))
+            response: Response = await found if asyncio.iscoroutine(found) else found
+            return response
+
+        return self._guarded(path, handle)
+
+    def _get(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request, client: Client) -> Response:
+            response: Response = call(request)
+            return response
+
+        return self._guarded(path, handle)
+
+    def _guarded(self, path: str, handle: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            started, status, client = time.monotonic(), 500, None
+            try:
+                client = self.door.enter(request.headers.get("authorization"))
+                if self.draining and request.method == "POST":
+                    raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+                response: Response = await handle(request, client)
+                status = getattr(response, "status_code", 200)
+                return response
+            except Exception as error:
+                problem = explained(error)
+                status = problem.status
+                if status == 500:
+                    log.exception("a request failed", extra={"route": path})
+                return self._problem(problem, request)
+            finally:
+                self.metrics.requests.labels(path, status).inc()
+                log.info(
+                    "request",
+                    extra={
+                        "route": path,
+                        "status": status,
+                        "client": client.name if client else None,
+                        "id": request.state.id if hasattr(request.state, "id") else None,
+                        "seconds": round(time.monotonic() - started, 4),
+                    },
+                )
+
+        return guarded
+
+    def _marks(self, request: Request) -> dict[str, str]:
+        """Headers of every answer: the id that the client gave its request, or a new one."""
+        if not hasattr(request.state, "id"):
+            given = request.headers.get("x-request-id", "")
+            fine = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+            request.state.id = given if fine else uuid.uuid4().hex
+        return {"x-request-id": request.state.id}
+
+    def _problem(self, problem: HTTPError, request: Request) -> Response:
+        headers = problem.headers() | self._marks(request)
+        if problem.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if problem.status in (429, 503):
+            self.metrics.rejections.labels(problem.code or "").inc()
+        return JSONResponse(problem.body(), problem.status, headers=headers)
+
+    async def _wrong(self, request: Request, error: Exception) -> Response:
+        return self._problem(explained(error), request)
+
+    async def _lost(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
+        problem = HTTPError(error.status_code, what.get(error.status_code, str(error.detail)))
+        response = self._problem(problem, request)
+        response.headers.update(error.headers or {})
+        return response
+
+    def _hosted(self, name: str) -> Hosted:
+        found = self.models.get(name)
+        if found is None:
+            known = ", ".join(self.models)
+            raise HTTPError(404, f"there is no model '{name[:200]}'", param="model", code="model_not_found", hint=known)
+        return found
+
+    # -- routes
+
+    def _chat(self, asked: ChatRequest, client: Client, marks: dict[str, str]) -> Response:
+        return chat.answer(self.context, self._hosted(asked.model), client, asked, marks)
+
+    def _completions(self, asked: CompletionRequest, client: Client, marks: dict[str, str]) -> Response:
+        return completions.answer(self.context, self._hosted(asked.model), client, asked, marks)
+
+    async def _embeddings(self, asked: EmbeddingRequest, client: Client, marks: dict[str, str]) -> Response:
+        hosted = self._hosted(asked.model)
+        rows = hosted.prompts(asked.input)
+        longest = max(len(row) for row in rows)
+        if longest > hosted.network.settings.context:
+            raise HTTPError(
+                400,
+                f"an input has {longest} tokens, and {hosted.network.settings.context} is the most",
+                param="input",
+                code="context_length_exceeded",
+            )
+        if not all(rows):
+            raise HTTPError(400, "there is an empty input", param="input")
+        tokens = sum(len(row) for row in rows)
+        hosted.load.admit(len(rows), tokens, 0.0)
+        self.door.admit(client, tokens)
+        hosted.load.answers += len(rows)
+        try:
+            vectors = await asyncio.to_thread(hosted.embed, rows)
+        finally:
+            hosted.load.answers -= len(rows)
+        if asked.dimensions is not None and asked.dimensions != len(vectors[0]):
+            raise HTTPError(400, f"vectors of this model have {len(vectors[0])} dimensions", param="dimensions")
+        data = [
+            {"object": "embedding", "index": index, "embedding": _coded(vector, asked.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        body = {"object": "list", "data": data, "model": hosted.name, "usage": usage}
+        return JSONResponse(body, headers=marks | client.headers())
+
+    def _tokenize(self, asked: TokenizeRequest, client: Client, marks: dict[str, str]) -> Response:
+        hosted = self._hosted(asked.model)
+        if asked.messages is not None:
+            ids, _ = hosted.conversation(asked.messages)
+        else:
+            ids = hosted.tokenizer.encode(asked.text or "")
+        return JSONResponse({"ids": ids, "count": len(ids)}, headers=marks)
+
+    def _detokenize(self, asked: DetokenizeRequest, client: Client, marks: dict[str, str]) -> Response:
+        hosted = self._hosted(asked.model)
+        if any(id >= hosted.tokenizer.size for id in asked.ids):
+            raise HTTPError(400, f"an id is outside the vocabulary of {hosted.tokenizer.size}", param="ids")
+        return JSONResponse({"text": hosted.tokenizer.decode(asked.ids)}, headers=marks)
+
+    def _list(self, request: Request) -> Response:
+        data = [_described(hosted) for hosted in self.models.values()]
+        return JSONResponse({"object": "list", "data": data}, headers=self._marks(request))
+
+    def _model(self, request: Request) -> Response:
+        return JSONResponse(_described(self._hosted(request.path_params["name"])), headers=self._marks(request))
+
+    def _metrics(self, request: Request) -> Response:
+        for name, hosted in self.models.items():
+            if hosted.generates:
+                engine = hosted.engine
+                self.metrics.running.labels(name).set(len(engine.scheduler.running))
+                self.metrics.waiting.labels(name).set(len(engine.scheduler.waiting))
+                for kind in ("held", "cached", "free"):
+                    self.metrics.state.labels(name, kind).set(getattr(engine.memory, kind))
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _openapi(self, request: Request) -> Response:
+        return JSONResponse(self.document)
+
+    # -- health
+
+    def _stuck(self) -> str | None:
+        for hosted in self.models.values():
+            if not hosted.generates:
+                continue
+            engine = hosted.engine
+            if engine.failing >= FAILING:
+                return f"{hosted.name}: {engine.failing} steps in a row failed"
+            if engine.busy and time.monotonic() - engine.progressed > STUCK:
+                return f"{hosted.name}: no step for {STUCK:g} s while there is work"
+        return None
+
+    async def _live(self, request: Request) -> Response:
+        problem = self._stuck()
+        return JSONResponse({"live": problem is None, "problem": problem}, 200 if problem is None else 503)
+
+    async def _ready(self, request: Request) -> Response:
+        problem = "shutting down" if self.draining else self._stuck()
+        return JSONResponse({"ready": problem is None, "problem": problem}, 200 if problem is None else 503)
+
+    # -- life
+
+    @property
+    def under_way(self) -> int:
+        return sum(hosted.load.answers for hosted in self.models.values())
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self.draining = True
+        for hosted in self.models.values():
+            hosted.load.draining = True
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        for hosted in self.models.values():
+            if hosted.generates:
+                await asyncio.to_thread(hosted.engine.close)
+
+
+def _described(hosted: Hosted) -> dict[str, Any]:
+    return {"id": hosted.name, "object": "model", "created": hosted.created, "owned_by": "armillary"}
+
+
+def _coded(vector: list[float], encoding: str) -> Any:
+    return vector if encoding == "float" else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

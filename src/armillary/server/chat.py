@@ -1,0 +1,106 @@
+"""POST /v1/chat/completions: conversations."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from armillary.engine.request import Answer, Piece
+from armillary.engine.sampling import Choice
+from armillary.server.answering import Answered, Context, Job, now
+from armillary.server.hosted import Hosted
+from armillary.server.limits import Client
+from armillary.server.protocol import ChatRequest
+from armillary.text import Tokenizer
+
+FINISH = {"stop": "stop", "end": "stop", "length": "length", "deadline": "length", "cancelled": "length"}
+
+
+def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest, headers: dict[str, str]) -> Answered:
+    ids, boundaries = hosted.conversation(asked.messages)
+    alternatives = max(1, asked.top_logprobs or 0) if asked.logprobs else 0
+    requests = hosted.requests(
+        asked,
+        ids,
+        most=asked.most,
+        alternatives=alternatives,
+        client=client,
+        copies=asked.n,
+        boundaries=boundaries,
+        field="max_tokens" if asked.max_tokens is not None else "max_completion_tokens",
+    )
+    job = Job(hosted, client, [requests])
+    base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": now(), "model": hosted.name}
+    if not asked.stream:
+
+        def whole(answers: list[Answer]) -> dict[str, Any]:
+            choices = [_choice(place, one, asked, hosted.tokenizer) for place, one in enumerate(answers)]
+            return base | {
+                "object": "chat.completion",
+                "choices": choices,
+                "usage": usage(answers, len(requests[0].ids)),
+            }
+
+        return Answered(context, job, whole=whole, headers=headers)
+
+    def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return base | {"object": "chat.completion.chunk", "choices": choices} | more
+
+    def first() -> list[Any]:
+        delta = {"role": "assistant", "content": ""}
+        return [chunk([{"index": place, "delta": delta, "finish_reason": None}]) for place in range(asked.n)]
+
+    def piece(place: int, given: Piece, _: Answer) -> list[Any]:
+        found = []
+        if given.text or (asked.logprobs and given.choices):
+            one: dict[str, Any] = {"index": place, "delta": {"content": given.text}, "finish_reason": None}
+            if asked.logprobs:
+                one["logprobs"] = logprobs(given.choices, asked.top_logprobs or 0, hosted.tokenizer)
+            found.append(chunk([one]))
+        if given.finish is not None:
+            found.append(chunk([{"index": place, "delta": {}, "finish_reason": FINISH[given.finish]}]))
+        return found
+
+    def last(answers: list[Answer]) -> list[Any]:
+        wanted = asked.stream_options is not None and asked.stream_options.include_usage
+        return [chunk([], usage=usage(answers, len(requests[0].ids)))] if wanted else []
+
+    return Answered(context, job, first=first, piece=piece, last=last, headers=headers)
+
+
+def usage(answers: list[Answer], prompt: int) -> dict[str, Any]:
+    generated = sum(len(one.choices) for one in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": answers[0].reused if answers else 0},
+    }
+
+
+def logprobs(choices: tuple[Choice, ...] | list[Choice], top: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "content": [
+            token(one.token, one.logprob, tokenizer)
+            | {"top_logprobs": [token(id, logprob, tokenizer) for id, logprob in one.top[:top]]}
+            for one in choices
+        ],
+        "refusal": None,
+    }
+
+
+def token(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A token as the wire has it: what of its bytes is text, the bytes themselves, its log-probability."""
+    data = tokenizer.token_bytes(id)
+    # JSON has no −∞: what cannot come has a number that nothing else reaches
+    return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": max(logprob, -9999.0)}
+
+
+def _choice(place: int, one: Answer, asked: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    assert one.finish is not None
+    return {
+        "index": place,
+        "message": {"role": "assistant", "content": one.text, "refusal": None},
+        "logprobs": logprobs(one.choices, asked.top_logprobs or 0, tokenizer) if asked.logprobs else None,
+        "finish_reason": FINISH[one.finish],
+    }

@@ -1,0 +1,127 @@
+"""POST /v1/completions: texts that go on."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from armillary.engine.request import Answer, Piece
+from armillary.engine.sampling import Choice
+from armillary.server.answering import Answered, Context, Job, now
+from armillary.server.chat import FINISH
+from armillary.server.errors import HTTPError
+from armillary.server.hosted import Hosted
+from armillary.server.limits import Client
+from armillary.server.protocol import PROMPTS, CompletionRequest
+from armillary.text import Tokenizer
+
+
+def answer(
+    context: Context, hosted: Hosted, client: Client, asked: CompletionRequest, headers: dict[str, str]
+) -> Answered:
+    rows = hosted.prompts(asked.prompt)
+    copies = asked.best_of or asked.n
+    if len(rows) * copies > PROMPTS:
+        raise HTTPError(400, f"{len(rows)} prompts with {copies} answers each are more than {PROMPTS}", param="n")
+    # the best of several is found by their log-probabilities, which are there in any case
+    groups = [
+        hosted.requests(
+            asked,
+            ids,
+            most=asked.max_tokens
+            if asked.max_tokens is not None
+            else min(16, max(1, hosted.engine.capacity - len(ids))),
+            alternatives=asked.logprobs or 0,
+            client=client,
+            copies=copies,
+            prompt_logprobs=asked.echo and asked.logprobs is not None,
+        )
+        for ids in rows
+    ]
+    job = Job(hosted, client, groups)
+    base = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": now(), "model": hosted.name}
+    prompt = sum(len(ids) for ids in rows)
+
+    if not asked.stream:
+
+        def whole(answers: list[Answer]) -> dict[str, Any]:
+            kept = []
+            for group in range(len(groups)):
+                mine = answers[group * copies : (group + 1) * copies]
+                kept += sorted(mine, key=_mean, reverse=True)[: asked.n] if copies > asked.n else mine
+            choices = [_choice(place, one, asked, hosted.tokenizer) for place, one in enumerate(kept)]
+            generated = sum(len(one.choices) for one in answers)
+            usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+            return base | {"choices": choices, "usage": usage}
+
+        return Answered(context, job, whole=whole, headers=headers)
+
+    places: dict[int, int] = {}
+
+    def piece(place: int, given: Piece, one: Answer) -> list[Any]:
+        if not given.text and given.finish is None and not given.choices:
+            return []
+        start = places.get(place, 0)
+        places[place] = start + len(given.text)
+        found = {
+            "index": place,
+            "text": given.text,
+            "logprobs": None
+            if asked.logprobs is None
+            else _logprobs(given.choices, asked.logprobs, start, hosted.tokenizer),
+            "finish_reason": None if given.finish is None else FINISH[given.finish],
+        }
+        return [base | {"choices": [found]}]
+
+    def last(answers: list[Answer]) -> list[Any]:
+        if asked.stream_options is None or not asked.stream_options.include_usage:
+            return []
+        generated = sum(len(one.choices) for one in answers)
+        usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return [base | {"choices": [], "usage": usage}]
+
+    return Answered(context, job, first=list, piece=piece, last=last, headers=headers)
+
+
+def _mean(one: Answer) -> float:
+    return sum(choice.logprob for choice in one.choices) / max(1, len(one.choices))
+
+
+def _choice(place: int, one: Answer, asked: CompletionRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    assert one.finish is not None
+    text, before = one.text, ""
+    found = None
+    if asked.echo:
+        before = tokenizer.decode(one.request.ids)
+        text = before + text
+    if asked.logprobs is not None:
+        chosen = list(one.choices)
+        if asked.echo:
+            first = Choice(one.request.ids[0], 0.0)
+            chosen = [first, *one.prompt_choices, *chosen]
+        found = _logprobs(chosen, asked.logprobs, 0, tokenizer)
+        if asked.echo:
+            found["token_logprobs"][0] = None  # nothing came before it
+            found["top_logprobs"][0] = None
+    return {"index": place, "text": text, "logprobs": found, "finish_reason": FINISH[one.finish]}
+
+
+def _logprobs(chosen: Sequence[Choice], top: int, start: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens = [_word(choice.token, tokenizer) for choice in chosen]
+    offsets, at = [], start
+    for word in tokens:
+        offsets.append(at)
+        at += len(word)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [max(choice.logprob, -9999.0) for choice in chosen],
+        "top_logprobs": [
+            {_word(id, tokenizer): max(logprob, -9999.0) for id, logprob in one.top[:top]} for one in chosen
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _word(id: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.token_bytes(id).decode("utf-8", "replace")

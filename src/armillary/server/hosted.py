@@ -1,0 +1,168 @@
+"""One model that is served: its network on an engine, and the text around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from armillary.base.errors import ArmillaryError
+from armillary.engine.core import Engine
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
+from armillary.nn.heads.base import pooled
+from armillary.nn.network import Network
+from armillary.server.errors import HTTPError
+from armillary.server.limits import Client, Load
+from armillary.server.protocol import Asked, Message
+from armillary.text import Tokenizer
+
+DEFAULT_TOKENS = 512  # of an answer, when nothing else is said
+
+
+class Hosted:
+    """name: what requests call it; engine: running on its own thread."""
+
+    def __init__(self, name: str, network: Network, tokenizer: Tokenizer, engine: Engine | None, load: Load) -> None:
+        self.name, self.network, self.tokenizer, self.load = name, network, tokenizer, load
+        self.created = int(time.time())
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise HTTPError(
+                400, f"'{self.name}' does not generate text", param="model", hint="it serves /v1/embeddings"
+            )
+        return self._engine
+
+    @property
+    def generates(self) -> bool:
+        return self._engine is not None
+
+    # -- text
+
+    def prompts(self, given: str | Sequence[Any]) -> list[list[int]]:
+        """Texts or ids, one or several → ids of each, with the token that texts begin with."""
+        begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
+        if isinstance(given, str):
+            return [[*begin, *self.tokenizer.encode(given)]]
+        if all(isinstance(item, str) for item in given):
+            return [[*begin, *ids] for ids in self.tokenizer.encode_batch(list(given))]
+        rows = [list(given)] if all(isinstance(item, int) for item in given) else [list(row) for row in given]
+        for row in rows:
+            if min(row) < 0 or max(row) >= self.tokenizer.size:
+                raise HTTPError(
+                    400, f"the prompt holds an id outside the vocabulary of {self.tokenizer.size}", param="prompt"
+                )
+        return rows
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, ...]]:
+        """Ids of a conversation that an answer follows, and where its messages end."""
+        plain = [message.plain() for message in messages]
+        try:
+            ids = self.tokenizer.encode_chat(plain)
+        except ArmillaryError as error:
+            raise HTTPError(400, error.what, param="messages", hint=error.hint) from None
+        ends = set()
+        # the system's words, what came before the last message, and the last message
+        for count in {1 if messages[0].role in ("system", "developer") else 0, len(plain) - 1, len(plain)} - {0}:
+            try:
+                part = self.tokenizer.encode_chat(plain[:count], generate=False)
+            except ArmillaryError:  # a template may refuse a part of a conversation
+                continue
+            same = 0
+            while same < min(len(part), len(ids)) and part[same] == ids[same]:
+                same += 1
+            ends.add(same)
+        return ids, tuple(sorted(end for end in ends if 0 < end < len(ids)))
+
+    # -- answers
+
+    def requests(
+        self,
+        asked: Asked,
+        ids: Sequence[int],
+        *,
+        most: int | None,
+        alternatives: int,
+        client: Client,
+        copies: int = 1,
+        boundaries: tuple[int, ...] = (),
+        prompt_logprobs: bool = False,
+        field: str = "max_tokens",
+    ) -> list[Request]:
+        """The engine's requests for the copies of one answer. Raises HTTPError naming the field."""
+        room = self.engine.capacity - len(ids)
+        if room < 1:
+            raise HTTPError(
+                400,
+                f"the prompt has {len(ids)} tokens, and {self.engine.capacity} is the most, answer included",
+                param="messages" if boundaries else "prompt",
+                code="context_length_exceeded",
+            )
+        if most is not None and most > room:
+            raise HTTPError(
+                400,
+                f"'{field}' is {most}, but the prompt of {len(ids)} tokens leaves room for {room}",
+                param=field,
+                code="context_length_exceeded",
+            )
+        bias = {}
+        for token, amount in (asked.logit_bias or {}).items():
+            if not token.isdecimal() or int(token) >= self.tokenizer.size:
+                raise HTTPError(400, f"'logit_bias' names '{token[:40]}', which is no token id", param="logit_bias")
+            bias[int(token)] = amount
+        limit = most or min(room, DEFAULT_TOKENS)
+        for name in ("min_tokens", "target_tokens"):
+            if (getattr(asked, name) or 0) > limit:
+                raise HTTPError(400, f"'{name}' is more than the {limit} tokens that the answer may have", param=name)
+        sampling = Sampling(
+            max_new_tokens=limit,
+            min_new_tokens=asked.min_tokens,
+            target_new_tokens=asked.target_tokens,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=None if asked.top_p == 1 else asked.top_p,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=bias,
+            alternatives=alternatives,
+            stop=asked.stops,
+            seed=asked.seed if asked.seed is not None else torch.seed() % 2**31,
+        )
+        return [
+            Request(
+                tuple(ids),
+                sampling,
+                key=client.name,
+                space=client.name,
+                priority=asked.priority,
+                timeout=asked.timeout,
+                boundaries=boundaries,
+                stream=copy,
+                prompt_logprobs=prompt_logprobs,
+            )
+            for copy in range(copies)
+        ]
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector per row of ids, as `Model.embed` makes them."""
+        longest = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        padding = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            padding[index, : len(row)] = True
+        hidden = self.network.hidden(ids, padding=padding)
+        if self.network.settings.head.kind == "embedding":
+            vectors = self.network.head(hidden, padding)
+        else:
+            vectors = pooled(hidden, padding, "mean")
+        found: list[list[float]] = vectors.float().tolist()
+        return found

@@ -1,0 +1,181 @@
+"""What clients send, field by field. A field that is not here is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+COPIES = 8  # most answers to one prompt
+PROMPTS = 64  # most prompts in one request
+STOPS = 16
+STOP = 256  # most characters of a text that ends an answer
+
+Stop = Annotated[str, Field(min_length=1, max_length=STOP)]
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Form):
+    include_usage: bool = False
+
+
+class Asked(Form):
+    """What every request for text may ask."""
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, gt=0)
+    min_p: float | None = Field(None, gt=0, le=1)
+    n: int = Field(1, ge=1, le=COPIES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    min_tokens: int = Field(0, ge=0)
+    target_tokens: int | None = Field(None, gt=0)
+    priority: int = Field(0, ge=-10, le=10)
+    timeout: float | None = Field(None, gt=0, le=3600)
+    user: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Asked:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options go with stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class TextPart(Form):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Form):
+    name: str
+    arguments: str
+
+
+class ToolCall(Form):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Form):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    def plain(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        for name in ("name", "tool_call_id"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        if self.tool_calls is not None:
+            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return found
+
+
+class ChatRequest(Asked):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_tokens: int | None = Field(None, gt=0)
+    max_completion_tokens: int | None = Field(None, gt=0)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _asks(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs go with logprobs: true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_completion_tokens or max_tokens, not both")
+        return self
+
+    @property
+    def most(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Asked):
+    """POST /v1/completions"""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+    )
+    max_tokens: int | None = Field(None, gt=0)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=COPIES)
+
+    @model_validator(mode="after")
+    def _asks(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, less than n, {self.n}")
+        if self.best_of is not None and self.stream:
+            raise ValueError("best_of is known at the end only, so it does not go with stream: true")
+        if self.stream and self.echo:
+            raise ValueError("echo does not go with stream: true")
+        return self
+
+
+class EmbeddingRequest(Form):
+    """POST /v1/embeddings"""
+
+    model: str
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, gt=0)
+    user: str | None = Field(None, max_length=256)
+
+
+class TokenizeRequest(Form):
+    """POST /tokenize: the ids of a text, or of a conversation through the chat template."""
+
+    model: str
+    text: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=2048)
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give text or messages")
+        return self
+
+
+class DetokenizeRequest(Form):
+    """POST /detokenize: the text of ids."""
+
+    model: str
+    ids: list[Annotated[int, Field(ge=0)]] = Field(max_length=1_000_000)

@@ -1,0 +1,122 @@
+"""One process that serves: sockets, signals, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from armillary.base.errors import InputError
+from armillary.server.app import Server
+
+_EXTRAS = ("route", "status", "client", "id", "seconds")
+
+
+def check_address(host: str, keys: bool) -> None:
+    """Raises InputError for an address that others can reach, unless keys are set."""
+    if keys or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise InputError(
+            f"{host} can be reached from other machines, and no key is set",
+            hint="set ARMILLARY_API_KEYS, or serve on 127.0.0.1",
+        )
+
+
+def run(server: Server, host: str, port: int, drain: float, started: Callable[[int], None]) -> None:
+    """Serve until a signal: the first ends politely, within `drain` seconds, the second at once.
+
+    started: called with the port, once requests are taken. Raises InputError when the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    asyncio.run(_serve(server, listening, drain, started))
+
+
+async def _serve(server: Server, listening: socket.socket, drain: float, started: Callable[[int], None]) -> None:
+    config = uvicorn.Config(
+        server.app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=65536,
+    )
+    inner = uvicorn.Server(config)
+    inner.capture_signals = _uncaught  # type: ignore[method-assign]
+    loop, signals = asyncio.get_running_loop(), 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            server.drain()
+            loop.create_task(_drained(server, inner, drain))
+        else:
+            inner.should_exit = inner.force_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+    async def announce() -> None:
+        while not inner.started:
+            await asyncio.sleep(0.01)
+        started(listening.getsockname()[1])
+
+    told = asyncio.create_task(announce())
+    try:
+        await inner.serve([listening])
+    finally:
+        told.cancel()
+
+
+async def _drained(server: Server, inner: uvicorn.Server, drain: float) -> None:
+    end = time.monotonic() + drain
+    while server.under_way and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    if server.under_way:  # those that are left get an error event
+        for hosted in server.models.values():
+            if hosted.generates:
+                await asyncio.to_thread(hosted.engine.close)
+        await asyncio.sleep(0.1)
+    inner.should_exit = True
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def _uncaught() -> _Nothing:
+    return _Nothing()
+
+
+class Lines(logging.Formatter):
+    """Logs as one JSON object per line: no prompt, no key."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        found["event"] = record.getMessage()
+        found |= {name: getattr(record, name) for name in _EXTRAS if hasattr(record, name)}
+        if record.exc_info and record.exc_info[0] is not None:
+            found["error"] = record.exc_info[0].__name__
+        return json.dumps(found, ensure_ascii=False)

@@ -1,0 +1,69 @@
+"""A server on a port of this machine, with a tiny model, and the clients that people use."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+
+import openai
+import uvicorn
+
+from armillary.engine.core import Engine
+from armillary.nn.network import ModelSettings, build
+from armillary.server import Hosted, Load, Server
+from armillary.text import TokenizerSettings, train_tokenizer
+
+KEYS = {"secret-of-a": "a", "secret-of-b": "b"}
+BLOCKS = {
+    "look": {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"},
+    "state": {"mixer": "retention", "channel": "gated"},
+}
+
+
+def hosted(slots: int = 4, most: int = 16, context: int = 256) -> Hosted:
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
+    settings = ModelSettings(
+        width=16, depth=2, vocabulary=tokenizer.size, context=context, blocks=BLOCKS, pattern=["look", "state"]
+    )
+    network = build(settings, seed=4).eval()
+    return Hosted("tiny", network, tokenizer, Engine(network, tokenizer, slots=slots).start(), Load(most))
+
+
+class Served:
+    """A server on a thread of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.listening = socket.socket()
+        self.listening.bind(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.inner = uvicorn.Server(uvicorn.Config(server.app, log_config=None, lifespan="on"))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.inner.serve([self.listening])), daemon=True)
+        self.thread.start()
+        while not self.inner.started:
+            time.sleep(0.01)
+
+    def client(self, key: str = "secret-of-a", **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+
+    def close(self) -> None:
+        self.inner.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    def quiet(self, seconds: float = 20) -> None:
+        """Wait until nothing is under way and nothing is held."""
+        end = time.monotonic() + seconds
+        engines = [one.engine for one in self.server.models.values()]
+        while time.monotonic() < end:
+            if not self.server.under_way and not any(engine.busy for engine in engines):
+                break
+            time.sleep(0.02)
+        assert self.server.under_way == 0
+        for engine in engines:
+            assert not engine.busy
+            assert engine.memory.held == 0
+            assert not engine.scheduler.running

@@ -1,0 +1,215 @@
+"""What happens to a server whose clients and insides misbehave: everything accepted ends, nothing is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from server_parts import Served, hosted
+
+from armillary.server import Door, Server
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+HEADERS = {"authorization": "Bearer secret-of-a", "content-type": "application/json"}
+
+
+def deep(levels: int) -> bytes:
+    return b'{"model": ' + b"[" * levels + b"]" * levels + b"}"
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"nonsense", 400),
+        (b'{"model": NaN}', 400),
+        (b'{"model": "tiny", "prompt": "a", "temperature": 1e999}', 400),
+        (b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 20_000 + b"}", 400),
+        (b'{"model": "tiny", "model": "tiny", "prompt": "a"}', 400),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', 400),
+        (b'{"model": "tiny", "prompt": ["\\udfff"]}', 400),
+        (b'{"model": "tiny", "prompt": "\xff"}', 400),
+        (deep(100_000), 400),
+        (b'{"model": "tiny", "prompt": []}', 400),
+        (b'{"model": "tiny", "prompt": [[]]}', 400),
+        (b'{"model": "tiny", "prompt": [-1]}', 400),
+        (b'{"model": "tiny", "prompt": [99999999999999999999]}', 400),
+        (b'{"model": "tiny", "prompt": "a", "n": 0}', 400),
+        (b'{"model": "tiny", "prompt": "a", "temperature": "hot"}', 400),
+        (b'{"model": "tiny", "prompt": null}', 400),
+        (b'{"model": "tiny"}', 400),
+        (b'{"model": "tiny", "prompt": "' + b"a" * (9 * 2**20) + b'"}', 413),
+    ],
+    ids=lambda value: repr(value[:30]) if isinstance(value, bytes) else str(value),
+)
+def test_hostile_bodies(served, body, status) -> None:
+    found = httpx.post(f"{served.url}/v1/completions", content=body, headers=HEADERS, timeout=30)
+    assert found.status_code == status
+    assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_wrong_methods_paths_and_types(served) -> None:
+    with httpx.Client(base_url=served.url, headers=HEADERS) as client:
+        assert client.get("/v1/chat/completions").status_code == 405
+        assert client.get("/nowhere").status_code == 404
+        assert client.post("/v1/completions", content=b"a=b", headers={"content-type": "text/plain"}).status_code == 415
+        assert "error" in client.get("/nowhere").json()
+
+
+def test_clients_that_leave(served) -> None:
+    """Connections are reset at every stage; afterwards nothing runs, waits or is held."""
+    body = json.dumps(ASK | {"max_tokens": 200, "stream": True, "min_tokens": 200}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret-of-a\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode()
+    open_before = len(os.listdir("/proc/self/fd"))
+    for place in range(24):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            whole = head + body
+            sent = (len(head) // 2, len(head) + len(body) // 2, len(whole))[place % 3]
+            connection.sendall(whole[:sent])
+            if sent == len(whole) and place % 2:
+                connection.recv(64 * (place + 1))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    served.quiet()
+    answer = served.client().chat.completions.create(**ASK)
+    assert answer.choices[0].finish_reason is not None
+    end = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > open_before + 8 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= open_before + 8
+
+
+def test_too_much_at_once_is_turned_away() -> None:
+    running = Served(Server([hosted(slots=1, most=3)]))
+    try:
+        asked = ASK | {"max_tokens": 150, "extra_body": {"min_tokens": 150}}
+        found: list[object] = []
+
+        def ask() -> None:
+            try:
+                found.append(running.client().chat.completions.create(**asked))
+            except openai.RateLimitError as error:
+                found.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        turned = [one for one in found if isinstance(one, openai.RateLimitError)]
+        assert len(found) == 8
+        assert 1 <= len(turned) <= 7
+        assert all(int(one.response.headers["retry-after"]) >= 1 for one in turned)
+        assert all(one.choices[0].finish_reason for one in found if not isinstance(one, openai.RateLimitError))
+        running.quiet()
+    finally:
+        running.close()
+
+
+def test_rates_of_keys() -> None:
+    now = 0.0
+    door = Door({"secret-of-a": "a"}, requests_per_minute=2, clock=lambda: now)
+    running = Served(Server([hosted()], door))
+    try:
+        for _ in range(2):
+            running.client().chat.completions.create(**ASK)
+        with pytest.raises(openai.RateLimitError) as caught:
+            running.client().chat.completions.create(**ASK)
+        assert caught.value.response.headers["retry-after"] == "30"
+        now = 31.0
+        answer = running.client().chat.completions.with_raw_response.create(**ASK)
+        assert answer.headers["x-ratelimit-limit-requests"] == "2"
+    finally:
+        running.close()
+
+
+def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
+    running = Served(Server([hosted()]))
+    try:
+        client = running.client()
+        good = client.chat.completions.create(**ASK).choices[0].message.content
+        network = running.server.models["tiny"].network
+        inner, calls = network.extend, [0]
+
+        def broken(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == 2:
+                raise RuntimeError("out of luck")
+            return inner(*args, **kwargs)
+
+        network.extend = broken
+        with pytest.raises(openai.InternalServerError, match="out of luck"):
+            client.chat.completions.create(**ASK)
+        del network.extend
+        assert client.chat.completions.create(**ASK).choices[0].message.content == good
+
+        def nothing(*args, **kwargs):
+            return inner(*args, **kwargs) * float("nan")
+
+        network.extend = nothing
+        with pytest.raises(openai.InternalServerError, match="finite"):
+            client.chat.completions.create(**ASK)
+        with pytest.raises(openai.APIError, match="finite"):
+            list(client.chat.completions.create(**ASK, stream=True))
+        del network.extend
+        assert client.chat.completions.create(**ASK).choices[0].message.content == good
+        running.quiet()
+        assert httpx.get(f"{running.url}/ready").status_code == 200
+        text = httpx.get(f"{running.url}/metrics").text
+        assert 'armillary_answers_total{finish="error",model="tiny"} 3.0' in text
+    finally:
+        running.close()
+
+
+def test_timeouts(served) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        served.client().chat.completions.create(
+            **ASK | {"max_tokens": 200}, extra_body={"timeout": 0.001, "min_tokens": 200}
+        )
+    assert caught.value.status_code == 408
+    served.quiet()
+
+
+def test_the_command_serves_and_ends_politely(tmp_path) -> None:
+    """`armillary serve` on a saved model: a stream is under way when the signal comes, and is completed."""
+    from armillary.model import Model
+
+    one = hosted()
+    one.engine.close()
+    import armillary
+
+    armillary.save(Model(one.network, one.tokenizer), tmp_path / "tiny")
+    environment = os.environ | {"ARMILLARY_API_KEYS": "a:secret-of-a"}
+    command = [sys.executable, "-m", "armillary", "serve", str(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        while "serving tiny on" not in line:
+            assert line, "the server ended before it served"
+            line = process.stderr.readline()
+        url = line.split(" on ")[1].strip()
+        client = openai.OpenAI(base_url=url, api_key="secret-of-a", max_retries=0)
+        stream = client.chat.completions.create(**ASK | {"max_tokens": 60}, stream=True, extra_body={"min_tokens": 60})
+        chunks = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert process.wait(30) == 0
+        rest = process.stderr.read()
+        assert "secret" not in line + rest
+        assert "hello" not in rest
+    finally:
+        process.kill()

@@ -1,0 +1,174 @@
+"""The official client against the server: every endpoint, streams, and errors as its own exceptions.
+
+What the answers say is compared with the engine asked directly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import openai
+import pytest
+
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+
+
+def direct(served, ids, **options) -> str:
+    """The oracle: the engine itself."""
+    engine = served.server.models["tiny"].engine
+    return engine.submit(Request(tuple(ids), Sampling(**options))).wait().text
+
+
+def chat_ids(served, messages=MESSAGES) -> list[int]:
+    return served.server.models["tiny"].tokenizer.encode_chat(messages)
+
+
+def test_chat(served) -> None:
+    found = served.client().chat.completions.create(
+        model="tiny", messages=MESSAGES, max_completion_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
+    assert found.choices[0].message.content == direct(served, chat_ids(served), max_new_tokens=12, temperature=0)
+    assert found.choices[0].finish_reason in ("length", "stop")
+    assert found.usage.prompt_tokens == len(chat_ids(served))
+    assert found.usage.completion_tokens == len(found.choices[0].logprobs.content)
+    for token in found.choices[0].logprobs.content:
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)  # greedy: the likeliest
+        assert -9999 <= token.logprob <= 0
+
+
+def test_chat_streamed_is_chat_whole(served) -> None:
+    options = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "temperature": 1.0, "seed": 7, "n": 3}
+    whole = served.client().chat.completions.create(**options)
+    texts, finishes, usage = ["", "", ""], [None, None, None], None
+    for chunk in served.client().chat.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finishes == [choice.finish_reason for choice in whole.choices]
+    assert len(set(texts)) > 1, "copies draw apart"
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_second_turn_finds_the_first(served) -> None:
+    client = served.client()
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, temperature=0)
+    turn = [
+        *MESSAGES,
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "and then?"},
+    ]
+    second = client.chat.completions.create(model="tiny", messages=turn, max_tokens=4, temperature=0)
+    assert second.usage.prompt_tokens_details.cached_tokens >= len(chat_ids(served))
+    other = served.client("secret-of-b")
+    cold = other.chat.completions.create(model="tiny", messages=turn, max_tokens=4, temperature=0)
+    assert cold.usage.prompt_tokens_details.cached_tokens == 0, "what one key asked is not seen from another"
+    assert cold.choices[0].message.content == second.choices[0].message.content
+
+
+def test_completions(served) -> None:
+    client = served.client()
+    found = client.completions.create(model="tiny", prompt=["ab", "xyz"], max_tokens=6, temperature=0, logprobs=1)
+    tokenizer = served.server.models["tiny"].tokenizer
+    for text, choice in zip(["ab", "xyz"], found.choices, strict=True):
+        ids = [*([] if tokenizer.begin is None else [tokenizer.begin]), *tokenizer.encode(text)]
+        assert choice.text == direct(served, ids, max_new_tokens=6, temperature=0)
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) <= 6
+    echoed = client.completions.create(model="tiny", prompt="ab", max_tokens=2, temperature=0, echo=True, logprobs=0)
+    assert echoed.choices[0].text.startswith("ab")
+    assert echoed.choices[0].logprobs.token_logprobs[0] is None
+    ids = [*([] if tokenizer.begin is None else [tokenizer.begin]), *tokenizer.encode("ab")]
+    assert len(echoed.choices[0].logprobs.token_logprobs) >= len(ids)
+    best = client.completions.create(
+        model="tiny", prompt="ab", max_tokens=5, temperature=1.2, seed=3, best_of=4, logprobs=0
+    )
+    many = client.completions.create(model="tiny", prompt="ab", max_tokens=5, temperature=1.2, seed=3, n=4, logprobs=0)
+    means = [sum(one.logprobs.token_logprobs) / max(1, len(one.logprobs.token_logprobs)) for one in many.choices]
+    assert best.choices[0].text == many.choices[means.index(max(means))].text
+
+
+def test_completions_streamed(served) -> None:
+    options = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "temperature": 1.0, "seed": 5}
+    whole = served.client().completions.create(**options)
+    pieces = list(served.client().completions.create(**options, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_stop_texts_and_lengths(served) -> None:
+    client = served.client()
+    options = {"model": "tiny", "prompt": "ab", "max_tokens": 30, "temperature": 1.0, "seed": 11}
+    text = client.completions.create(**options).choices[0].text
+    assert len(text) > 3
+    cut = client.completions.create(**options, stop=[text[2:4]]).choices[0]
+    assert cut.text == text[: text.find(text[2:4])]
+    assert cut.finish_reason == "stop"
+
+
+def test_embeddings(served) -> None:
+    client = served.client()
+    plain = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
+    coded = client.embeddings.create(model="tiny", input=["one", "two"])  # the client asks for base64
+    for one, other in zip(plain.data, coded.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+    assert math.dist(plain.data[0].embedding, plain.data[1].embedding) > 1e-3
+
+
+def test_models(served) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("huge")
+
+
+def test_tokens_there_and_back(served) -> None:
+    import httpx
+
+    headers = {"authorization": "Bearer secret-of-a"}
+    made = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "text": "grüße"}, headers=headers).json()
+    back = httpx.post(f"{served.url}/detokenize", json={"model": "tiny", "ids": made["ids"]}, headers=headers).json()
+    assert back["text"] == "grüße"
+    talk = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "messages": MESSAGES}, headers=headers).json()
+    assert talk["ids"] == chat_ids(served)
+
+
+@pytest.mark.parametrize(
+    "options, kind, field",
+    [
+        ({"model": "huge"}, openai.NotFoundError, "model"),
+        ({"temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 1000}]}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, openai.BadRequestError, "messages.0.role"),
+        ({"n": 1000}, openai.BadRequestError, "n"),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature"),
+        ({"stop": ["x"] * 40}, openai.BadRequestError, "stop"),
+    ],
+)
+def test_errors_name_the_field(served, options, kind, field) -> None:
+    asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2} | options
+    with pytest.raises(kind) as caught:
+        served.client().chat.completions.create(**asked)
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(field)
+    served.quiet()
+
+
+def test_keys(served) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        served.client("wrong-secret").models.list()
+    import httpx
+
+    for path in ("/v1/models", "/metrics", "/openapi.json"):
+        assert httpx.get(f"{served.url}{path}").status_code == 401
+    for path in ("/live", "/ready"):
+        assert httpx.get(f"{served.url}{path}").status_code == 200

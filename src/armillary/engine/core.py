@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from armillary.base.errors import InputError
+from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
 from armillary.engine.request import Answer, Finish, Piece, Request
@@ -271,14 +271,26 @@ class Engine:
             fine = [place for place, broken in zip(ready, bad.tolist(), strict=True) if not broken]
             for place in set(ready) - set(fine):
                 self._end_now(runs[place], "error", "the network gave no finite scores")
-            if fine:
-                choices = choose(rows[~bad], [runs[place].chooser for place in fine])
-                for place, choice in zip(fine, choices, strict=True):
-                    self._keep(runs[place])
-                    self._hand_out(runs[place], [choice])
+            plain = [place for place in fine if runs[place].chooser.plain]
+            for group in [plain, *([place] for place in fine if place not in plain)]:
+                if group:
+                    picked = rows[[ready.index(place) for place in group]]
+                    self._pick([runs[place] for place in group], picked)
             return
         for place, (one, run) in enumerate(zip(works, runs, strict=True)):
             self._check_drafts(one, run, logits[place, : one.count], before[place])
+
+    def _pick(self, runs: list[_Running], logits: Tensor) -> None:
+        """One token for each; what steps into the choice of one answer may fail and end just that one."""
+        try:
+            choices = choose(logits, [run.chooser for run in runs])
+        except ArmillaryError as error:
+            for run in runs:
+                self._end_now(run, "error", error.what)
+            return
+        for run, choice in zip(runs, choices, strict=True):
+            self._keep(run)
+            self._hand_out(run, [choice])
 
     def _check_drafts(self, one: Work, run: _Running, logits: Tensor, before: Snapshot) -> None:
         """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
@@ -297,7 +309,11 @@ class Engine:
         guesses, given = run.drafts[: one.drafts], list[Choice]()
         run.drafts, progress.drafts = [], 0
         for step in range(one.drafts + 1):
-            choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
+            try:
+                choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
+            except ArmillaryError as error:
+                self._end_now(run, "error", error.what)
+                return
             given.append(choice)
             ended = (
                 choice.token == run.chooser.end or run.chooser.generated >= run.answer.request.sampling.max_new_tokens

@@ -1,0 +1,202 @@
+"""Answers that follow a JSON Schema, a regular expression or a grammar: no token that breaks it can be chosen.
+
+The automata are llguidance's. A grammar from outside is measured first, then tried in a helper process,
+and only then compiled here; what fails on the way is an error of the request, never an answer without
+its constraint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from armillary.base.errors import InputError
+from armillary.text import Tokenizer
+
+Kind = Literal["json_schema", "regex", "grammar"]
+SIZE = 64 * 1024  # characters of a schema or grammar
+DEPTH = 32
+REFERENCES = 256
+PATTERN = 1024  # characters
+VALUES = 2000  # of an enumeration
+KEPT = 64  # compiled grammars
+WAIT = 10.0  # seconds for the trial: its own limit is on time of the processor
+
+
+class Constraint:
+    """A step of the choice (see `sampling.Step`): what the automaton forbids becomes impossible."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        self._check()
+        allowed = torch.nn.functional.pad(allowed[: len(scores)], (0, max(0, len(scores) - len(allowed))))
+        if not bool(allowed.any()):
+            raise InputError("the constraint allows no token here")
+        return scores.masked_fill(allowed.to(scores.device) == 0, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"the constraint failed: {self._matcher.get_error()[:200]}")
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer; safe to use from several threads.
+
+    vocabulary: entries of the network's embedding, when there are more than the tokenizer knows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int | None = None) -> None:
+        if tokenizer.eos is None:
+            raise InputError("the tokenizer has no end token, so a constrained answer could not end")
+        self._tokenizer, self.vocabulary = tokenizer, vocabulary or tokenizer.size
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._tokens: Any = None
+        self._trial: subprocess.Popen[str] | None = None
+
+    def constraint(self, kind: Kind, text: str | Mapping[str, Any]) -> Constraint:
+        """A fresh constraint. Raises InputError for one that is too large, wrong, or cannot be tried."""
+        grammar = _grammar(kind, text)
+        key = hashlib.sha256(grammar.encode()).hexdigest()
+        with self._lock:
+            compiled = self._kept.get(key)
+            if compiled is None:
+                self._try(grammar)
+                compiled = self._compiled(grammar)
+                self._kept[key] = compiled
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return Constraint(compiled.deep_copy(), self.vocabulary)
+
+    def close(self) -> None:
+        if self._trial is not None:
+            self._trial.kill()
+            self._trial.wait()
+            self._trial = None
+
+    def _compiled(self, grammar: str) -> Any:
+        from llguidance import LLMatcher
+
+        if self._tokens is None:
+            self._tokens = _tokens(self._tokenizer, self.vocabulary)
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise InputError(f"the constraint cannot be used: {_first_line(matcher.get_error())}")
+        return matcher
+
+    def _try(self, grammar: str) -> None:
+        """In the helper process; it is started again when a grammar broke it."""
+        if self._trial is None or self._trial.poll() is not None:
+            script = Path(__file__).with_name("trial.py")
+            pipe = subprocess.PIPE
+            self._trial = subprocess.Popen(
+                [sys.executable, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+        answer: list[str] = []
+        trial = self._trial
+        assert trial.stdin is not None and trial.stdout is not None
+
+        def ask() -> None:
+            try:
+                trial.stdin.write(json.dumps(grammar) + "\n")
+                trial.stdin.flush()
+                answer.append(trial.stdout.readline())
+            except (BrokenPipeError, ValueError):
+                pass
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(WAIT)
+        if not answer or not answer[0]:
+            self.close()
+            raise InputError("the constraint takes too much time, memory or depth to compile")
+        error = json.loads(answer[0])
+        if error:
+            raise InputError(f"the constraint cannot be used: {_first_line(error)}")
+
+
+def _grammar(kind: Kind, text: str | Mapping[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    size = len(text) if isinstance(text, str) else len(json.dumps(text))
+    if size > SIZE:
+        raise InputError(f"the {kind} has {size} characters, and {SIZE} is the most")
+    if kind == "regex":
+        assert isinstance(text, str)
+        if len(text) > PATTERN:
+            raise InputError(f"the pattern has {len(text)} characters, and {PATTERN} is the most")
+        made: str = LLMatcher.grammar_from_regex(text)
+    elif kind == "grammar":
+        assert isinstance(text, str)
+        made = LLMatcher.grammar_from_lark(text)
+    else:
+        schema = json.loads(text) if isinstance(text, str) else dict(text)
+        _measure(schema)
+        made = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+    return made
+
+
+def _measure(schema: Any) -> None:
+    """Raises InputError for a schema beyond the bounds, or one that refers to somewhere else."""
+    references, open_ = 0, [(schema, 1)]
+    while open_:
+        item, depth = open_.pop()
+        if depth > DEPTH:
+            raise InputError(f"the schema is nested deeper than {DEPTH}")
+        if isinstance(item, Mapping):
+            if "x-guidance" in item:
+                raise InputError("the schema holds 'x-guidance', which is not for requests")
+            reference = item.get("$ref")
+            if isinstance(reference, str):
+                references += 1
+                if not reference.startswith("#"):
+                    raise InputError(f"the schema refers to '{reference[:100]}'", hint="only # can be referred to")
+            if isinstance(item.get("pattern"), str) and len(item["pattern"]) > PATTERN:
+                raise InputError(f"a pattern has {len(item['pattern'])} characters, and {PATTERN} is the most")
+            if isinstance(item.get("enum"), Sequence) and len(item["enum"]) > VALUES:
+                raise InputError(f"an enum has {len(item['enum'])} values, and {VALUES} is the most")
+            open_ += [(value, depth + 1) for value in item.values()]
+        elif isinstance(item, (list, tuple)):
+            open_ += [(value, depth + 1) for value in item]
+    if references > REFERENCES:
+        raise InputError(f"the schema has {references} references, and {REFERENCES} is the most")
+
+
+def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
+    from llguidance import LLTokenizer
+
+    class Wrapped:
+        is_tokenizer_wrapper = True
+
+        def __init__(self) -> None:
+            self.eos_token_id, self.bos_token_id = tokenizer.eos, tokenizer.bos
+            self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.size)]
+            self.tokens += [b""] * (vocabulary - tokenizer.size)
+            self.special_token_ids = [id for id in range(tokenizer.size) if tokenizer.is_special(id)]
+
+        def __call__(self, text: bytes | str) -> list[int]:
+            return tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+    return LLTokenizer(Wrapped(), n_vocab=vocabulary)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200] if text.strip() else "no reason given"

@@ -1,0 +1,146 @@
+"""Constrained answers: always valid, whatever the model says; hostile grammars end as errors, in time.
+
+Validity is judged by Python's `json` and `re`. The hostile inputs are those that break peers' servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+
+import pytest
+
+from armillary.base.errors import InputError
+from armillary.engine.constraints import Grammars
+from armillary.engine.core import Engine
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
+from armillary.nn.network import ModelSettings, build
+from armillary.text import TokenizerSettings, train_tokenizer
+
+pytest.importorskip("llguidance")
+TOKENIZER = train_tokenizer(TokenizerSettings(kind="byte"), [])
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["cat", "dog"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "kind", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    made = Grammars(TOKENIZER)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    settings = ModelSettings(width=16, depth=1, vocabulary=TOKENIZER.size + 3, context=256)
+    return Engine(build(settings, seed=1).eval(), TOKENIZER, slots=4)
+
+
+def asked(constraint, seed: int) -> Request:
+    return Request((1, 2, 3), Sampling(max_new_tokens=120, temperature=1.5, seed=seed), steps=(constraint,))
+
+
+def test_json_follows_its_schema(engine) -> None:
+    grammars = Grammars(TOKENIZER, TOKENIZER.size + 3)
+    answers = engine.run([asked(grammars.constraint("json_schema", SCHEMA), seed) for seed in range(6)])
+    grammars.close()
+    for answer in answers:
+        assert answer.finish == "end"
+        found = json.loads(answer.text)
+        assert set(found) == {"name", "kind", "age"}
+        assert len(found["name"]) <= 6
+        assert found["kind"] in ("cat", "dog")
+        assert 0 <= found["age"] <= 99
+
+
+def test_patterns_and_guesses(engine, grammars) -> None:
+    """Guesses that break the pattern change nothing."""
+
+    pattern = r"\[[0-9]{3}\]( [a-z]+){2}!"
+    plain = engine.run([asked(grammars.constraint("regex", pattern), seed) for seed in range(3)])
+
+    class Half:
+        """The plain answer's next tokens, and one that no digit, letter or bracket is."""
+
+        def propose(self, ids, most):
+            texts = [[*one.request.ids, *(choice.token for choice in one.choices)] for one in plain]
+            text = next(text for text in texts if text[: len(ids)] == list(ids))
+            return [*text[len(ids) : len(ids) + 2], ord("#")][:most]
+
+    engine.drafter = Half()
+    guessed = engine.run([asked(grammars.constraint("regex", pattern), seed) for seed in range(3)])
+    engine.drafter = None
+    for one, other in zip(plain, guessed, strict=True):
+        assert re.fullmatch(pattern, one.text) or one.finish == "length"
+        assert one.text == other.text
+    assert sum(one.accepted for one in guessed) > 0
+
+
+def deep(levels: int):
+    schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("json_schema", deep(40)),
+        ("json_schema", {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1000)}, "$ref": "#/$defs/d0"}),
+        ("json_schema", {"type": "string", "pattern": "(" * 60_000}),
+        ("json_schema", {"$ref": "http://example.org/schema"}),
+        ("json_schema", {"$ref": "#"}),
+        ("json_schema", {"$ref": "#/nowhere"}),
+        ("json_schema", {"type": "wizard"}),
+        ("json_schema", {"enum": [str(i) for i in range(3000)]}),
+        ("json_schema", {"allOf": [{"type": "string"}, {"type": "integer"}]}),
+        ("regex", "(" * 500),
+        ("regex", "[a-z"),
+        ("grammar", "start: start start"),
+        ("grammar", "this is no grammar"),
+        ("grammar", "start: " + "(" * 30_000),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_hostile_constraints(grammars, kind, text) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError):
+        grammars.constraint(kind, text)
+    assert time.monotonic() - started < 15  # a busy machine; the bound is on the processor's time
+    assert grammars.constraint("regex", "ok") is not None, "the next one is served"
+
+
+@pytest.mark.parametrize("pattern", ["(((((a*)*)*)*)*){1,999999}", "(a|b){100000}{100000}", "(a?){3000}a{3000}"])
+def test_patterns_that_explode_elsewhere_are_served_or_refused_in_time(engine, grammars, pattern) -> None:
+    started = time.monotonic()
+    with contextlib.suppress(InputError):
+        answer = engine.submit(asked(grammars.constraint("regex", pattern), 0)).wait()
+        assert set(answer.text) <= {"a", "b"}
+    assert time.monotonic() - started < 30
+
+
+def test_a_wrong_constraint_ends_its_own_answer_only(engine, grammars) -> None:
+    class Broken:
+        def apply(self, scores, ids):
+            raise InputError("the constraint failed")
+
+        def accept(self, token):
+            raise AssertionError
+
+    plain = Sampling(max_new_tokens=5, temperature=0)
+    bad, good = engine.submit(asked(Broken(), 0)), engine.submit(Request((1, 2, 3), plain))
+    with pytest.raises(Exception, match="constraint failed"):
+        bad.wait()
+    assert len(good.wait().choices) == 5

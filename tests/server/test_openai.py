@@ -5,6 +5,7 @@ What the answers say is compared with the engine asked directly.
 
 from __future__ import annotations
 
+import json
 import math
 
 import openai
@@ -70,6 +71,39 @@ def test_a_second_turn_finds_the_first(served) -> None:
     cold = other.chat.completions.create(model="tiny", messages=turn, max_tokens=4, temperature=0)
     assert cold.usage.prompt_tokens_details.cached_tokens == 0, "what one key asked is not seen from another"
     assert cold.choices[0].message.content == second.choices[0].message.content
+
+
+def test_response_formats(served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}, "n": {"type": "integer", "maximum": 9, "minimum": 0}},
+        "required": ["yes", "n"],
+        "additionalProperties": False,
+    }
+    found = served.client().chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=60,
+        temperature=1.5,
+        n=3,
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    )
+    for choice in found.choices:
+        assert choice.finish_reason == "stop"
+        data = json.loads(choice.message.content)
+        assert set(data) == {"yes", "n"}
+        assert data["n"] in range(10)
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client().chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://e.org"}}},
+        )
+    assert caught.value.param == "response_format"
+    found = served.client().completions.create(
+        model="tiny", prompt="a", max_tokens=9, extra_body={"regex": "(ab|cd){2}"}
+    )
+    assert found.choices[0].text in ("abab", "abcd", "cdab", "cdcd")
 
 
 def test_completions(served) -> None:

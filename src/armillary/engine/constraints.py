@@ -53,7 +53,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the constraint failed: {self._matcher.get_error()[:200]}")
+            raise InputError(f"the constraint failed: {_first_line(self._matcher.get_error())}")
 
 
 class Grammars:

@@ -80,8 +80,8 @@ class Server:
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
             asked = await read(request, form)
-            found = call(asked, client, self._marks(request))
-            response: Response = await found if asyncio.iscoroutine(found) else found
+            # templates, tokenizers and grammars take their time: others are not to wait for it
+            response: Response = await asyncio.to_thread(call, asked, client, self._marks(request))
             return response
 
         return self._guarded(path, handle)
@@ -166,7 +166,7 @@ class Server:
     def _completions(self, asked: CompletionRequest, client: Client, marks: dict[str, str]) -> Response:
         return completions.answer(self.context, self._hosted(asked.model), client, asked, marks)
 
-    async def _embeddings(self, asked: EmbeddingRequest, client: Client, marks: dict[str, str]) -> Response:
+    def _embeddings(self, asked: EmbeddingRequest, client: Client, marks: dict[str, str]) -> Response:
         hosted = self._hosted(asked.model)
         rows = hosted.prompts(asked.input)
         longest = max(len(row) for row in rows)
@@ -184,7 +184,7 @@ class Server:
         self.door.admit(client, tokens)
         hosted.load.answers += len(rows)
         try:
-            vectors = await asyncio.to_thread(hosted.embed, rows)
+            vectors = hosted.embed(rows)
         finally:
             hosted.load.answers -= len(rows)
         if asked.dimensions is not None and asked.dimensions != len(vectors[0]):
@@ -268,8 +268,7 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
         for hosted in self.models.values():
-            if hosted.generates:
-                await asyncio.to_thread(hosted.engine.close)
+            await asyncio.to_thread(hosted.close)
 
 
 def _described(hosted: Hosted) -> dict[str, Any]:

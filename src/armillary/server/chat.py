@@ -27,6 +27,7 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
         client=client,
         copies=asked.n,
         boundaries=boundaries,
+        schema=None if asked.response_format is None else asked.response_format.schema_asked,
         field="max_tokens" if asked.max_tokens is not None else "max_completion_tokens",
     )
     job = Job(hosted, client, [requests])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from armillary.base.errors import ArmillaryError
+from armillary.engine.constraints import Grammars, Kind
 from armillary.engine.core import Engine
 from armillary.engine.request import Request
-from armillary.engine.sampling import Sampling
+from armillary.engine.sampling import Sampling, Step
 from armillary.nn.heads.base import pooled
 from armillary.nn.network import Network
 from armillary.server.errors import HTTPError
@@ -29,6 +30,7 @@ class Hosted:
         self.name, self.network, self.tokenizer, self.load = name, network, tokenizer, load
         self.created = int(time.time())
         self._engine = engine
+        self._grammars: Grammars | None = None
 
     @property
     def engine(self) -> Engine:
@@ -92,6 +94,7 @@ class Hosted:
         copies: int = 1,
         boundaries: tuple[int, ...] = (),
         prompt_logprobs: bool = False,
+        schema: Mapping[str, Any] | None = None,
         field: str = "max_tokens",
     ) -> list[Request]:
         """The engine's requests for the copies of one answer. Raises HTTPError naming the field."""
@@ -146,9 +149,40 @@ class Hosted:
                 boundaries=boundaries,
                 stream=copy,
                 prompt_logprobs=prompt_logprobs,
+                steps=self._steps(asked, schema),
             )
             for copy in range(copies)
         ]
+
+    def _steps(self, asked: Asked, schema: Mapping[str, Any] | None) -> tuple[Step, ...]:
+        """Fresh constraints for one answer. Raises HTTPError for one that cannot be used."""
+        kind: Kind
+        text: str | Mapping[str, Any]
+        if schema is not None:
+            kind, text, param = "json_schema", schema, "response_format"
+        elif asked.regex is not None:
+            kind, text, param = "regex", asked.regex, "regex"
+        elif asked.grammar is not None:
+            kind, text, param = "grammar", asked.grammar, "grammar"
+        else:
+            return ()
+        try:
+            return (self.grammars.constraint(kind, text),)
+        except ArmillaryError as error:
+            raise HTTPError(400, error.what, param=param, code="invalid_constraint", hint=error.hint) from None
+
+    @property
+    def grammars(self) -> Grammars:
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.network.settings.vocabulary)
+        return self._grammars
+
+    def close(self) -> None:
+        """Answers that are under way end."""
+        if self._engine is not None:
+            self._engine.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:

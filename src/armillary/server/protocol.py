@@ -44,9 +44,13 @@ class Asked(Form):
     priority: int = Field(0, ge=-10, le=10)
     timeout: float | None = Field(None, gt=0, le=3600)
     user: str | None = Field(None, max_length=256)
+    regex: str | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _coherent(self) -> Asked:
+        if self.regex is not None and self.grammar is not None:
+            raise ValueError("give regex or grammar, not both")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options go with stream: true")
         return self
@@ -98,6 +102,31 @@ class Message(Form):
         return found
 
 
+class JsonSchema(Form):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Form):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type: json_schema and json_schema go together")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The schema that an answer must follow, or None."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return None if self.json_schema is None else self.json_schema.schema_
+
+
 class ChatRequest(Asked):
     """POST /v1/chat/completions"""
 
@@ -106,6 +135,7 @@ class ChatRequest(Asked):
     max_completion_tokens: int | None = Field(None, gt=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _asks(self) -> ChatRequest:

@@ -94,8 +94,7 @@ async def _drained(server: Server, inner: uvicorn.Server, drain: float) -> None:
         await asyncio.sleep(0.02)
     if server.under_way:  # those that are left get an error event
         for hosted in server.models.values():
-            if hosted.generates:
-                await asyncio.to_thread(hosted.engine.close)
+            await asyncio.to_thread(hosted.close)
         await asyncio.sleep(0.1)
     inner.should_exit = True
 

@@ -62,7 +62,7 @@ def serve(
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
-    hosted = []
+    hosted: list[Hosted] = []
     for given in models:
         name, _, folder = given.rpartition("=")
         model = open_model(folder, device, dtype)

@@ -7,6 +7,7 @@ its constraint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -111,16 +112,14 @@ class Grammars:
                 [sys.executable, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
             )
         answer: list[str] = []
-        trial = self._trial
-        assert trial.stdin is not None and trial.stdout is not None
+        told, heard = self._trial.stdin, self._trial.stdout
+        assert told is not None and heard is not None
 
         def ask() -> None:
-            try:
-                trial.stdin.write(json.dumps(grammar) + "\n")
-                trial.stdin.flush()
-                answer.append(trial.stdout.readline())
-            except (BrokenPipeError, ValueError):
-                pass
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                told.write(json.dumps(grammar) + "\n")
+                told.flush()
+                answer.append(heard.readline())
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
@@ -195,7 +194,7 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
         def __call__(self, text: bytes | str) -> list[int]:
             return tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
-    return LLTokenizer(Wrapped(), n_vocab=vocabulary)
+    return LLTokenizer(Wrapped(), n_vocab=vocabulary)  # type: ignore[arg-type]
 
 
 def _first_line(text: str) -> str:

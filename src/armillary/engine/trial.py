@@ -21,7 +21,7 @@ class Bytes:
     special_token_ids = (256,)
     is_tokenizer_wrapper = True
 
-    def __call__(self, text):
+    def __call__(self, text: "bytes | str") -> "list[int]":
         return list(text if isinstance(text, bytes) else text.encode())
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     from llguidance import LLMatcher, LLTokenizer
 
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    tokens = LLTokenizer(Bytes(), slices=[])
+    tokens = LLTokenizer(Bytes(), slices=[])  # type: ignore[arg-type]
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(used.ru_utime + used.ru_stime)

@@ -119,10 +119,10 @@ class Answered(Response):
                 open_ -= piece.finish is not None
             _raise(answers)
             self._started = True
-            await JSONResponse(self.whole(answers), headers=self._headers())(scope, receive, send)
+            await JSONResponse(self.whole(answers), headers=self._marks())(scope, receive, send)
             return
         assert self.first is not None and self.piece is not None and self.last is not None
-        head = [(name.encode(), value.encode()) for name, value in self._headers().items()]
+        head = [(name.encode(), value.encode()) for name, value in self._marks().items()]
         head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._started = True
         await _sent(send, {"type": "http.response.start", "status": 200, "headers": head})
@@ -155,7 +155,7 @@ class Answered(Response):
             )
             await _sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
 
-    def _headers(self) -> dict[str, str]:
+    def _marks(self) -> dict[str, str]:
         return self.given | self.job.client.headers()
 
 

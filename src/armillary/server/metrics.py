@@ -14,21 +14,26 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry, "namespace": "armillary"}
-        self.requests = Counter("requests", "Requests by route and status", ["route", "status"], **made)
-        self.rejections = Counter("rejections", "Requests that were turned away, by reason", ["reason"], **made)
-        self.finished = Counter("answers", "Answers by reason of their end", ["model", "finish"], **made)
-        self.tokens = Counter("tokens", "Tokens by kind: prompt, reused, generated", ["model", "kind"], **made)
-        self.guesses = Counter("guesses", "Guessed tokens: checked, right", ["model", "kind"], **made)
-        self.first = Histogram(
-            "first_token_seconds", "From submission to the first token", ["model"], buckets=_SECONDS, **made
-        )
-        self.between = Histogram(
-            "token_seconds", "Time per further token of an answer", ["model"], buckets=_SECONDS, **made
-        )
-        self.running = Gauge("running", "Answers that have a place", ["model"], **made)
-        self.waiting = Gauge("waiting", "Answers that wait for a place", ["model"], **made)
-        self.state = Gauge("state_bytes", "Bytes of states: held, kept, free", ["model", "kind"], **made)
+        self.requests = self._counter("requests", "Requests by route and status", "route", "status")
+        self.rejections = self._counter("rejections", "Requests that were turned away, by reason", "reason")
+        self.finished = self._counter("answers", "Answers by reason of their end", "model", "finish")
+        self.tokens = self._counter("tokens", "Tokens by kind: prompt, reused, generated", "model", "kind")
+        self.guesses = self._counter("guesses", "Guessed tokens: checked, right", "model", "kind")
+        self.first = self._seconds("first_token_seconds", "From submission to the first token")
+        self.between = self._seconds("token_seconds", "Time per further token of an answer")
+        self.running = self._gauge("running", "Answers that have a place", "model")
+        self.waiting = self._gauge("waiting", "Answers that wait for a place", "model")
+        self.state = self._gauge("state_bytes", "Bytes of states: held, cached, free", "model", "kind")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="armillary", registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="armillary", registry=self.registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        made = {"namespace": "armillary", "buckets": _SECONDS}
+        return Histogram(name, text, ["model"], registry=self.registry, **made)  # type: ignore[arg-type]
 
     def answered(self, model: str, answer: Answer) -> None:
         """An answer is over."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -99,14 +100,10 @@ async def _drained(server: Server, inner: uvicorn.Server, drain: float) -> None:
     inner.should_exit = True
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-def _uncaught() -> _Nothing:
-    return _Nothing()
+@contextlib.contextmanager
+def _uncaught() -> Iterator[None]:
+    """In place of uvicorn's own signal handlers."""
+    yield
 
 
 class Lines(logging.Formatter):

@@ -77,18 +77,17 @@ class CotSettings(MixerSettings):
         width, hidden, half = place.width, self.hidden(place.width), place.width // 2
         hood = Neighbourhood.of(self.kernel, place.order, self.grid)
         weights = width // self.share * hood.size
-        tokens = float(length)
-        flops = self.groups * linear_flops(hood.size * width // self.groups, width // self.groups, tokens)
-        flops += linear_flops(2 * width, half, tokens) + linear_flops(half, weights, tokens, bias=True)
-        flops += 2 * linear_flops(width, width, tokens) + hood.flops(width, tokens)
-        flops += 3 * self.norm.flops(width, tokens) + self.norm.flops(half, tokens)
+        flops = self.groups * linear_flops(hood.size * width // self.groups, width // self.groups, length)
+        flops += linear_flops(2 * width, half, length) + linear_flops(half, weights, length, bias=True)
+        flops += 2 * linear_flops(width, width, length) + hood.flops(width, length)
+        flops += 3 * self.norm.flops(width, length) + self.norm.flops(half, length)
         # relu, silu, sum of the contexts and their weighting; of the weights: relu, norm, scale and shift
-        flops += tokens * (6 * width + half + 6 * weights + 2 * weights / hood.size)
+        flops += length * (6 * width + half + 6 * weights + 2 * weights / hood.size)
         causal = place.order == "causal"
         whole = self.gate == "mean" and not causal
-        gated = 1.0 if whole else tokens
+        gated = 1 if whole else length
         if self.gate == "mean":
-            flops += tokens * width + width if whole else tokens * (3 * width + 2)
+            flops += length * width + width if whole else length * (3 * width + 2)
         flops += linear_flops(width, hidden, gated, bias=True) + linear_flops(hidden, 2 * width, gated, bias=True)
         flops += self.norm.flops(hidden, gated) + gated * (hidden + 10 * width)
         held = 2 * hood.before * width * itemsize + (4 * (width + 1) if self.gate == "mean" else 0)

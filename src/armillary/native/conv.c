@@ -7,27 +7,11 @@
  * - 1, channels], like x, is what came before the first token (null: nothing). With documents [rows,
  * length] (or null) a token sees nothing from before the last change of the id, and no tail.
  *
- * A task is one row, LANES channels and, in the forward pass, some tokens; the innermost loop runs over channels.
+ * The innermost loops run over LANES channels. No result depends on the number of threads.
  */
-#include "numbers.h"
+#include "lines.h"
 
-#define LANES 64  /* channels at a time */
-#define TOKENS 256 /* of one task in the forward pass */
-
-static inline void load(const void *from, int64_t at, int64_t count, int bf16, float *line) {
-    if (count < LANES) memset(line, 0, sizeof(float) * LANES);
-    if (bf16)
-        for (int64_t i = 0; i < count; i++) line[i] = from_bf16(((const uint16_t *)from)[at + i]);
-    else
-        memcpy(line, (const float *)from + at, sizeof(float) * (size_t)count);
-}
-
-static inline void store(void *to, int64_t at, int64_t count, int bf16, const float *line) {
-    if (bf16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_bf16(line[i]);
-    else
-        memcpy((float *)to + at, line, sizeof(float) * (size_t)count);
-}
+#define STRIPE (8 * LANES) /* channels of a task in the backward pass */
 
 static inline float sigmoid(float x) {
     float e = exp_down(x < 0.0f ? x : -x);
@@ -52,90 +36,89 @@ static inline void look(const void *x, const void *tail, int64_t row, int64_t t,
 
 void short_conv(const void *x, const float *w, const float *bias, const void *tail, const int64_t *documents,
                 void *y, int64_t rows, int64_t length, int64_t channels, int64_t taps, int silu, int bf16) {
-    int64_t parts = (length + TOKENS - 1) / TOKENS, blocks = (channels + LANES - 1) / LANES;
 #pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < rows * parts * blocks; task++) {
-        int64_t row = task / (parts * blocks), part = task / blocks % parts, first = task % blocks * LANES;
-        int64_t count = channels - first < LANES ? channels - first : LANES;
-        int64_t stop = (part + 1) * TOKENS < length ? (part + 1) * TOKENS : length;
-        const int64_t *ids = documents ? documents + row * length : NULL;
-        float sum[LANES], line[LANES], weight[LANES], shift[LANES];
-        load(bias, first, count, 0, shift);
-        for (int64_t t = part * TOKENS; t < stop; t++) {
-            int64_t back = reach(ids, t, taps - 1, tail != NULL);
-            memcpy(sum, shift, sizeof(sum));
+    for (int64_t token = 0; token < rows * length; token++) {
+        int64_t row = token / length, t = token % length;
+        int64_t back = reach(documents ? documents + row * length : NULL, t, taps - 1, tail != NULL);
+        for (int64_t first = 0; first < channels; first += LANES) {
+            int64_t count = channels - first < LANES ? channels - first : LANES;
+            float sum[LANES], line[LANES], weight[LANES];
+            load(bias, first, count, 0, sum);
             for (int64_t j = 0; j <= back; j++) {
                 look(x, tail, row, t, j, length, channels, taps, first, count, bf16, line);
                 load(w, j * channels + first, count, 0, weight);
-                for (int64_t i = 0; i < LANES; i++) sum[i] += weight[i] * line[i];
+                EACH sum[i] += weight[i] * line[i];
             }
-            if (silu)
-                for (int64_t i = 0; i < LANES; i++) sum[i] *= sigmoid(sum[i]);
-            store(y, (row * length + t) * channels + first, count, bf16, sum);
+            if (silu) EACH sum[i] *= sigmoid(sum[i]);
+            store(y, token * channels + first, count, bf16, sum);
         }
     }
 }
 
 /* Gradients from that of y: grad_x like x, grad_tail (null: not asked for) like tail, and one part per row of
- * grad_w [rows, taps, channels] and grad_bias [rows, channels], float32. */
+ * grad_w [rows, taps, channels] and grad_bias [rows, channels], float32. A task is one row and STRIPE channels,
+ * token after token: what an input t has an effect on ends at t + taps - 1, and then its gradient is written. */
 void short_conv_backward(const void *grad, const void *x, const float *w, const float *bias, const void *tail,
                          const int64_t *documents, void *grad_x, void *grad_tail, float *grad_w,
                          float *grad_bias, int64_t rows, int64_t length, int64_t channels, int64_t taps,
                          int silu, int bf16) {
-    int64_t blocks = (channels + LANES - 1) / LANES;
+    int64_t stripes = (channels + STRIPE - 1) / STRIPE, step = taps * LANES;
 #pragma omp parallel
     {
-        float *weights = malloc(sizeof(float) * (size_t)taps * LANES * 3);
-        float *slopes = weights + taps * LANES; /* of the inputs 0, 1, ... tokens back, not all terms there yet */
-        float *sums = slopes + taps * LANES;    /* gradient of the weights */
-        float *lines = malloc(sizeof(float) * (size_t)taps * LANES);
+        int64_t size = taps * STRIPE;
+        float *slopes = lines(taps * (2 * STRIPE / LANES + 1) + STRIPE / LANES); /* of the inputs t, t - 1, ... so far */
+        float *sums = slopes + size, *totals = sums + size; /* gradients of the weights and of the bias */
+        float *inputs = totals + STRIPE;
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < rows * blocks; task++) {
-            int64_t row = task / blocks, first = task % blocks * LANES;
-            int64_t count = channels - first < LANES ? channels - first : LANES;
+        for (int64_t task = 0; task < rows * stripes; task++) {
+            int64_t row = task / stripes, begin = task % stripes * STRIPE;
+            int64_t end = begin + STRIPE < channels ? begin + STRIPE : channels;
             const int64_t *ids = documents ? documents + row * length : NULL;
-            float sum[LANES], slope[LANES], shift[LANES], total[LANES] = {0};
-            load(bias, first, count, 0, shift);
-            for (int64_t j = 0; j < taps; j++) load(w, j * channels + first, count, 0, weights + j * LANES);
-            memset(slopes, 0, sizeof(float) * (size_t)taps * LANES * 2);
+            memset(slopes, 0, sizeof(float) * (size_t)(2 * size + STRIPE));
             for (int64_t t = 0; t < length + taps - 1; t++) {
-                memmove(slopes + LANES, slopes, sizeof(float) * (size_t)(taps - 1) * LANES);
-                memset(slopes, 0, sizeof(float) * LANES);
-                if (t < length) {
-                    int64_t back = reach(ids, t, taps - 1, tail != NULL);
-                    load(grad, (row * length + t) * channels + first, count, bf16, slope);
-                    memcpy(sum, shift, sizeof(sum));
-                    for (int64_t j = 0; j <= back; j++) {
-                        float *line = lines + j * LANES, *weight = weights + j * LANES;
-                        look(x, tail, row, t, j, length, channels, taps, first, count, bf16, line);
-                        for (int64_t i = 0; i < LANES; i++) sum[i] += weight[i] * line[i];
+                int64_t back = t < length ? reach(ids, t, taps - 1, tail != NULL) : -1, done = t - (taps - 1);
+                for (int64_t first = begin; first < end; first += LANES) {
+                    int64_t count = channels - first < LANES ? channels - first : LANES;
+                    float *of_input = slopes + (first - begin) * taps, *of_weight = sums + (first - begin) * taps;
+                    float *total = totals + first - begin, sum[LANES], slope[LANES], weight[LANES];
+                    memmove(of_input + LANES, of_input, sizeof(float) * (size_t)(step - LANES));
+                    memset(of_input, 0, sizeof(float) * LANES);
+                    if (back >= 0) {
+                        load(grad, (row * length + t) * channels + first, count, bf16, slope);
+                        load(bias, first, count, 0, sum);
                     }
-                    if (silu)
-                        for (int64_t i = 0; i < LANES; i++) {
+                    for (int64_t j = 0; j <= back; j++) {
+                        float *line = inputs + j * LANES;
+                        look(x, tail, row, t, j, length, channels, taps, first, count, bf16, line);
+                        load(w, j * channels + first, count, 0, weight);
+                        EACH sum[i] += weight[i] * line[i];
+                    }
+                    if (back >= 0 && silu)
+                        EACH {
                             float s = sigmoid(sum[i]);
                             slope[i] *= s * (1.0f + sum[i] * (1.0f - s));
                         }
-                    for (int64_t i = 0; i < LANES; i++) total[i] += slope[i];
+                    if (back >= 0) EACH total[i] += slope[i];
                     for (int64_t j = 0; j <= back; j++) {
-                        float *line = lines + j * LANES, *weight = weights + j * LANES;
-                        float *of_input = slopes + j * LANES, *of_weight = sums + j * LANES;
-                        for (int64_t i = 0; i < LANES; i++) {
-                            of_input[i] += slope[i] * weight[i];
-                            of_weight[i] += slope[i] * line[i];
-                        }
+                        const float *line = inputs + j * LANES;
+                        load(w, j * channels + first, count, 0, weight);
+                        EACH of_input[j * LANES + i] += slope[i] * weight[i];
+                        EACH of_weight[j * LANES + i] += slope[i] * line[i];
                     }
+                    const float *last = of_input + step - LANES;
+                    if (done >= 0) store(grad_x, (row * length + done) * channels + first, count, bf16, last);
+                    else if (grad_tail)
+                        store(grad_tail, (row * (taps - 1) + taps - 1 + done) * channels + first, count, bf16, last);
                 }
-                int64_t done = t - (taps - 1);
-                const float *last = slopes + (taps - 1) * LANES;
-                if (done >= 0) store(grad_x, (row * length + done) * channels + first, count, bf16, last);
-                else if (grad_tail)
-                    store(grad_tail, (row * (taps - 1) + taps - 1 + done) * channels + first, count, bf16, last);
             }
-            for (int64_t j = 0; j < taps; j++)
-                store(grad_w, (row * taps + j) * channels + first, count, 0, sums + j * LANES);
-            store(grad_bias, row * channels + first, count, 0, total);
+            for (int64_t first = begin; first < end; first += LANES) {
+                int64_t count = channels - first < LANES ? channels - first : LANES;
+                for (int64_t j = 0; j < taps; j++)
+                    store(grad_w, (row * taps + j) * channels + first, count, 0,
+                          sums + (first - begin) * taps + j * LANES);
+                store(grad_bias, row * channels + first, count, 0, totals + first - begin);
+            }
         }
-        free(weights);
-        free(lines);
+        free(slopes);
     }
 }

@@ -12,36 +12,9 @@
  * keeps the state before every chunk of tokens only; the backward pass goes through the chunks from the last
  * to the first and makes the states of one again. No result depends on the number of threads.
  */
-#include "numbers.h"
-
-#define LANES 32 /* channels at a time */
+#include "lines.h"
 
 static const float LOG2 = 0.693147181f, PER_LOG2 = 1.44269504f;
-
-/* One line of channels into float32, zeros behind the last channel. */
-static inline void load(const void *from, int64_t at, int64_t count, int bf16, float *line) {
-    if (count < LANES) memset(line, 0, sizeof(float) * LANES);
-    if (bf16) {
-        const uint16_t *x = (const uint16_t *)from + at;
-        if (count == LANES)
-            for (int64_t i = 0; i < LANES; i++) line[i] = from_bf16(x[i]);
-        else
-            for (int64_t i = 0; i < count; i++) line[i] = from_bf16(x[i]);
-    } else if (count == LANES) {
-        memcpy(line, (const float *)from + at, sizeof(float) * LANES);
-    } else {
-        memcpy(line, (const float *)from + at, sizeof(float) * (size_t)count);
-    }
-}
-
-static inline void store(void *to, int64_t at, int64_t count, int bf16, const float *line) {
-    if (bf16) {
-        uint16_t *x = (uint16_t *)to + at;
-        for (int64_t i = 0; i < count; i++) x[i] = to_bf16(line[i]);
-    } else {
-        memcpy((float *)to + at, line, sizeof(float) * (size_t)count);
-    }
-}
 
 static inline float scalar(const void *from, int64_t at, int bf16) {
     return bf16 ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
@@ -65,7 +38,7 @@ static inline void load_rates(const float *from, int64_t channels, int64_t count
 /* softplus(x) in place; slope, if asked for, is its derivative. Far below 0 both are exactly 0: a token that is
  * not there has x = -inf and leaves the state as it is. */
 static inline void softplus(float *x, float *slope) {
-    for (int64_t i = 0; i < LANES; i++) {
+    EACH {
         float size = x[i] < 0.0f ? x[i] : -x[i];
         float e = size < -87.0f ? 0.0f : exp_down(size);
         if (slope) slope[i] = (x[i] < 0.0f ? e : 1.0f) / (1.0f + e);
@@ -86,7 +59,7 @@ void scan(const void *u, const void *dt, const float *a, const void *b, const vo
     int64_t size = states * channels;
 #pragma omp parallel
     {
-        float *rates = malloc(sizeof(float) * (size_t)states * LANES * 2), *h = rates + states * LANES;
+        float *rates = lines(states * 2), *h = rates + states * LANES;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < rows * blocks; task++) {
             int64_t row = task / blocks, first = task % blocks * LANES;
@@ -105,13 +78,13 @@ void scan(const void *u, const void *dt, const float *a, const void *b, const vo
                 if (begins(ids, t)) memset(h, 0, sizeof(float) * (size_t)states * LANES);
                 load(u, at, count, bf16, in);
                 load(dt, at, count, bf16, delta);
-                for (int64_t i = 0; i < LANES; i++) delta[i] += shift[i];
+                EACH delta[i] += shift[i];
                 softplus(delta, NULL);
-                for (int64_t i = 0; i < LANES; i++) out[i] = skip[i] * in[i], in[i] *= delta[i];
+                EACH out[i] = skip[i] * in[i], in[i] *= delta[i];
                 for (int64_t n = 0; n < states; n++) {
                     float into = scalar(b, pair + n, bf16), from = scalar(c, pair + n, bf16);
                     float *line = h + n * LANES, *rate = rates + n * LANES;
-                    for (int64_t i = 0; i < LANES; i++) {
+                    EACH {
                         line[i] = exp2_down(delta[i] * rate[i]) * line[i] + in[i] * into;
                         out[i] += from * line[i];
                     }
@@ -134,13 +107,14 @@ void scan_backward(const void *grad, const float *grad_end, const void *u, const
                    float *grad_c, float *grad_d, float *grad_bias, float *grad_start, int64_t rows,
                    int64_t length, int64_t channels, int64_t states, int64_t chunk, int64_t groups, int bf16) {
     int64_t blocks = (channels + LANES - 1) / LANES, chunks = (length + chunk - 1) / chunk;
-    int64_t size = states * channels, lines = states * LANES;
+    int64_t size = states * channels, all = states * LANES;
 #pragma omp parallel
     {
-        float *rates = malloc(sizeof(float) * (size_t)(lines * (4 + 2 * chunk) + 3 * chunk * LANES));
-        float *h = rates + lines, *slope = h + lines, *slope_a = slope + lines;
-        float *befores = slope_a + lines, *factors = befores + lines * chunk; /* of the tokens of one chunk */
-        float *deltas = factors + lines * chunk, *bends = deltas + chunk * LANES, *ins = bends + chunk * LANES;
+        float *rates = lines(states * (4 + 2 * chunk) + 4 * chunk);
+        float *h = rates + all, *slope = h + all, *slope_a = slope + all;
+        float *befores = slope_a + all, *factors = befores + all * chunk; /* of the tokens of one chunk */
+        float *deltas = factors + all * chunk, *bends = deltas + chunk * LANES, *ins = bends + chunk * LANES;
+        float *entereds = ins + chunk * LANES; /* delta u */
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < rows * groups; task++) {
             int64_t row = task / groups, group = task % groups;
@@ -153,47 +127,46 @@ void scan_backward(const void *grad, const float *grad_end, const void *u, const
                 load(d, first, count, 0, skip);
                 load(bias, first, count, 0, shift);
                 load_states(grad_end + row * size + first, channels, count, states, slope);
-                memset(slope_a, 0, sizeof(float) * (size_t)lines);
+                memset(slope_a, 0, sizeof(float) * (size_t)all);
                 for (int64_t part = chunks - 1; part >= 0; part--) {
                     int64_t begin = part * chunk, stop = begin + chunk < length ? begin + chunk : length;
                     load_states(kept + (row * chunks + part) * size + first, channels, count, states, h);
                     for (int64_t t = begin; t < stop; t++) {
                         int64_t k = t - begin, at = (row * length + t) * channels + first;
-                        if (begins(ids, t)) memset(h, 0, sizeof(float) * (size_t)lines);
-                        float *in = ins + k * LANES, *delta = deltas + k * LANES;
+                        if (begins(ids, t)) memset(h, 0, sizeof(float) * (size_t)all);
+                        float *in = ins + k * LANES, *delta = deltas + k * LANES, *entered = entereds + k * LANES;
                         load(u, at, count, bf16, in);
                         load(dt, at, count, bf16, delta);
-                        for (int64_t i = 0; i < LANES; i++) delta[i] += shift[i];
+                        EACH delta[i] += shift[i];
                         softplus(delta, bends + k * LANES);
+                        EACH entered[i] = delta[i] * in[i];
                         for (int64_t n = 0; n < states; n++) {
                             float into = scalar(b, (row * length + t) * states + n, bf16);
                             float *line = h + n * LANES, *rate = rates + n * LANES;
-                            float *old = befores + k * lines + n * LANES, *factor = factors + k * lines + n * LANES;
-                            for (int64_t i = 0; i < LANES; i++) {
+                            float *old = befores + k * all + n * LANES, *factor = factors + k * all + n * LANES;
+                            EACH {
                                 old[i] = line[i];
                                 factor[i] = exp2_down(delta[i] * rate[i]);
-                                line[i] = factor[i] * line[i] + delta[i] * in[i] * into;
+                                line[i] = factor[i] * line[i] + entered[i] * into;
                             }
                         }
                     }
                     for (int64_t t = stop - 1; t >= begin; t--) {
                         int64_t k = t - begin, at = (row * length + t) * channels + first;
                         const float *in = ins + k * LANES, *delta = deltas + k * LANES, *bend = bends + k * LANES;
-                        float out[LANES], entered[LANES], of_entered[LANES], of_delta[LANES], line[LANES];
+                        const float *entered = entereds + k * LANES;
+                        float out[LANES], of_entered[LANES] = {0}, of_delta[LANES] = {0}, line[LANES];
                         float *parts_b = grad_b + ((row * groups + group) * length + t) * states;
                         float *parts_c = grad_c + ((row * groups + group) * length + t) * states;
                         load(grad, at, count, bf16, out);
-                        for (int64_t i = 0; i < LANES; i++) {
-                            entered[i] = delta[i] * in[i];
-                            of_entered[i] = of_delta[i] = 0.0f;
-                        }
                         for (int64_t n = 0; n < states; n++) {
                             float into = scalar(b, (row * length + t) * states + n, bf16);
                             float from = scalar(c, (row * length + t) * states + n, bf16);
-                            const float *rate = rates + n * LANES, *old = befores + k * lines + n * LANES;
-                            const float *factor = factors + k * lines + n * LANES;
+                            const float *rate = rates + n * LANES, *old = befores + k * all + n * LANES;
+                            const float *factor = factors + k * all + n * LANES;
                             float *carried = slope + n * LANES, *sum_a = slope_a + n * LANES;
                             float sum_b = 0.0f, sum_c = 0.0f;
+#pragma omp simd reduction(+ : sum_b, sum_c)
                             for (int64_t i = 0; i < LANES; i++) {
                                 float of_h = carried[i] + out[i] * from; /* slope of the state after this token */
                                 sum_c += out[i] * (factor[i] * old[i] + entered[i] * into);
@@ -207,8 +180,8 @@ void scan_backward(const void *grad, const float *grad_end, const void *u, const
                             parts_b[n] += sum_b;
                             parts_c[n] += sum_c;
                         }
-                        if (begins(ids, t)) memset(slope, 0, sizeof(float) * (size_t)lines);
-                        for (int64_t i = 0; i < LANES; i++) {
+                        if (begins(ids, t)) memset(slope, 0, sizeof(float) * (size_t)all);
+                        EACH {
                             slope_d[i] += out[i] * in[i];
                             line[i] = out[i] * skip[i] + of_entered[i] * delta[i];
                             of_delta[i] = (LOG2 * of_delta[i] + of_entered[i] * in[i]) * bend[i];

@@ -175,15 +175,14 @@ class Compact(Mixer):
             mask = both(mask, Columns(self.around.square, where, where))
         if ctx.documents is not None or ctx.padding is not None:
             mask = both(mask, visible(self.order, ctx))
-        seen = self.hood.seen(where, documents=ctx.documents, padding=ctx.padding)
-        return Frozen({"q": q, "k": q, "mask": mask, "seen": seen})
+        return Frozen({"q": q, "k": q, "mask": mask, "where": where, "ctx": ctx})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
         if frozen.weights is not None:
             return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
         parts = frozen.parts
         looked = self._looked(parts["q"], parts["k"].transpose(1, 2), values.transpose(1, 2), parts["mask"])
-        return looked + self.hood.weighted(self.hood.line(looked), self.kernel[None, None], parts["seen"])
+        return self._carried(looked, parts["where"], parts["ctx"])
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(mixed.flatten(2))  # type: ignore[no-any-return]
@@ -197,8 +196,8 @@ class Compact(Mixer):
         tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
         if self.around.square is not None:
             tensors["positions"] = torch.zeros(batch, 1, window, dtype=torch.int64, device=device)
-        shape = (batch, self.hood.before, self.heads, self.width)
-        return WindowState({**tensors, "tail": torch.zeros(shape, dtype=dtype, device=device)})
+        tail = (batch, self.hood.before, self.heads * self.width)
+        return WindowState({**tensors, "tail": torch.zeros(tail, dtype=dtype, device=device)})
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
@@ -217,11 +216,8 @@ class Compact(Mixer):
         if self.around.square is not None:
             mask = both(mask, Columns(self.around.square, where, held["positions"][:, 0]))
         looked = self._looked(q, held["k"], held["v"], mask)
-        tail = state.tensors["tail"]
-        seen = self.hood.seen(where)
-        mixed = looked + self.hood.weighted(self.hood.line(looked, tail), self.kernel[None, None], seen)
-        rows = next_tail(looked.flatten(2), tail.flatten(2), ctx.lengths)
-        state.put("tail", rows.unflatten(-1, (self.heads, self.width)))
+        mixed = self._carried(looked, where, ctx, state.tensors["tail"])
+        state.put("tail", next_tail(looked.flatten(2), state.tensors["tail"], ctx.lengths))
         if ctx.taps is not None:
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
@@ -236,6 +232,12 @@ class Compact(Mixer):
     def _looked(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         """q [B, T, H, K], k and v [B, H, S, K] → [B, T, H, K]."""
         return attend(q.transpose(1, 2), k, v, mask=mask, scale=self.width**-0.5)[0].transpose(1, 2)
+
+    def _carried(self, looked: Tensor, where: Tensor, ctx: Context, tail: Tensor | None = None) -> Tensor:
+        """Each head's result [B, T, H, K] and what the convolution makes of it."""
+        kernel = self.kernel.repeat_interleave(looked.shape[3], 0)
+        known = {"documents": ctx.documents, "padding": ctx.padding}
+        return looked + self.hood.convolved(looked.flatten(2), kernel, where, tail=tail, **known).view_as(looked)
 
 
 def _tied(mixer: Compact, x: Tensor, ctx: Context) -> Tensor:

@@ -58,7 +58,7 @@ class CotSettings(MixerSettings):
     @classmethod
     def examples(cls) -> list[Example]:
         return [
-            Example("causal", cls(squeeze=8)),
+            Example("causal", cls(groups=2, squeeze=8)),
             Example("image", cls(groups=2, squeeze=8, grid=(16, 4)), {"order": "bidirectional"}),
         ]
 

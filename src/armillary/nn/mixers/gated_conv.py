@@ -86,8 +86,7 @@ class GatedConv(Mixer):
         self.accept(ctx)
         if ctx.documents is None and ctx.padding is None:
             self.hood.fits(x.shape[1], self.path)
-        seen = self.hood.seen(ctx.where(x), documents=ctx.documents, padding=ctx.padding)
-        return self._mixed(self._features(x, ctx), None, seen, ctx)
+        return self._mixed(self._features(x, ctx), None, ctx)
 
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
@@ -100,7 +99,7 @@ class GatedConv(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         rows, tail = self._features(x, ctx), state.tensors["tail"]
-        y = self._mixed(rows, tail, self.hood.seen(ctx.where(x)), ctx)
+        y = self._mixed(rows, tail, ctx)
         state.put("tail", next_tail(rows, tail, ctx.lengths))
         return y
 
@@ -109,9 +108,9 @@ class GatedConv(Mixer):
         rows = torch.cat([self.up(x), self.gate(x)], -1)
         return rows if ctx.taps is None else ctx.taps(f"{self.path}.v", rows)
 
-    def _mixed(self, rows: Tensor, tail: Tensor | None, seen: Tensor | None, ctx: Context) -> Tensor:
-        line = self.hood.line(rows, tail)[..., None]
-        up, gate = self.hood.weighted(line, self.kernel[None, None], seen)[..., 0].chunk(2, -1)
+    def _mixed(self, rows: Tensor, tail: Tensor | None, ctx: Context) -> Tensor:
+        known = {"documents": ctx.documents, "padding": ctx.padding}
+        up, gate = self.hood.convolved(rows, self.kernel, ctx.where(rows), tail=tail, **known).chunk(2, -1)
         mixed = up * self.activation(gate)
         if ctx.taps is not None:
             mixed = ctx.taps(f"{self.path}.mixed", mixed)

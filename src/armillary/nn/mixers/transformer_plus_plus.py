@@ -184,10 +184,9 @@ class TransformerPlusPlus(SpanMixer):
         if self.contexts == 0:
             return own
         plain, words = own.split([self.heads - self.contexts, self.contexts], 2)
-        seen = self.hood.seen(ctx.where(x), documents=ctx.documents, padding=ctx.padding)
-        line = self.hood.line(words.flatten(2), tail)[..., None]
-        weights = torch.softmax(kernel.flatten(0, 1), -1)[None, None]
-        mixed = self.hood.weighted(line, weights, seen).view_as(words)
+        weights = torch.softmax(kernel.flatten(0, 1), -1)
+        known = {"documents": ctx.documents, "padding": ctx.padding}
+        mixed = self.hood.convolved(words.flatten(2), weights, ctx.where(x), tail=tail, **known).view_as(words)
         return torch.cat([plain, mixed], 2)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armillary.base.errors import InputError, UnsupportedError
+from armillary.nn.ops.short_conv import short_conv
 
 Grid = tuple[int, int]
 
@@ -132,8 +133,26 @@ class Neighbourhood:
         assert y is not None
         return y.to(line.dtype)
 
+    def convolved(
+        self,
+        x: Tensor,
+        kernel: Tensor,
+        positions: Tensor,
+        *,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
+        tail: Tensor | None = None,
+    ) -> Tensor:
+        """A depthwise convolution: x [B, T, C], kernel [C, size] → [B, T, C]; tail: [B, before, C] what came
+        before, or None for nothing; the rest as for `seen`."""
+        if self.grid is None and self.after == 0:
+            x = x if padding is None else x.masked_fill(~padding[..., None], 0)
+            return short_conv(x, kernel, silu=False, tail=tail, documents=documents)
+        seen = self.seen(positions, documents=documents, padding=padding)
+        return self.weighted(self.line(x, tail)[..., None], kernel[None, None], seen)[..., 0]
+
     def flops(self, channels: int, tokens: float) -> float:
-        """FLOPs of `weighted` over `tokens` tokens of so many channels."""
+        """FLOPs of `weighted` and of `convolved` over `tokens` tokens of so many channels."""
         return tokens * channels * (2.0 * self.size - 1)
 
 

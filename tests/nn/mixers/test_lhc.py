@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.base.errors import InputError, UnsupportedError
+from armillary.base.errors import InputError, SettingsError, UnsupportedError
+from armillary.base.settings import parse
 from armillary.nn.context import Context
-from armillary.nn.mechanism import Place, initialise
+from armillary.nn.mechanism import MixerSettings, Place, initialise
 from armillary.nn.mixers.lhc import Lhc, LhcSettings
 
 
@@ -105,7 +106,10 @@ def test_what_cannot_be_built_says_why(shake: Any) -> None:
     with pytest.raises(UnsupportedError, match="cannot be causal"):
         LhcSettings().build(Place(16))
     for key in ("pool", "kernel"):
-        with pytest.raises(UnsupportedError, match="a kernel of 2 has no middle"):
-            built(shake, **{key: 2})
+        with pytest.raises(SettingsError, match=f"{key} \\(2\\) must be odd"):
+            parse(MixerSettings, {"kind": "lhc", key: 2})
+    for key in ("heads", "embed", "pool", "kernel"):
+        with pytest.raises(SettingsError, match=key):
+            parse(MixerSettings, {"kind": "lhc", key: 0})
     with pytest.raises(InputError, match="21 tokens, but the heads' regions hold 20"):
         built(shake)(torch.randn(1, 21, 6), Context())

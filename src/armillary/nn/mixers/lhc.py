@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import InputError
@@ -53,6 +53,13 @@ class LhcSettings(MixerSettings):
     kernel: int = Field(3, gt=0, description="odd: tokens of the values' convolution; a square's side in a grid")
     norm: float = Field(0.5, ge=0, description="constant part of the exponent that divides scores")
     grid: Grid | None = Field(None, description="lines and columns of an image given row by row; none: a sequence")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> LhcSettings:
+        for name in ("pool", "kernel"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be odd, so that it has a middle")
+        return self
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -48,8 +48,8 @@ def theirs(mixer: Mamba2) -> dict[str, Tensor]:
         "in_proj.weight": torch.cat([getattr(mixer, name).weight for name in ("gate", "v", "k", "q", "step")]),
         "conv1d.weight": torch.cat([getattr(mixer, name).weight for name in CONVS])[:, None],
         "conv1d.bias": torch.cat([getattr(mixer, name).bias for name in CONVS]),
-        "A_log": mixer.log_decay,
-        "dt_bias": mixer.step_bias,
+        "A_log": mixer.decay.log_rate,
+        "dt_bias": mixer.decay.bias,
         "D": mixer.skip,
         "norm.weight": mixer.norm_weight,
         "out_proj.weight": mixer.o.weight,
@@ -89,10 +89,10 @@ def test_an_average(agree: Any) -> None:
             conv.bias.fill_(1.2784645)  # silu gives 1
         mixer.skip.zero_()
         mixer.step.weight.zero_()
-        mixer.step_bias.fill_(0.5413248)  # softplus gives 1
+        mixer.decay.bias.fill_(0.5413248)  # softplus gives 1
         values = mixer.values(x, Context())
         found = mixer.mix(mixer.freeze(x, Context()), values)
-        rate = torch.exp(-mixer.log_decay.exp())[:, None]
+        rate = torch.exp(-mixer.decay.log_rate.exp())[:, None]
         average, rows = torch.zeros(1, 4, 2), []
         for t in range(30):
             average = rate * average + values[:, t]
@@ -105,7 +105,7 @@ def test_steep_decays_in_bf16_neither_overflow_nor_blur(agree: Any) -> None:
     mixer = Mamba2Settings(head_width=P, state_width=STATE).build(Place(WIDTH))
     initialise(mixer, 2)
     with torch.no_grad():
-        mixer.log_decay.fill_(0.0)
+        mixer.decay.log_rate.fill_(0.0)
         mixer.step.weight.mul_(0.1)
     x = torch.randn(1, 50, WIDTH)
     frozen, values = mixer.freeze(x, Context()).parts, mixer.values(x, Context())
@@ -168,5 +168,5 @@ def test_sizes_that_do_not_divide() -> None:
 def test_steps_start_where_they_should() -> None:
     mixer = Mamba2Settings(head_width=1, steps=(0.01, 0.02)).build(Place(64))
     initialise(mixer, 1)
-    start = F.softplus(mixer.step_bias.detach())
+    start = F.softplus(mixer.decay.bias.detach())
     assert 0.01 <= float(start.min()) < 0.011 and 0.019 < float(start.max()) <= 0.0201

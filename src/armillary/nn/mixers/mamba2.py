@@ -8,7 +8,6 @@ published code has one for all: `gate` is z, `v` x, `k` B, `q` C, `step` Δ.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +17,14 @@ from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context, Memory
-from armillary.nn.convolution import ShortConvolution
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
 from armillary.nn.mixers.linear import present
 from armillary.nn.ops.decay import decay_attend
 from armillary.nn.ops.short_conv import short_conv_flops
+from armillary.nn.recurrent import ShortConvolution, StepDecay
 from armillary.nn.state import FixedState, State
-
-SLOWEST = 1e-4  # steps start no smaller
 
 
 @mixers.register
@@ -53,9 +50,7 @@ class Mamba2Settings(MixerSettings):
 
     @model_validator(mode="after")
     def _coherent(self) -> Mamba2Settings:
-        for name, (low, high) in (("decays", self.decays), ("steps", self.steps)):
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be two positive numbers in order, not {low:g} and {high:g}")
+        StepDecay.check(self.decays, self.steps)
         low, limit = self.step_limits
         if low < 0 or (limit is not None and limit <= low):
             raise ValueError(f"step_limits must be two numbers ≥ 0 in order, not {low:g} and {limit:g}")
@@ -98,7 +93,7 @@ class Mamba2Settings(MixerSettings):
         flops = 2 * linear_flops(width, values, length) + 2 * linear_flops(width, keys, length)
         flops += linear_flops(width, heads, length) + linear_flops(values, width, length)
         flops += short_conv_flops(channels, self.taps, length)
-        flops += 2 * heads + length * heads * 4.0  # −exp(A); Δ: bias, softplus, limits; Δ·A
+        flops += StepDecay.flops(heads, length, limited=True)
         # Per token and head: decay, outer product and sum of the state, then its product with C.
         flops += length * heads * (5.0 * self.state_width * self.head_width + 1)
         flops += length * values * 3.0  # Δx, D x and their sum
@@ -129,16 +124,11 @@ class Mamba2(Mixer):
         self.conv_v = ShortConvolution(values, settings.taps, "conv_v", bias=True)
         self.conv_k = ShortConvolution(keys, settings.taps, "conv_k", bias=True)
         self.conv_q = ShortConvolution(keys, settings.taps, "conv_q", bias=True)
-        self.log_decay = nn.Parameter(torch.empty(self.heads))
-        self.step_bias = nn.Parameter(torch.empty(self.heads))
+        self.decay = StepDecay(self.heads, settings.decays, settings.steps, settings.step_limits)
         self.skip = nn.Parameter(torch.empty(self.heads))
         self.norm_weight = nn.Parameter(torch.empty(values))
 
     def reset(self, generator: torch.Generator | None) -> None:
-        nn.init.uniform_(self.log_decay, *self.settings.decays, generator=generator).log_()
-        low, high = (math.log(step) for step in self.settings.steps)
-        step = nn.init.uniform_(self.step_bias, low, high, generator=generator).exp_().clamp_(min=SLOWEST)
-        step.add_((-torch.expm1(-step)).log())  # what softplus turns into the step
         nn.init.ones_(self.skip)
         nn.init.ones_(self.norm_weight)
 
@@ -150,15 +140,13 @@ class Mamba2(Mixer):
         k = self.conv_k(self.k(x), ctx, state).unflatten(-1, (self.groups, self.keys))
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        # Steps and decays are sums and exponentials: in float32, whatever x is.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        step = F.softplus(self.step(x).to(wide) + self.step_bias.to(wide)).clamp(*self.settings.step_limits)
+        step = self.decay(self.step(x))
         real = present(x, ctx)
         if real is not None:
             step = step * real[..., None]  # a token that is not there neither decays the state nor enters it
         if ctx.taps is not None:
             step = ctx.taps(f"{self.path}.step", step)
-        decay = step * -self.log_decay.to(wide).exp()
+        decay = self.decay.log_decays(step)
         return Frozen({"q": q, "k": k, "step": step, "decay": decay, "documents": ctx.documents})
 
     def mix(self, frozen: Frozen, values: Tensor) -> Tensor:

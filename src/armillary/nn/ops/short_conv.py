@@ -6,9 +6,15 @@ Dao 2023, Mamba). Its state is the tail: the last W − 1 inputs of each row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from armillary.native import scan as native
+from armillary.nn.ops import native_here, plain
 
 
 def short_conv(
@@ -27,7 +33,11 @@ def short_conv(
     zeros; documents: [B, T] ids, a token sees nothing from before its document began (nor any tail). Tokens that are
     not there must be zeros in x; rows of a ragged chunk need nothing, what is invalid stands behind.
     """
-    return short_conv_plain(x, weight, bias, silu=silu, tail=tail, documents=documents)
+    if plain() or not native_here(x):
+        return short_conv_plain(x, weight, bias, silu=silu, tail=tail, documents=documents)
+    weight = weight.float().flip(1).t()
+    bias = weight.new_zeros(weight.shape[1]) if bias is None else bias.float()
+    return _conv(x, weight, bias, None if tail is None else tail.to(x.dtype), documents, silu)  # type: ignore[no-any-return]
 
 
 def short_conv_plain(
@@ -81,3 +91,55 @@ def _before(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
     if tail is None:
         return F.pad(x, (0, 0, taps - 1, 0))
     return torch.cat([tail.to(x.dtype), x], 1)
+
+
+# -- the fast form: one opaque operator
+
+
+@torch.library.custom_op("armillary::short_conv", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, documents: Tensor | None, silu: bool) -> Tensor:
+    return native.short_conv(x, weight, bias, tail, documents, silu)
+
+
+@_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, documents: Tensor | None, silu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("armillary::short_conv_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, documents: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native.short_conv_backward(grad, x, weight, bias, tail, documents, silu)
+
+
+@_conv_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, documents: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_tail = x.new_empty(0) if tail is None else tail.new_empty(tail.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), of_tail
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, tail, documents = ctx.saved_tensors
+    *slopes, of_tail = _conv_backward(grad, x, weight, bias, tail, documents, ctx.silu)
+    return (*slopes, None if tail is None else of_tail, None, None)
+
+
+_conv.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.armillary.short_conv)
+def _flops(x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    return int(short_conv_flops(x[2], weight[0], x[0] * x[1]))
+
+
+@register_flop_formula(torch.ops.armillary.short_conv_backward)
+def _flops_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    return int(3 * short_conv_flops(x[2], weight[0], x[0] * x[1]))

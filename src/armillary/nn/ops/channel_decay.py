@@ -148,8 +148,9 @@ def _attend(
         by = _Fades.of(gs, work.documents(documents, start, stop))
         inside = product(by.weigh(qs, ks), vs)
         added = product((ks * by.outward).transpose(3, 4), vs)
-        states, current = walk(added, by.through, current)
-        mixed = inside.flatten(0, 2).baddbmm_((qs * by.inward).flatten(0, 2), states.flatten(0, 2))
+        states = walk(added, by.through, current)
+        current = states[:, -1]
+        mixed = inside.flatten(0, 2).baddbmm_((qs * by.inward).flatten(0, 2), states[:, :-1].flatten(0, 2))
         work.give(y, mixed.view_as(vs), start, stop)
     end.copy_(current)
     return y, end, held
@@ -182,17 +183,17 @@ def _attend_backward(
         qs, ks, vs, gs, outer = (work.heads(x, start, stop) for x in (q, k, v, log_decay, grad))
         by = _Fades.of(gs, work.documents(documents, start, stop))
         entering, leaving = ks * by.outward, qs * by.inward
-        states, last = walk(product(entering.transpose(3, 4), vs), by.through, held[i])
-        slopes, slope = walk(product(leaving.transpose(3, 4), outer), by.through, slope, back=True)
+        states = walk(product(entering.transpose(3, 4), vs), by.through, held[i])
+        slopes = walk(product(leaving.transpose(3, 4), outer), by.through, slope, back=True)
+        slope, slopes = slopes[:, 0], slopes[:, 1:]  # of the state before the segment, and after each chunk
         slope_v = product(by.weigh(qs, ks).transpose(3, 4), outer)
         slope_v = slope_v.flatten(0, 2).baddbmm_(entering.flatten(0, 2), slopes.flatten(0, 2)).view_as(vs)
         slope_q, slope_k = by.weigh_backward(product(outer, vs.transpose(3, 4)), qs, ks)
-        slope_q.addcmul_(product(outer, states.transpose(3, 4)), by.inward)
+        slope_q.addcmul_(product(outer, states[:, :-1].transpose(3, 4)), by.inward)
         slope_k.addcmul_(product(vs, slopes.transpose(3, 4)), by.outward)
         # Everything that reaches token i has faded by exp(total_i − …), what leaves j by exp(… − total_j).
         total = qs * slope_q - ks * slope_k
-        after = torch.cat([states[:, 1:], last[:, None]], 1)
-        total[:, :, :, -1] += (after * slopes).sum(-1)
+        total[:, :, :, -1] += (states[:, 1:] * slopes).sum(-1)
         summed = total.flip(3).cumsum(3).flip(3)
         for target, found in zip(grads, (slope_q, slope_k, slope_v, summed), strict=True):
             work.give(target, found, start, stop)

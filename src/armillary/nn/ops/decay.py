@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from armillary.native.decay import dots
 from armillary.nn.ops import plain
 from armillary.nn.ops.matrix_state import Decays, Segments, product, walk
 
@@ -157,8 +158,9 @@ def _attend(
         weights = work.weigh(by.pairs, product(qs, ks.transpose(3, 4)))
         inside = work.by_group(product(weights, work.by_head(vs)))
         added = product(ks.transpose(3, 4), (vs * work.wide(by.outward)).flatten(4))
-        states, current = walk(added.unflatten(-1, (work.each, -1)), work.wide(by.through), current)
-        mixed = product(qs, states.flatten(4)).unflatten(-1, (work.each, -1))
+        states = walk(added.unflatten(-1, (work.each, -1)), work.wide(by.through), current)
+        current = states[:, -1]
+        mixed = product(qs, states[:, :-1].flatten(4)).unflatten(-1, (work.each, -1))
         work.give(y, torch.addcmul(inside, mixed, work.wide(by.inward)), start, stop)
     end.copy_(work.outer(current))
     return y, end, held
@@ -196,10 +198,11 @@ def _attend_backward(
         through = work.wide(by.through)
         entering = (vs * work.wide(by.outward)).flatten(4)
         added = product(ks.transpose(3, 4), entering).unflatten(-1, (work.each, -1))
-        states, last = walk(added, through, held[i])
+        states = walk(added, through, held[i])
         leaving = (outer * work.wide(by.inward)).flatten(4)
         pulled = product(qs.transpose(3, 4), leaving).unflatten(-1, (work.each, -1))
-        slopes, slope = walk(pulled, through, slope, back=True)
+        slopes = walk(pulled, through, slope, back=True)
+        slope, slopes = slopes[:, 0], slopes[:, 1:]  # of the state before the segment, and after each chunk
 
         heads, pairs = work.by_head(outer), by.pairs
         scores = product(qs, ks.transpose(3, 4))
@@ -209,7 +212,7 @@ def _attend_backward(
         slope_v = product(ks, slopes.flatten(4)).unflatten(-1, (work.each, -1))
         slope_v = torch.addcmul(work.by_group(product(pairs.transpose(3, 4), heads)), slope_v, work.wide(by.outward))
         work.give(grad_v, slope_v, start, stop)
-        past = product(leaving, states.flatten(4).transpose(3, 4))
+        past = product(leaving, states[:, :-1].flatten(4).transpose(3, 4))
         slope_q = past.flatten(0, 2).baddbmm_(inner.flatten(0, 2), ks.flatten(0, 2)).view_as(qs)
         work.segments.give(grad_q, slope_q, start, stop)
         past = product(entering, slopes.flatten(4).transpose(3, 4))
@@ -218,9 +221,8 @@ def _attend_backward(
         work.segments.give(grad_k, slope_k, start, stop)
 
         # Everything that reaches token i has faded by exp(total_i − …), what leaves j by exp(… − total_j).
-        total = (work.take(y, start, stop) * outer - vs * slope_v).sum(-1)  # [B, n, G, C, R]
-        after = torch.cat([states[:, 1:], last[:, None]], 1)
-        total[:, :, :, -1] += (after * slopes).sum((3, 5))
+        total = dots(work.take(y, start, stop), outer).sub_(dots(vs, slope_v))  # [B, n, G, C, R]
+        total[:, :, :, -1] += dots(states[:, 1:], slopes).sum(3)
         summed = total.flip(3).cumsum(3).flip(3)
         work.segments.give(rates.unflatten(2, (work.groups, -1)), summed, start, stop)
     return grad_q, grad_k, grad_v, rates, work.outer(slope)

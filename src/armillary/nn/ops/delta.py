@@ -115,20 +115,22 @@ class _Part:
         scores = product(qs, ks.transpose(3, 4))
         return _Part(qs, ks, vs, rates, by, alone, inverse, scores, scores * by.pairs)
 
-    def walk(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is written u [B, n, H, C, V], the state before each chunk [B, n, H, K, V], and the last one."""
+    def walk(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What is written u [B, n, H, C, V], and the states before, between and after the chunks [B, n + 1, H,
+        K, V]."""
         entering, leaving = self.k * self.by.inward[..., None], self.k * self.by.outward[..., None]
         fixed = product(self.inverse, self.v * self.beta)
         seen = product(self.inverse, entering * self.beta)
         written = torch.empty_like(self.v)
-        shape = (*self.k.shape[:3], self.k.shape[4], self.v.shape[4])
+        batch, count, heads, _, width = self.k.shape
+        shape = (batch, count + 1, heads, width, self.v.shape[4])
         states = torch.empty(shape, dtype=torch.float32, device=self.k.device)
-        for i in range(shape[1]):
-            states[:, i] = state
-            torch.sub(fixed[:, i], seen[:, i] @ state, out=written[:, i])
-            faded = state * self.by.through[:, i, :, :, None]
-            state = faded.add_(leaving[:, i].transpose(2, 3) @ written[:, i])
-        return written, states, state
+        states[:, 0] = state
+        for i in range(count):
+            torch.sub(fixed[:, i], seen[:, i] @ states[:, i], out=written[:, i])
+            added = leaving[:, i].transpose(2, 3) @ written[:, i]
+            torch.addcmul(added, states[:, i], self.by.through[:, i, :, :, None], out=states[:, i + 1])
+        return written, states
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +159,9 @@ def _attend(
     for i, (start, stop) in enumerate(work.bounds):
         held[i] = current
         part = _Part.of(work, start, stop, q, k, v, log_decay, beta, documents)
-        written, states, current = part.walk(current)
-        mixed = product(part.q * part.by.inward[..., None], states).flatten(0, 2)
+        written, states = part.walk(current)
+        current = states[:, -1]
+        mixed = product(part.q * part.by.inward[..., None], states[:, :-1]).flatten(0, 2)
         mixed = mixed.baddbmm_(part.weights.flatten(0, 2), written.flatten(0, 2)).view_as(written)
         work.give(y, mixed, start, stop)
     end.copy_(current)
@@ -199,7 +202,8 @@ def _attend_backward(
         start, stop = work.bounds[i]
         part = _Part.of(work, start, stop, q, k, v, log_decay, beta, documents)
         by, ks, qs = part.by, part.k, part.q
-        written, states, last = part.walk(held[i])
+        written, states = part.walk(held[i])
+        states, after = states[:, :-1], states[:, 1:]
         outer = work.heads(grad, start, stop)
         inward, outward = by.inward[..., None], by.outward[..., None]
         entering, leaving = ks * inward, ks * outward
@@ -235,7 +239,6 @@ def _attend_backward(
         pairs = system.mul_(part.beta).add_(fading_s.mul_(part.scores))
         total = pairs.sum(-1) - pairs.sum(-2)
         total += (ahead * qs - past * ks - kept * ks).sum(-1)
-        after = torch.cat([states[:, 1:], last[:, None]], 1)
         total[..., -1] += (after * slopes).sum((-2, -1))
         summed = total.flip(3).cumsum(3).flip(3)
         for target, found in zip(grads, (slope_q, slope_k, slope_v), strict=True):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEEP = 64.0  # sums of log decays up to here are exact enough in float32 to be subtracted there
+from armillary.native.decay import fade
 
 
 @dataclass(frozen=True)
@@ -97,33 +97,28 @@ class Decays:
     @staticmethod
     def of(log_decay: Tensor, borders: Borders | None) -> Decays:
         """log_decay [B, n, C, H], at most 0."""
-        total = log_decay.double().cumsum(2).transpose(2, 3)  # [B, n, H, C]
-        # Across documents the sums of one must not round those of the next.
-        if borders is None and (total.numel() == 0 or float(total.amin()) > -STEEP):
-            total = total.float()
-        chunk = total.shape[-1]
-        seen = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).tril()
-        seen = seen if borders is None else (seen & borders.pairs)[:, :, None]
-        # Forbidden pairs are set before the exponential: above the diagonal it would overflow.
-        pairs = (total[..., :, None] - total[..., None, :]).float().masked_fill_(~seen, -torch.inf).exp_()
+        total = log_decay.double().cumsum(2).transpose(2, 3)  # [B, n, H, C]; differences of large sums are taken
+        pairs = fade(total)
         inward, through = total, total[..., -1:]
         outward = through - total
         if borders is not None:
+            pairs.mul_(borders.pairs[:, :, None])
             inward = inward.masked_fill(~borders.inward[:, :, None], -torch.inf)
             outward = outward.masked_fill(~borders.outward[:, :, None], -torch.inf)
             through = through.masked_fill(~borders.through[:, :, None], -torch.inf)
         return Decays(pairs, inward.float().exp(), outward.float().exp(), through.float().exp())
 
 
-def walk(added: Tensor, through: Tensor, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
-    """state ← through·state + added, chunk by chunk along axis 1 (from the last one, if back): the state
-    before each chunk, like added, and the one after the last."""
-    order = range(added.shape[1])
-    held = torch.empty_like(added)
-    for i in reversed(order) if back else order:
-        held[:, i] = state
-        state = torch.addcmul(added[:, i], held[:, i], through[:, i])
-    return held, state
+def walk(added: Tensor, through: Tensor, state: Tensor, back: bool = False) -> Tensor:
+    """state ← through·state + added, chunk by chunk along axis 1: the states before, between and after the
+    chunks, one more than added has; if back, likewise from the last chunk to the first."""
+    count = added.shape[1]
+    held = torch.empty(added.shape[0], count + 1, *added.shape[2:], dtype=added.dtype, device=added.device)
+    held[:, count if back else 0] = state
+    for i in range(count - 1, -1, -1) if back else range(count):
+        before, after = (held[:, i + 1], held[:, i]) if back else (held[:, i], held[:, i + 1])
+        torch.addcmul(added[:, i], before, through[:, i], out=after)
+    return held
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

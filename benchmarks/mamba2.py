@@ -2,7 +2,9 @@
 
 Width 512, expand 2, heads of 64, 128 features of state, batch 1; the same weights on both sides, outputs
 and gradients compared in the run. Fraction of the floor: the time of the layer's products alone over that
-of the layer. Peak memory is that of a process of its own, less what it held before the layer was made.
+of the layer. Peak memory is that of a process of its own, less what it held before the update. Where the
+processor multiplies bf16 slowly the products are nearly all the time on both sides, so there bf16 is timed
+at a shorter length and has nothing to reach.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from armillary.nn.mechanism import Place, initialise
 from armillary.nn.mixers.mamba2 import Mamba2, Mamba2Settings
 from common import exponent, interleaved, largest_difference, peak_rss, ratio, report, slow
 
-WIDTH, LENGTH, LONG = 512, 2048, 16384
+WIDTH, SHORT, LENGTH, LONG = 512, 256, 2048, 16384
 PRODUCTS = ("gate", "v", "k", "q", "step")
 CONVS = ("conv_v", "conv_k", "conv_q")
 
@@ -148,21 +150,21 @@ def main(repeats: int = 5) -> None:
     reach: dict[str, tuple[float, str]] = {"largest relative difference from transformers": (1e-4, "max")}
     for dtype, goal in ((torch.float32, 2.5), (torch.bfloat16, 4.0)):
         word = str(dtype).removeprefix("torch.")
-        if slow(dtype):
-            figures[f"{word}"] = "not timed: this processor multiplies it by imitation"
-            continue
+        imitated = slow(dtype)
+        length = SHORT if imitated else LENGTH
         low = peer.to(dtype)
-        x = inputs(LENGTH, dtype)
+        x = inputs(length, dtype)
         calls = {
             "ours": update(call, x, wanted),
             "theirs": update(low, x, parameters),
-            "products": update(products(mixer), x, wanted[:0]),
+            "products": update(products(mixer), x, [getattr(mixer, name).weight for name in (*PRODUCTS, "o")]),
         }
         found = interleaved(calls, repeats)
         for side in calls:
-            figures[f"{side}, {word}, {LENGTH} tokens, s"] = statistics.median(found[side])
+            figures[f"{side}, {word}, {length} tokens, s"] = statistics.median(found[side])
         figures[f"transformers over ours, {word}"] = ratio(found, "theirs", "ours")
-        reach[f"transformers over ours, {word}"] = (goal, "min")
+        if not imitated:
+            reach[f"transformers over ours, {word}"] = (goal, "min")
         figures[f"fraction of the products' floor, {word}"] = ratio(found, "products", "ours")
         peer.to(torch.float32)
     taken = {side: memory(side) for side in ("ours", "theirs")}

@@ -49,3 +49,20 @@ def test_a_shared_network_is_copies_of_one() -> None:
         "0.channel.inner.up.weight"
     )
     assert "channel" not in dict(shared.blocks.named_children())
+
+
+def test_partialformer() -> None:
+    """Zheng et al. 2023: by the count of the released code, 24 blocks of 30 heads of 45 made from 8."""
+    settings = model("partialformer")
+    assert settings.encoder is not None and settings.encoder.depth == 24
+
+    def layer(heads: int, ratio: int, width: int = 360, each: int = 45, scored: int = 8) -> int:
+        def product(inputs: int, outputs: int) -> int:
+            return outputs * (inputs + 1)
+
+        turned = 2 * product(width, scored * each) + 2 * product(width, heads * each) + product(heads * each, width)
+        small = product(each, ratio * each) + product(ratio * each, each)
+        return turned + small + product(scored, heads) + product(heads, heads) + 2 * width  # and its norm
+
+    last = 2 * 2 * 360  # norms at the end of both sides
+    assert parameters(settings) == 24 * layer(30, 4) + 6 * 2 * layer(16, 2) + last + 50000 * 360

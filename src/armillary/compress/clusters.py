@@ -52,7 +52,7 @@ def balanced_clusters(rows: Tensor, clusters: int, seed: int = 0) -> tuple[Tenso
 def assign(gain: Floats, owner: Ints) -> Ints:
     """The assignment of the greatest total gain [N, E] with as many rows in each cluster as in `owner` [N]."""
     owner = owner.copy()
-    count, clusters = gain.shape
+    clusters = gain.shape[1]
     if clusters == 1:
         return owner
     best = np.full((clusters, clusters), -np.inf)  # of moving one row from a to b

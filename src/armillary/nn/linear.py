@@ -64,7 +64,8 @@ class LowRankSettings(LinearSettings):
 
     The rank is the same for all products of the role, or follows from `ratio`: the largest with which U
     and V hold at most 1/ratio of the parameters of W (at least 1). The paper does not say how ranks were
-    chosen. Given for `all`, routers and the head stay dense, as there; a head cannot be factorised.
+    chosen. Given for `all`, the head, routers and the small products of single heads (`part`) stay dense; a
+    head cannot be factorised.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -73,7 +74,7 @@ class LowRankSettings(LinearSettings):
         "Applications with High-Performance Computing"
     )
     oracle: ClassVar[str] = "tests/nn/test_linear.py: the dense product of U V; of any matrix at full rank"
-    leaves: ClassVar[frozenset[str]] = frozenset({"head", "router"})
+    leaves: ClassVar[frozenset[str]] = frozenset({"head", "router", "part"})
     ratio: float = Field(2.64, ge=1, description="how many times fewer parameters than a dense product, at least")
     rank: int | None = Field(None, gt=0, description="the rank itself, in place of a ratio")
 

@@ -48,6 +48,7 @@ class DenseSettings(LinearSettings):
     """A plain weight matrix."""
 
     kind: ClassVar[str] = "dense"
+    oracle: ClassVar[str] = "tests/nn/test_linear.py: PyTorch's linear"
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
         return Linear(inputs, outputs, role=role, bias=bias, depth=depth)

@@ -42,7 +42,17 @@ TITLES = {
     "objective": ("Objectives", "say what the model learns to predict"),
     "schedule": ("Schedules", "move the learning rate"),
 }
-REGISTRIES: tuple[Registry[Any], ...] = (mixers, channels, positions, norms, heads, linears, drivers, objectives, schedules)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    mixers,
+    channels,
+    positions,
+    norms,
+    heads,
+    linears,
+    drivers,
+    objectives,
+    schedules,
+)
 
 HEAD = """# What is covered
 

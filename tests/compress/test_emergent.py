@@ -96,6 +96,9 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_some_blocks_only_and_both_sides_of_a_pair() -> None:
     kinds = [block.all()[1].channel.kind for block in split_experts(small(), 4, layers=[1]).network.settings.layers()]  # type: ignore[union-attr]
     assert kinds == ["gated", "emergent"]
+    usual = small(block=None, overrides={0: {"mixer": "attention", "channel": {"kind": "ffn", "hidden": 8}}})
+    found = split_experts(usual, 4)
+    assert torch.allclose(found.network(ids()), usual(ids()), atol=1e-5)
     mixer = {"kind": "attention", "heads": 2}
     pair = small(
         form="encoder_decoder",

@@ -22,7 +22,7 @@ from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.linear import Linear
 from armillary.nn.mechanism import ChannelSettings
 from armillary.nn.network import ModelSettings, Network, build
-from armillary.nn.stack import StackSettings
+from armillary.nn.stack import DEFAULT_BLOCK, StackSettings
 
 DENSE = (FFNSettings, GatedSettings)
 
@@ -164,5 +164,5 @@ def _stack(
     if settings.blocks is not None:
         changes["blocks"] = {name: block(given) for name, given in settings.blocks.items()}
     else:
-        changes["block"] = block(settings.block or settings.layers()[0])
+        changes["block"] = block(settings.block or DEFAULT_BLOCK)
     return changes

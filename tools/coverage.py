@@ -21,6 +21,7 @@ from armillary.base.registry import Registry
 from armillary.base.settings import Choice, Settings
 from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
+from armillary.nn.linear import linears
 from armillary.nn.mechanism import Capabilities, channels, mixers, norms, positions
 from armillary.objectives import objectives
 from armillary.recipe import Recipe, library
@@ -36,11 +37,22 @@ TITLES = {
     "position": ("Positions", "tell where a token stands"),
     "norm": ("Norms", "keep activations in range"),
     "head": ("Heads", "turn hidden states into what is asked for"),
+    "linear": ("Products", "hold the weights of what is multiplied"),
     "driver": ("Drivers", "carry what was seen from segment to segment of a row"),
     "objective": ("Objectives", "say what the model learns to predict"),
     "schedule": ("Schedules", "move the learning rate"),
 }
-REGISTRIES: tuple[Registry[Any], ...] = (mixers, channels, positions, norms, heads, drivers, objectives, schedules)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    mixers,
+    channels,
+    positions,
+    norms,
+    heads,
+    linears,
+    drivers,
+    objectives,
+    schedules,
+)
 
 HEAD = """# What is covered
 
@@ -81,7 +93,8 @@ LAWS = {
 NOT_YET = """## Not yet
 
 Other sequence mixers and channel mixers than those above (state-space, convolutional, mixtures of experts), further \
-objectives, adapting models, compressing them by more than pruning their attention, explaining and guarding them, \
+objectives, adapting models, compressing them by more than pruning their attention and splitting their feed-forward \
+networks, explaining and guarding them, \
 retrieval, agents, serving and other domains than text are not here yet.
 """
 

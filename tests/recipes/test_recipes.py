@@ -55,7 +55,7 @@ def small(name: str) -> Recipe:
 def _narrow(data: Any) -> None:
     """Fewer and narrower heads wherever a block says how many it has."""
     if isinstance(data, dict):
-        small = {"heads": 2, "kv_heads": 1, "head_width": 8, "hidden": 64}
+        small = {"heads": 2, "kv_heads": 1, "score_heads": 2, "head_width": 8, "hidden": 64}
         data |= {key: value for key, value in small.items() if type(data.get(key)) is int}
     for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
         _narrow(part)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from armillary.base.settings import Settings
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
+from armillary.nn.linear import spared
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Mixer, MixerSettings, NormSettings, Place
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.state import State
@@ -52,12 +53,22 @@ class BranchSettings(Settings):
             raise ValueError(f"'{self.name}' cannot name a branch: use a word of letters, digits and _ that is free")
         return self
 
+    def build(self, place: Place) -> Mixer | ChannelMixer:
+        """What the branch does, at the place of its block."""
+        chosen = self.mixer or self.channel
+        assert chosen is not None
+        return chosen.build(dataclasses.replace(place.at(self.name), cross=self.look == "memory"))
+
     def cost(self, place: Place, length: int, itemsize: int) -> Cost:
         width = place.width
         inner = self.mixer.cost(place, length, itemsize) if self.mixer else None
         if inner is None:
             assert self.channel is not None
             inner = self.channel.cost(place, length, itemsize)
+        if any(settings.kind != "dense" for settings in place.linear.values()):
+            # Mechanisms declare what they take with dense products, each of which sees every token once.
+            with torch.device("meta"):
+                inner = inner + Cost(-spared(self.build(place)) * length)
         norms = 2 if self.norm_at == "sandwich" else 1
         around = norms * self.norm.flops(width, length) + length * width * (1 if self.scale == 1.0 else 2)
         return inner + Cost(around)
@@ -135,10 +146,7 @@ class Branch(nn.Module):
         self.norm_at, self.scale, self.dropout = settings.norm_at, settings.scale, settings.dropout
         self.looks_back = settings.look == "memory"
         self.beside = settings.beside
-        inner = dataclasses.replace(place.at(settings.name), cross=self.looks_back)
-        chosen = settings.mixer or settings.channel
-        assert chosen is not None
-        self.inner: Mixer | ChannelMixer = chosen.build(inner)
+        self.inner = settings.build(place)
         self.norm = settings.norm.build(place.width)
         self.norm_after = settings.norm.build(place.width) if settings.norm_at == "sandwich" else None
 

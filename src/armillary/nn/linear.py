@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
@@ -30,6 +31,7 @@ class LinearSettings(Choice):
     """How one product is represented; the role (q, k, v, o, up, gate, down, head) picks the settings."""
 
     choices: ClassVar[Registry[LinearSettings]] = linears
+    leaves: ClassVar[frozenset[str]] = frozenset()  # roles that stay dense when the kind is given for `all`
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> nn.Module:
         raise NotImplementedError
@@ -46,6 +48,7 @@ class DenseSettings(LinearSettings):
     """A plain weight matrix."""
 
     kind: ClassVar[str] = "dense"
+    oracle: ClassVar[str] = "tests/nn/test_linear.py: PyTorch's linear"
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
         return Linear(inputs, outputs, role=role, bias=bias, depth=depth)
@@ -54,6 +57,43 @@ class DenseSettings(LinearSettings):
         self, experts: int, inputs: int, outputs: int, *, role: str, bias: bool, depth: int
     ) -> ExpertLinear:
         return ExpertLinear(experts, inputs, outputs, role=role, bias=bias, depth=depth)
+
+
+@linears.register
+class LowRankSettings(LinearSettings):
+    """W = U V with U [outputs, r] and V [r, inputs], trained as such from the start.
+
+    The rank is the same for all products of the role, or follows from `ratio`: the largest with which U
+    and V hold at most 1/ratio of the parameters of W (at least 1). The paper does not say how ranks were
+    chosen. Given for `all`, the head, routers and the small products of single heads (`part`) stay dense; a
+    head cannot be factorised.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    source: ClassVar[str] = (
+        "Liu et al. 2024, FinGPT-HPC: Efficient Pretraining and Finetuning Large Language Models for Financial "
+        "Applications with High-Performance Computing"
+    )
+    oracle: ClassVar[str] = "tests/nn/test_linear.py: the dense product of U V; of any matrix at full rank"
+    leaves: ClassVar[frozenset[str]] = frozenset({"head", "router", "part"})
+    ratio: float = Field(2.64, ge=1, description="how many times fewer parameters than a dense product, at least")
+    rank: int | None = Field(None, gt=0, description="the rank itself, in place of a ratio")
+
+    def of(self, inputs: int, outputs: int) -> int:
+        """The rank of a product of this shape."""
+        if self.rank is None:
+            return max(1, int(inputs * outputs / (self.ratio * (inputs + outputs))))
+        if self.rank > min(inputs, outputs):
+            raise UnsupportedError(
+                f"a product of {inputs} by {outputs} has no rank of {self.rank}",
+                hint=f"at most {min(inputs, outputs)}, or a ratio in place of a rank",
+            )
+        return self.rank
+
+    def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> LowRank:
+        if role == "head":
+            raise UnsupportedError("the head cannot be of low rank", hint="name other roles, or all of the rest: all")
+        return LowRank(inputs, outputs, self.of(inputs, outputs), role=role, bias=bias, depth=depth)
 
 
 class Linear(nn.Module):
@@ -99,6 +139,47 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
+
+
+class LowRank(nn.Module):
+    """y = U (V x) + b for x [..., inputs]; `narrow` holds V [r, inputs], `widen` U [outputs, r] and b.
+
+    V x starts with the variance of x and U as a dense product of r inputs does, so that y starts with
+    the variance of a dense product's, in every role.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, role: str, bias: bool = False, depth: int = 1) -> None:
+        super().__init__()
+        self.role = role
+        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+        self.narrow = Linear(inputs, rank, role="narrow")
+        self.widen = Linear(rank, outputs, role=role, bias=bias, depth=depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.widen(self.narrow(x))  # type: ignore[no-any-return]
+
+    def resemble(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Become the product of this rank that is nearest to a dense one: weight [outputs, inputs], bias
+        [outputs] (Eckart & Young 1936); the singular values are shared evenly."""
+        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        with torch.no_grad():
+            self.widen.weight.copy_(u[:, : self.rank] * root)
+            self.narrow.weight.copy_(root[:, None] * v[: self.rank])
+            if self.widen.bias is not None:
+                self.widen.bias.copy_(torch.zeros_like(self.widen.bias) if bias is None else bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs} → {self.rank} → {self.outputs}, role={self.role}"
+
+
+def spared(module: nn.Module) -> float:
+    """FLOPs for each token by which the products in `module` take less than dense ones."""
+    less = 0.0
+    for part in module.modules():
+        if isinstance(part, LowRank):
+            less += 2.0 * (part.inputs * part.outputs - part.rank * (part.inputs + part.outputs))
+    return less
 
 
 class ExpertLinear(nn.Module):

@@ -55,13 +55,18 @@ class Place:
 
     def product(self, inputs: int, outputs: int, role: str, bias: bool = False) -> Any:
         """A trainable product for `role`, of the kind that the recipe asks for."""
-        settings = self.linear.get(role) or self.linear.get("all") or DenseSettings()
-        return settings.build(inputs, outputs, role=role, bias=bias, depth=self.depth)
+        return self._kind(role).build(inputs, outputs, role=role, bias=bias, depth=self.depth)
 
     def experts(self, experts: int, inputs: int, outputs: int, role: str, bias: bool = False) -> Any:
         """As many trainable products of one shape, of which every row chooses some."""
-        settings = self.linear.get(role) or self.linear.get("all") or DenseSettings()
-        return settings.build_experts(experts, inputs, outputs, role=role, bias=bias, depth=self.depth)
+        return self._kind(role).build_experts(experts, inputs, outputs, role=role, bias=bias, depth=self.depth)
+
+    def _kind(self, role: str) -> LinearSettings:
+        """What the recipe names for the role, or for all roles but those that its kind leaves dense."""
+        every = self.linear.get("all")
+        if every is None or role in every.leaves:
+            every = DenseSettings()
+        return self.linear.get(role) or every
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class ModelSettings(StackSettings):
             width=self.width, depth=self.depth, order=_ORDER[self.form], length=self.context, linear=self.linear
         )
 
+    def source_place(self) -> Place:
+        """Where the encoder of an encoder–decoder is built."""
+        return Place(width=self.width, order="bidirectional", length=self.context, linear=self.linear, path="encoder")
+
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         """Forward FLOPs of one row of `length` tokens (for an encoder–decoder, on both sides) and the
         bytes of its state."""
@@ -98,7 +102,7 @@ class ModelSettings(StackSettings):
             around += self.position.cost(place, length, 0, 0, 0).flops
         around += self.head.flops(self.width, self.vocabulary or 0, length)
         if self.encoder is not None:
-            around += self.encoder.cost(place, length, itemsize).flops
+            around += self.encoder.cost(self.source_place(), length, itemsize).flops
         return total + Cost(around)
 
 
@@ -224,10 +228,7 @@ class Network(nn.Module):
         self.segment = Embedding(settings.segments, settings.width, role="segment") if settings.segments else None
         self.embed_norm = settings.embed_norm.build(settings.width) if settings.embed_norm else None
         if settings.encoder is not None:
-            inner = Place(
-                width=place.width, order="bidirectional", length=place.length, linear=place.linear, path="encoder"
-            )
-            self.encoder = Stack(settings.encoder, inner)
+            self.encoder = Stack(settings.encoder, settings.source_place())
             self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
             self.blocks = Stack(settings, place.at("decoder"))
         else:

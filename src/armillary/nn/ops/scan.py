@@ -48,6 +48,7 @@ def selective_scan(
     dt, b, c = (x.to(u.dtype) for x in (dt, b, c))
     a, d, bias = a.float().t(), d.float(), bias.float()
     state = None if state is None else state.float()
+    documents = None if documents is None else documents.long()
     y, end, _ = _scan(u, dt, a, b, c, d, bias, state, documents, torch.is_grad_enabled())
     return y, end
 

@@ -120,6 +120,17 @@ def test_parts_of_any_layout(agree: Any) -> None:
         agree(a, b, 1e-6)
 
 
+def test_either_result_alone_has_gradients(agree: Any) -> None:
+    parts = tensors(18, 6, 4)
+    for result in (0, 1):
+        found, expected = (
+            torch.autograd.grad(form(*parts[:7], state=parts[7])[result].sum(), parts, materialize_grads=True)
+            for form in (selective_scan, selective_scan_plain)
+        )
+        for a, b in zip(found, expected, strict=True):
+            agree(a, b, 2e-5)
+
+
 def test_bf16_keeps_states_and_sums_in_float32(agree: Any) -> None:
     # In bf16 a sum of 4,000 equal terms stands still at 256 of them; and factors this near 1 would be 1.
     length = 4000

@@ -48,6 +48,7 @@ def selective_scan(
     dt, b, c = (x.to(u.dtype) for x in (dt, b, c))
     a, d, bias = a.float().t(), d.float(), bias.float()
     state = None if state is None else state.float()
+    documents = None if documents is None else documents.long()
     y, end, _ = _scan(u, dt, a, b, c, d, bias, state, documents, torch.is_grad_enabled())
     return y, end
 
@@ -72,11 +73,12 @@ def selective_scan_plain(
     delta = F.softplus(dt.to(kind) + bias.to(kind))
     entering = delta * wide
     outputs = []
-    for t in range(u.shape[1]):
+    # unbind, not indices: the backward pass of an index fills a tensor of the whole length
+    for t, (step, enter, into, out) in enumerate(zip(*(x.unbind(1) for x in (delta, entering, b, c)), strict=True)):
         if documents is not None and t > 0:
             held = held.masked_fill((documents[:, t] != documents[:, t - 1])[:, None, None], 0)
-        held = torch.exp(delta[:, t, None] * a) * held + entering[:, t, None] * b[:, t, :, None]
-        outputs.append((c[:, t, None] @ held)[:, 0])
+        held = torch.exp(step[:, None] * a) * held + enter[:, None] * into[..., None]
+        outputs.append((out[:, None] @ held)[:, 0])
     return (torch.stack(outputs, 1) + d.to(kind) * wide).to(u.dtype), held
 
 
@@ -155,11 +157,14 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     u, dt, a, b, c, d, bias, state, documents, _ = inputs
     ctx.started = state is not None
+    ctx.set_materialize_grads(False)  # the kept states are as large as u
     ctx.save_for_backward(u, dt, a, b, c, d, bias, output[2], documents)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_end: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
     u, dt, a, b, c, d, bias, kept, documents = ctx.saved_tensors
+    grad = torch.zeros_like(u) if grad is None else grad
+    grad_end = a.new_zeros(u.shape[0], *a.shape) if grad_end is None else grad_end
     slopes = _scan_backward(grad, grad_end, u, dt, a, b, c, d, bias, kept, documents)
     return (*slopes[:7], slopes[7] if ctx.started else None, None, None)
 

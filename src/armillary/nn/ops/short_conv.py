@@ -37,7 +37,9 @@ def short_conv(
         return short_conv_plain(x, weight, bias, silu=silu, tail=tail, documents=documents)
     weight = weight.float().flip(1).t()
     bias = weight.new_zeros(weight.shape[1]) if bias is None else bias.float()
-    return _conv(x, weight, bias, None if tail is None else tail.to(x.dtype), documents, silu)  # type: ignore[no-any-return]
+    tail = None if tail is None else tail.to(x.dtype)
+    documents = None if documents is None else documents.long()
+    return _conv(x, weight, bias, tail, documents, silu)  # type: ignore[no-any-return]
 
 
 def short_conv_plain(

@@ -318,9 +318,9 @@ class Network(nn.Module):
         ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
         True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
         default counted from 0 in each document; segments: [B, T]; side: named tensors that the
-        mechanisms ask for and `model.side` does not make; mask: a predicate from the objective; training: the update that this call
-        belongs to, which brings noise and auxiliary losses. Raises InputError or UnsupportedError for
-        what the network cannot honour.
+        mechanisms ask for and `model.side` does not make; mask: a predicate from the objective;
+        training: the update that this call belongs to, which brings noise and auxiliary losses.
+        Raises InputError or UnsupportedError for what the network cannot honour.
         """
         self._check_ids(ids, "ids")
         side = self._completed(side, ids, padding)

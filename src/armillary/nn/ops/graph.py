@@ -26,7 +26,7 @@ def edge_types(edges: Tensor, nodes: int, *, directed: bool = False, padding: Te
     kinds = kinds.masked_fill(~there, 0)
     for first, second in ((a, b),) if directed else ((a, b), (b, a)):
         found = found.scatter_reduce(1, first * nodes + second, kinds, "amax")
-    return found.unflatten(1, (nodes, nodes))
+    return found.view(-1, nodes, nodes)
 
 
 def within(adjacent: Tensor, hops: int) -> Tensor:
@@ -74,6 +74,14 @@ def at_places(table: Tensor, padding: Tensor | None, tokens: int, fill: int) -> 
     batch = torch.arange(len(table), device=table.device)[:, None, None]
     real = padding[:, :, None] & padding[:, None]
     return table[batch, index[:, :, None], index[:, None]].masked_fill(~real, fill)
+
+
+def by_number(table: Tensor, padding: Tensor | None, tokens: int) -> Tensor:
+    """table [B, N, …] by the numbers of nodes → [B, T, …] by the places of tokens; anything where one is padding."""
+    if padding is None:
+        return table[:, :tokens]
+    index = numbers(padding).clamp(0, table.shape[1] - 1)
+    return table[torch.arange(len(table), device=table.device)[:, None], index]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

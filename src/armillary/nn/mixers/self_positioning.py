@@ -113,7 +113,8 @@ class ChannelWise(nn.Module):
             scores = scores / self.temperature
         weights = _softmax(scores, None if seen is None else seen[..., None], 2)
         values = self.value(of_values)
-        return (weights.to(values.dtype) * values).sum(2)
+        y: Tensor = (weights.to(values.dtype) * values).sum(2)
+        return y
 
 
 class SelfPositioning(Mixer):

@@ -16,11 +16,10 @@ import statistics
 import time
 from pathlib import Path
 
-from common import report
-
 import torch
 
 from armillary.train import ConvexAttention, convex_attention
+from common import report
 
 BEFORE, WIDTH, ROWS, HEADS, RUNS = 8, 12, 600, 8, 8
 TOLERANCE = 1e-6

@@ -22,6 +22,7 @@ from armillary.base.settings import Choice, Settings
 from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
 from armillary.nn.mechanism import Capabilities, channels, mixers, norms, positions
+from armillary.nn.side import sides
 from armillary.objectives import objectives
 from armillary.recipe import Recipe, library
 from armillary.recipe.schedules import schedules
@@ -37,10 +38,21 @@ TITLES = {
     "norm": ("Norms", "keep activations in range"),
     "head": ("Heads", "turn hidden states into what is asked for"),
     "driver": ("Drivers", "carry what was seen from segment to segment of a row"),
+    "side": ("Side tensors", "make from a text what some mechanisms look at beside its tokens"),
     "objective": ("Objectives", "say what the model learns to predict"),
     "schedule": ("Schedules", "move the learning rate"),
 }
-REGISTRIES: tuple[Registry[Any], ...] = (mixers, channels, positions, norms, heads, drivers, objectives, schedules)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    mixers,
+    channels,
+    positions,
+    norms,
+    heads,
+    drivers,
+    sides,
+    objectives,
+    schedules,
+)
 
 HEAD = """# What is covered
 

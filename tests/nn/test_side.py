@@ -93,3 +93,30 @@ def test_taps_and_description_need_no_side_tensors(mixer: dict[str, Any]) -> Non
     network = encoder({**mixer, "heads": 2})
     assert "blocks.0.mixer.weights" in network.taps()
     assert describe(network.settings, length=8).parameters == sum(p.numel() for p in network.parameters())
+
+
+GRAPH = {"kind": "text_graph", "hops": 2}
+SCALES = {"kind": "scales", "widths": [1, 3], "features": 4}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "edges": ({"kind": "focal_graph", "types": 2}, {"edges": {"kind": "text_graph", "typed": True}}),
+    "distances": ({"kind": "focal_graph", "graph": "distances"}, {"distances": GRAPH}),
+    "coordinates": ({"kind": "self_positioning", "features": 8, "neighbours": 3}, {"coordinates": "helix"}),
+    "channels": (
+        {"kind": "multi_channel", "features": 4, "padded": True},
+        {"channels": SCALES, "channels_padding": {**SCALES, "gives": "padding"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_side_by_side_are_what_they_are_alone(name: str) -> None:
+    """A shorter text, padded on either side, and one that is all padding."""
+    network = encoder(*MODELS[name])
+    ids, padding = torch.randint(12, (4, 7)), torch.ones(4, 7, dtype=torch.bool)
+    padding[1, :3], padding[2, 5:], padding[3] = False, False, False
+    with torch.no_grad():
+        y = network.hidden(ids, padding=padding)
+        for row in range(3):
+            alone = network.hidden(ids[row : row + 1, padding[row]])
+            assert torch.allclose(y[row : row + 1, padding[row]], alone, atol=1e-5)
+    assert bool(y.isfinite().all())

@@ -20,7 +20,6 @@ class SideSettings(Choice):
     """How one side tensor is made."""
 
     choices: ClassVar[Registry[SideSettings]] = sides
-    source: ClassVar[str] = ""
 
     def make(self, ids: Tensor, padding: Tensor | None) -> Tensor:
         """ids [B, T] int64, padding [B, T] True for real tokens or None → the tensor, on the device of the

@@ -16,6 +16,7 @@ class HelixSettings(SideSettings):
     """coordinates [B, T, 3] float32 by the number of each token, like a text of `period` tokens a line."""
 
     kind: ClassVar[str] = "helix"
+    oracle: ClassVar[str] = "tests/nn/mixers/test_self_positioning.py: distances on a cylinder"
     period: int = Field(64, gt=0, description="tokens in one turn")
     radius: float = Field(0.2, gt=0, description="of the drum")
     rise: float = Field(0.1, gt=0, description="height of one turn")

@@ -21,6 +21,7 @@ class ScalesSettings(SideSettings):
     """
 
     kind: ClassVar[str] = "scales"
+    oracle: ClassVar[str] = "tests/nn/mixers/test_multi_channel.py: averages by hand, codes as unlike as random ones"
     widths: tuple[int, ...] = Field(
         (3, 9, 27), min_length=1, description="tokens that a frame of each channel averages"
     )

@@ -20,6 +20,7 @@ class TextGraphSettings(SideSettings):
     """
 
     kind: ClassVar[str] = "text_graph"
+    oracle: ClassVar[str] = "tests/nn/test_side.py: edges and paths listed by hand"
     neighbours: int = Field(1, ge=0, description="how many tokens ahead a token is tied to")
     same: bool = Field(True, description="whether a token is tied to the last one with the same id")
     typed: bool = Field(False, description="edges come with their types")

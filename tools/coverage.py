@@ -23,6 +23,7 @@ from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
 from armillary.nn.linear import linears
 from armillary.nn.mechanism import Capabilities, channels, mixers, norms, positions
+from armillary.nn.side import sides
 from armillary.objectives import objectives
 from armillary.recipe import Recipe, library
 from armillary.recipe.schedules import schedules
@@ -39,6 +40,7 @@ TITLES = {
     "head": ("Heads", "turn hidden states into what is asked for"),
     "linear": ("Products", "hold the weights of what is multiplied"),
     "driver": ("Drivers", "carry what was seen from segment to segment of a row"),
+    "side": ("Side tensors", "make from a text what some mechanisms look at beside its tokens"),
     "objective": ("Objectives", "say what the model learns to predict"),
     "schedule": ("Schedules", "move the learning rate"),
 }
@@ -50,6 +52,7 @@ REGISTRIES: tuple[Registry[Any], ...] = (
     heads,
     linears,
     drivers,
+    sides,
     objectives,
     schedules,
 )

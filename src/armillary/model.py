@@ -26,6 +26,7 @@ from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.mechanism import channels, mixers, norms, positions
 from armillary.nn.network import ModelSettings, Network, NetworkState
+from armillary.nn.side import sides
 from armillary.nn.taps import Edit, Seen, Taps
 from armillary.objectives import objectives
 from armillary.recipe import Recipe
@@ -294,9 +295,9 @@ def save(model: Model, folder: str | Path, layout: str = "native") -> None:
 
 
 def mechanisms(role: str) -> dict[str, type[Choice]]:
-    """Everything registered for a role (mixer, channel, position, norm, head, driver, objective): name → settings
+    """Everything registered for a role (mixer, channel, position, norm, head, driver, side, objective): name → settings
     class, with `.source` and, for mixers, `.capabilities`."""
-    known = {r.role: r for r in (mixers, channels, positions, norms, heads, drivers, objectives)}
+    known = {r.role: r for r in (mixers, channels, positions, norms, heads, drivers, sides, objectives)}
     if role not in known:
         raise InputError(f"there is no role '{role}'", hint=nearest(role, known))
     return dict(known[role])

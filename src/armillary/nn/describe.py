@@ -92,7 +92,7 @@ def _activations(settings: ModelSettings, length: int, batch: int, bf16: bool, r
 
         ids = torch.zeros(batch, length, dtype=torch.int64)
         source = ids if settings.form == "encoder_decoder" else None
-        side = {"prefix": torch.zeros(batch, dtype=torch.int64)} if settings.form == "prefix" else None
+        side = network.blank_side(batch, length)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network.hidden(ids, source=source, side=side)
     return sum(size for _, size in seen.values())

@@ -264,6 +264,10 @@ class Mixer(nn.Module):
         elif ctx.lengths is not None:
             raise UnsupportedError("forward takes no lengths", where=self.path, hint="use `padding`")
 
+    def blank(self, name: str, batch: int, length: int, device: torch.device | str) -> Tensor:
+        """The side tensor `name` with nothing in it, for calls whose numbers do not matter."""
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.accept(ctx)
         values = self.values(x, ctx)

@@ -27,6 +27,7 @@ from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSe
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
+from armillary.nn.side import SideSettings
 from armillary.nn.stack import Stack, StackSettings, share
 from armillary.nn.state import State
 from armillary.nn.taps import Taps
@@ -56,6 +57,9 @@ class ModelSettings(StackSettings):
     head: HeadSettings = Field(LanguageModelHeadSettings(), description="what is read off the last hidden states")
     encoder: StackSettings | None = Field(None, description="the encoder of an encoder_decoder")
     linear: dict[str, LinearSettings] = Field({}, description="kind of product by role (q, k, v, o, up, …, or all)")
+    side: dict[str, SideSettings] = Field(
+        {}, description="what makes side tensors (edges, coordinates, channels) from the ids, by name"
+    )
     driver: DriverSettings | None = Field(
         None, description="recurrence over segments: transformer_xl, memory_tokens, feedback"
     )
@@ -239,6 +243,9 @@ class Network(nn.Module):
         self._shared = share(self, settings.share)
         self.tie()
         self._side = self._needed_side()
+        for name in settings.side:
+            if name not in self._side:
+                raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
 
     # -- parameters
 
@@ -304,8 +311,7 @@ class Network(nn.Module):
         names = _Names()
         ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         source = ids if self.settings.form == "encoder_decoder" else None
-        side = {name: torch.zeros(1, dtype=torch.int64, device="meta") for name in self._side}
-        twin(ids, source=source, side=side, taps=names)
+        twin(ids, source=source, side=twin.blank_side(1, 2), taps=names)
         return names.found
 
     # -- whole sequences
@@ -337,13 +343,12 @@ class Network(nn.Module):
         ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
         True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
         default counted from 0 in each document; segments: [B, T]; side: named tensors that the
-        mechanisms ask for; mask: a predicate from the objective; training: the update that this call
-        belongs to, which brings noise and auxiliary losses. Raises InputError or UnsupportedError for
-        what the network cannot honour.
+        mechanisms ask for and `model.side` does not make; mask: a predicate from the objective;
+        training: the update that this call belongs to, which brings noise and auxiliary losses.
+        Raises InputError or UnsupportedError for what the network cannot honour.
         """
         self._check_ids(ids, "ids")
-        side = dict(side or {})
-        self._check_side(side)
+        side = self._completed(side, ids, padding)
         if positions is None and (documents is not None or padding is not None):
             positions = _counted(ids, documents, padding)
         if documents is not None and self.settings.encoder is not None:
@@ -533,6 +538,23 @@ class Network(nn.Module):
             )
         return lengths.to(ids.device, torch.int64)
 
+    def blank_side(self, batch: int, length: int) -> dict[str, Tensor]:
+        """The side tensors of a call whose numbers do not matter, with nothing in them."""
+        found = {"prefix": torch.zeros(batch, dtype=torch.int64, device=self.device)} if "prefix" in self._side else {}
+        for mixer in self.mixers():
+            for name in mixer.capabilities.side:
+                found[name] = mixer.blank(name, batch, length, self.device)
+        return found
+
+    def _completed(self, side: Mapping[str, Tensor] | None, ids: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+        """What the call gives, and the rest from `model.side`."""
+        given = dict(side or {})
+        for name, made in self.settings.side.items():
+            if name not in given:
+                given[name] = made.make(ids, padding)
+        self._check_side(given)
+        return given
+
     def _needed_side(self) -> frozenset[str]:
         needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
@@ -543,7 +565,8 @@ class Network(nn.Module):
                 raise InputError(f"no mechanism here needs the side tensor '{name}'")
         for name in self._side:
             if name not in side:
-                raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=f'pass side={{"{name}": …}}')
+                hint = f'pass side={{"{name}": …}}' + (f", or set model.side.{name}" if name != "prefix" else "")
+                raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=hint)
 
 
 class _Names(Taps):

@@ -151,7 +151,7 @@ class Trainer:
         """Leaves the gradient of the mean loss in the parameters; returns loss, weight and metrics
         summed over the whole update, the divisor used, and how many tokens the network saw."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "objective", step))
-        prepared = self.objective.prepare(batch, generator)
+        prepared = beside(self.objective.prepare(batch, generator), batch)
         divisor = float(prepared.weights.sum()) or 1.0
         scale = self.world.size / divisor  # processes' gradients are averaged, and a sum is wanted
         rows = prepared.ids.shape[0]
@@ -256,6 +256,12 @@ class Trainer:
                 f"a batch of shape {tuple(ids.shape)} and type {ids.dtype}",
                 hint="pass int64 ids of shape [batch, time]",
             )
+        for name, tensor in batch.side.items():
+            if tensor.shape[:1] != ids.shape[:1]:
+                raise InputError(
+                    f"the side tensor '{name}' has shape {tuple(tensor.shape)} for {len(ids)} rows",
+                    hint="its first axis is the batch",
+                )
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise InputError(f"the batch holds an id outside the vocabulary of {vocabulary}")
         if self.objective.tokens(1) > ids.shape[1]:
@@ -349,6 +355,14 @@ def derived_seed(*parts: object) -> int:
     """A 63-bit seed from what it is for: neighbouring steps and runs share nothing."""
     text = "armillary train 1|" + "|".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def beside(prepared: Prepared, batch: Batch) -> Prepared:
+    """With the side tensors that the batch brings."""
+    if not batch.side:
+        return prepared
+    side = {**prepared.inputs.get("side", {}), **batch.side}
+    return dataclasses.replace(prepared, inputs={**prepared.inputs, "side": side})
 
 
 def take(prepared: Prepared, rows: Tensor | None, count: int, device: torch.device) -> Prepared:

@@ -43,6 +43,8 @@ def small(name: str) -> Recipe:
     ]
     if recipe.model.encoder is not None:
         words.append("model.encoder.depth=2")
+    if recipe.model.scaling is not None:  # wider than the base, as it is
+        words.append("model.scaling.width=16")
     if recipe.model.driver is not None:  # a few segments in a window
         words += ["model.driver.segment=8"]
         short = {"memory": 12, "tokens": 2, "rows": 2}

@@ -124,6 +124,25 @@ class Model(nn.Module):
         vectors = F.normalize(vectors, dim=-1) if normalise else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
+    def neighbours(self, text: str, count: int = 10) -> list[tuple[str, float]]:
+        """The entries of the vocabulary whose embeddings point the way of the text's (the mean of its
+        tokens'): (token, cosine), the nearest first, without those of the text and special ones.
+
+        Tokens are embeddings alone, whatever blocks the model has; of a model trained by skip_gram they are
+        its word vectors (Mikolov et al. 2013).
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids or count < 1:
+            raise InputError("neighbours need a text and a count of at least 1")
+        table = F.normalize(self.network.embed.weight.detach().float(), dim=-1)
+        given = torch.tensor(sorted({*ids, *self.tokenizer.special.values()}), device=table.device)
+        near = table @ F.normalize(table[ids].mean(0), dim=0)
+        near = near[: self.tokenizer.size].index_fill(0, given, -2.0)
+        best = near.topk(min(count, int((near > -2).sum())))
+        return [
+            (self.tokenizer.decode([i]), v) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
     def classify(self, texts: str | Sequence[str], labels: Sequence[str] | None = None) -> Any:
         """Probabilities of classes, {label: probability} per text.
 

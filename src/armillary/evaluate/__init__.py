@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from armillary.base.modules import callable_as
 
 # not lazy: these functions bear their module's name, and whoever imports the module would hide them
-from armillary.evaluate.baselines import Baseline, baselines
+from armillary.evaluate.baselines import Baseline, baselines, kneser_ney
 from armillary.evaluate.environment import environment, peak_memory
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ __all__ = [
     "environment",
     "evaluate",
     "evaluate_lengths",
+    "kneser_ney",
     "peak_memory",
     "score_documents",
     "write_card",

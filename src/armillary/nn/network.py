@@ -27,6 +27,7 @@ from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSe
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
+from armillary.nn.scaling import ScalingSettings, scale
 from armillary.nn.side import SideSettings
 from armillary.nn.stack import Stack, StackSettings, share
 from armillary.nn.state import State
@@ -59,6 +60,9 @@ class ModelSettings(StackSettings):
     linear: dict[str, LinearSettings] = Field({}, description="kind of product by role (q, k, v, o, up, …, or all)")
     side: dict[str, SideSettings] = Field(
         {}, description="what makes side tensors (edges, coordinates, channels) from the ids, by name"
+    )
+    scaling: ScalingSettings | None = Field(
+        None, description="base sizes from which starting values and learning rates scale"
     )
     driver: DriverSettings | None = Field(
         None, description="recurrence over segments: transformer_xl, memory_tokens, feedback"
@@ -246,6 +250,7 @@ class Network(nn.Module):
         for name in settings.side:
             if name not in self._side:
                 raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
+        self.rates = scale(self)  # factors on the learning rate, by the parameter's name
 
     # -- parameters
 
@@ -374,25 +379,25 @@ class Network(nn.Module):
 
         hidden: [B, T, D]; targets: [B, T] int64; weights: [B, T] or None = ones.
         """
-        product, softcap = self._scores()
+        head = self._scores()
         return linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            product.weight,
+            head.scaled(hidden).reshape(-1, hidden.shape[-1]),
+            head.product.weight,
             targets.reshape(-1),
             weights=None if weights is None else weights.reshape(-1),
-            bias=product.bias,
-            softcap=softcap,
+            bias=head.product.bias,
+            softcap=head.softcap,
         )
 
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target in nats, [B, T] float32, without gradients."""
-        product, softcap = self._scores()
+        head = self._scores()
         flat = token_nll(
-            hidden.reshape(-1, hidden.shape[-1]),
-            product.weight,
+            head.scaled(hidden).reshape(-1, hidden.shape[-1]),
+            head.product.weight,
             targets.reshape(-1),
-            bias=product.bias,
-            softcap=softcap,
+            bias=head.product.bias,
+            softcap=head.softcap,
         )
         return flat.view(targets.shape)
 
@@ -510,10 +515,10 @@ class Network(nn.Module):
         x = self.encoder(self._embedded(source, None, ctx, None), ctx)
         return Memory(x if self.encoder_norm is None else self.encoder_norm(x), padding)
 
-    def _scores(self) -> tuple[Any, float | None]:
+    def _scores(self) -> LanguageModelHead:
         if not isinstance(self.head, LanguageModelHead):
             raise UnsupportedError("this network has no language-model head", hint="set model.head: language_model")
-        return self.head.product, self.head.softcap
+        return self.head
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
         if ids.dim() != 2 or ids.dtype != torch.int64:

@@ -185,11 +185,11 @@ class Session:
             network = load_native(found[0], "cpu", verify=False).network
         network.to(device)
         network.tie()
-        special = tuple(sorted(self.tokenizer.special.values()))
+        special, size = tuple(sorted(self.tokenizer.special.values())), recipe.model.vocabulary or 0
         self.trainer = Trainer(
             network,
             training.derive(device="auto"),
-            vocabulary=Vocabulary(recipe.model.vocabulary or 0, self.tokenizer.mask, special),
+            vocabulary=Vocabulary(size, self.tokenizer.mask, special, self._counted),
             seed=recipe.seed,
             world=self.world,
             notice=self._warn,
@@ -235,6 +235,10 @@ class Session:
             self._warn("this processor does not compute in bf16; training.precision=float32 may be faster")
         if self.heldout is None:
             self._warn("there is too little held-out text to measure; see data.heldout")
+
+    def _counted(self) -> torch.Tensor:
+        """How often each id occurs in the training text."""
+        return torch.from_numpy(self.corpus.train.counts(self.recipe.model.vocabulary or self.tokenizer.size))
 
     def _complete(self) -> Recipe:
         """The recipe with the vocabulary that the tokenizer has."""

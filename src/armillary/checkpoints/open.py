@@ -148,16 +148,19 @@ def save_open(
 def _expressed(network: Network, name: str | None) -> tuple[Family, dict[str, Any]]:
     if name is not None and name not in families.names():
         raise UnsupportedError(f"there is no family '{name}'", hint=nearest(name, families.names()))
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for family in each():
         if name in (None, family.kind):
             try:
                 return family, family.config(network.settings)
             except UnsupportedError as error:
-                reasons.append(error.what)
-    raise UnsupportedError(
-        f"no open layout can hold this model: {'; '.join(reasons)}", hint="the native layout holds every model"
+                what, _, _ = error.what.partition(" has no counterpart")
+                reasons.setdefault(what, []).append(family.kind)
+    said = "; ".join(
+        f"{what} has no counterpart in the {', '.join(map(repr, kinds))} layout{'s' * (len(kinds) > 1)}"
+        for what, kinds in reasons.items()
     )
+    raise UnsupportedError(f"no open layout can hold this model: {said}", hint="the native layout holds every model")
 
 
 def _family(root: Path) -> Family:
@@ -178,7 +181,7 @@ def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Store
     """Their tensors under the names of a whole model, without those that carry no weights."""
     bare = not any(name.startswith(family.prefix) for name in found)
     named = {
-        f"{family.prefix}{name}" if bare and not name.startswith("lm_head.") else name: tensor
+        f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name: tensor
         for name, tensor in found.items()
     }
     unread = family.leftovers

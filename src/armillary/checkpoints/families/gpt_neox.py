@@ -22,7 +22,7 @@ _NORM = {"kind": "layernorm", "weight": True, "bias": True}
 
 @families.register
 class GPTNeoX(Family):
-    """GPT-NeoX, Pythia, StableLM's first models and others that are stored as they are."""
+    """GPT-NeoX, Pythia and others that are stored as they are."""
 
     kind: ClassVar[str] = "gpt_neox"
     source: ClassVar[str] = "Black et al. 2022, GPT-NeoX-20B; Biderman et al. 2023, Pythia"

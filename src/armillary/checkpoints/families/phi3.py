@@ -42,8 +42,7 @@ _CLASSES = ("Phi3ForCausalLM", "Phi3Model")
 
 @families.register
 class Phi3(Decoder):
-    """Phi-3 and Phi-4 with their first context length; longrope is refused, since its angles depend on the length
-    of each input."""
+    """Phi-3 and Phi-4, but for those with longrope, whose angles depend on the length of each input."""
 
     kind: ClassVar[str] = "phi3"
     source: ClassVar[str] = "Abdin et al. 2024, Phi-3 Technical Report"

@@ -35,13 +35,13 @@ weights are refused, and no code of a folder is run.
 COMPARED = """
 ## What was compared
 
-Tiny random models of `transformers` {version}, with weights far from their start and, where the family \
-has them, fewer key than query heads and heads that are not an even share of the width, in the variants below: written by them and read here, written here and \
-read by them, in several shards, whose tensors come back bit for bit. The largest difference of float32 logits in \
-either direction must be below 1e-4, and so must that of the hidden states before every block and after the last \
-norm, as a share of the largest of their layer. The greedy continuation of 64 tokens must be the same up to the \
-first step whose two best logits are closer than 1e-3, if there is one; logits in chunks through a state are those \
-without one.
+Tiny random models of `transformers` {version}, with weights far from their start and, where the family has them, \
+fewer key than query heads and heads that are not an even share of the width, in the variants below: written by them \
+and read here, written here and read by them, in several shards, whose tensors come back bit for bit. The largest \
+difference of float32 logits in either direction must be below 1e-4, and so must that of the hidden states before \
+every block and after the last norm, as a share of the largest of their layer. The greedy continuation of 64 tokens \
+must be the same up to the first step whose two best logits are closer than 1e-3, if there is one; logits in chunks \
+through a state are those without one.
 """
 
 

@@ -16,7 +16,9 @@ from armillary.checkpoints.facts import Facts
 
 Data = dict[str, Any]
 
-LARGEST = 2**31 - 1  # no whole number of a model is larger
+# More than any model has; beyond, a wrong number would fill the memory before it is noticed.
+LARGEST = 2**31 - 1
+MOST = {"depth": 10_000, "width": 2**20, "block.mixer.heads": 2**16, "block.mixer.head_width": 2**16}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -111,6 +113,9 @@ class Same(Field):
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
+            most = min(MOST.get(path, LARGEST) for path in self.paths)
+            if value > most:
+                raise config.wrong(key, value, f"at most {most}")
         if value is not None:
             for path in self.paths:
                 put(data, path, value)

@@ -30,7 +30,7 @@ class Window(Field):
         arrange(data, [size is not None] * data["depth"], size)
 
     def write(self, facts: Facts, config: Data) -> None:
-        config["sliding_window"] = widest(facts)
+        config["sliding_window"] = facts.get("blocks.0.mixer.window")
 
     def size(self, config: Config) -> int | None:
         value = config.take("sliding_window", None if "sliding_window" in config.nulls else self.default)
@@ -110,8 +110,8 @@ def arrange(data: Data, near: list[bool], size: int | None, nearby: Data | None 
     put(close, "mixer.window", size)
     for name, value in (nearby or {}).items():
         put(close, f"mixer.{name}", value)
-    if len(set(near)) == 1:
-        data["block"] = close if near[0] else far
+    if len(set(near)) < 2:
+        data["block"] = close if any(near) else far
         return
     names = ["near" if one else "far" for one in near]
     period = next(n for n in range(1, len(names) + 1) if all(a == b for a, b in zip(names, names[n:], strict=False)))

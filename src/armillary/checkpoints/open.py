@@ -31,7 +31,7 @@ from armillary.checkpoints.tensors import (
     read_tensors,
     write_tensors,
 )
-from armillary.nn.network import Network
+from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
 
 CONFIG = "config.json"
@@ -82,12 +82,12 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     root = Path(folder)
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
-    network = blank(settings)
+    found = _whole_names(family, read_tensors(root))
+    network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
     bound = family.bind(settings, ours)
     left_out = ours.keys() - {name for one in bound for name in one.ours}
     assert not left_out, f"the table of '{family.kind}' has no entry for {', '.join(sorted(left_out))}"
-    found = _whole_names(family, read_tensors(root))
     second = _second(family, network, bound)
     raise_for(
         fit(
@@ -175,6 +175,22 @@ def _family(root: Path) -> Family:
             hint=nearest(kind, families.names()),
         )
     return families.get(kind)()
+
+
+def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> Network:
+    """The network without storage, when its sizes go together and can be those of `count` tensors."""
+    if settings.depth > count:
+        (key, *_) = family.behind(("depth",))
+        raise CheckpointError(f"'{key}' is {settings.depth}, but there are only {count} tensors", where=where)
+    try:
+        return blank(settings)
+    except UnsupportedError as error:
+        keys = family.behind((), error.what) or [
+            key for path in ("width", "block.mixer.heads", "block.mixer.head_width") for key in family.behind((path,))
+        ]
+        raise CheckpointError(f"{error.what} (from {', '.join(keys)})", where=where, hint=error.hint) from None
+    except RuntimeError as error:  # PyTorch's, on shapes beyond its numbers
+        raise CheckpointError(f"these sizes make no tensors ({error})", where=where) from None
 
 
 def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:

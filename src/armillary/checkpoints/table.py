@@ -24,8 +24,6 @@ from armillary.checkpoints.fields import COMMON, IGNORED, Config, Data, Field, f
 from armillary.checkpoints.tensors import Stored, owned
 from armillary.nn.network import ModelSettings
 
-DEEPEST = 10_000  # blocks; a wrong number must not fill the memory
-
 families: Registry[Family] = Registry("family", "armillary.checkpoints.families")
 
 
@@ -174,8 +172,6 @@ class Family:
         own = {key for field in self.fields for key in field.keys}
         for field in (*(one for one in COMMON if not own & set(one.keys)), *self.fields):
             field.read(config, ready)
-        if ready.get("depth", 0) > DEEPEST:
-            raise config.wrong(self._behind(("depth",))[0], ready["depth"], f"at most {DEEPEST}")
         strange = sorted(config.unread - IGNORED - self.ignored)
         if strange:
             known = [key for field in self.fields for key in field.keys]
@@ -190,7 +186,7 @@ class Family:
             return parse(ModelSettings, ready)
         except SettingsError as error:
             raise CheckpointError(
-                f"{error.what} (from {', '.join(self._behind(error.path, error.what))})", where=where, hint=error.hint
+                f"{error.what} (from {', '.join(self.behind(error.path, error.what))})", where=where, hint=error.hint
             ) from None
 
     def config(self, settings: ModelSettings) -> Data:
@@ -250,16 +246,19 @@ class Family:
                 hint=f"of this family only {', '.join(self.architectures)} can be read",
             )
 
-    def _behind(self, where: Sequence[str], what: str = "") -> list[str]:
-        """The keys of config.json behind a mistake in the settings made from them."""
+    def behind(self, where: Sequence[str], what: str = "") -> list[str]:
+        """The keys of config.json behind a mistake in the settings made from them, at `where` or said in `what`."""
         path = re.sub(r"^blocks\.\w+", "block", ".".join(where))
         near = [
-            (key, name) for field in self.fields for key in field.keys for name in field.paths if name.startswith(path)
+            (key, name)
+            for field in self.fields
+            for key in field.keys
+            for name in field.paths
+            if name.startswith(path) or path.startswith(f"{name}.")
         ]
         said = set(re.findall(r"\w+", what))
-        return [key for key, name in near if name == path or name.rpartition(".")[2] in said] or [
-            key for key, _ in near
-        ]
+        meant = [key for key, name in near if name == path or name.rpartition(".")[2] in said]
+        return list(dict.fromkeys(meant or [key for key, _ in near if where]))
 
     def _without(self, path: str, wanted: Facts, theirs: Any) -> UnsupportedError:
         """Name the setting: the deepest part of `path` that the network's settings do have."""

@@ -44,24 +44,20 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, epsilon: float, unit_offset: bool = False) -> None:
         super().__init__()
-        self.epsilon, self.unit_offset = epsilon, unit_offset
+        self.epsilon, self.offset = epsilon, 1.0 if unit_offset else 0.0
         self.weight = nn.Parameter(torch.empty(width))
 
     def reset(self, generator: torch.Generator | None) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._few(x):
-            return few_rows_rmsnorm(x, self._gain(x.dtype), self.epsilon)
+            return few_rows_rmsnorm(x, self.weight, self.epsilon, self.offset)
         wide = x.float() if x.dtype != torch.float64 else x
         scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale * self._gain(wide.dtype)).to(x.dtype)
+        gain = self.weight.to(wide.dtype)
+        return (wide * scale * (gain + self.offset if self.offset else gain)).to(x.dtype)
 
     def _few(self, x: Tensor) -> bool:
         """Decoding: one pass over a few rows costs less than the calls of the form below."""
-        rounds = self.unit_offset and x.dtype != torch.float32  # 1 + w must not be rounded
-        return not plain() and x.numel() <= FEW and x.dtype == self.weight.dtype and not rounds and fits(x)
-
-    def _gain(self, dtype: torch.dtype) -> Tensor:
-        gain = self.weight.to(dtype)
-        return gain + 1 if self.unit_offset else gain
+        return not plain() and x.numel() <= FEW and x.dtype == self.weight.dtype and fits(x)

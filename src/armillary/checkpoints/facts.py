@@ -94,6 +94,8 @@ def _plain(value: Any, width: int) -> Any:
         features = value.features(width)
         data |= {"kv_heads": value.groups, "head_width": features, "scale": value.scale or features**-0.5}
         data["out_bias"] = value.bias if value.out_bias is None else value.out_bias
+        if value.norm is None:
+            del data["norm_over"]
     elif isinstance(value, (FFNSettings, GatedSettings)):
         data["hidden"] = value.features(width)
     elif isinstance(value, RopeScaling):

@@ -63,6 +63,20 @@ class Split(Step):
         return [torch.cat(parts, self.axis)]
 
 
+class SplitByHead(Step):
+    """Rows of queries, keys and values stored as one tensor head after head, [H, 3, K]."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        (whole,) = parts
+        return [part.flatten(0, 1) for part in whole.unflatten(0, (self.heads, len(like), -1)).unbind(1)]
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], 1).flatten(0, 2)]
+
+
 class PermuteHalfInterleaved(Step):
     """Rows of queries or keys whose rotary pairs are (i, i + K/2) on their side and (2i, 2i + 1) on ours."""
 
@@ -127,15 +141,18 @@ class Bound:
 class Family:
     """One kind of open checkpoint, known by the `model_type` of its config.json.
 
-    architectures: values of that key that can be read, the first one is written; prefix: what the
-    names of a whole model's tensors begin with, left out by folders of the bare body; template: the
-    settings that all members have; fields and entries: the two halves of the table; ignored: keys
-    that leave the computation alone; leftovers: tensors that do; constants: keys written besides.
+    source: who published it; architectures: values of that key that can be read, the first one is
+    written; prefix: what the names of a whole model's tensors begin with, left out by folders of the
+    bare body; head: what the others begin with; template: the settings that all members have; fields
+    and entries: the two halves of the table; ignored: keys that leave the computation alone;
+    leftovers: tensors that do; constants: keys written besides.
     """
 
     kind: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     architectures: ClassVar[tuple[str, ...]] = ()
     prefix: ClassVar[str] = ""
+    head: ClassVar[str] = "lm_head."
     template: ClassVar[Mapping[str, Any]] = {}
     fields: ClassVar[tuple[Field, ...]] = ()
     entries: ClassVar[tuple[Entry, ...]] = ()
@@ -152,7 +169,8 @@ class Family:
         config = Config(data, where)
         self._check_architecture(config)
         ready: Data = copy.deepcopy(dict(self.template))
-        for field in (*COMMON, *self.fields):
+        own = {key for field in self.fields for key in field.keys}
+        for field in (*(one for one in COMMON if not own & set(one.keys)), *self.fields):
             field.read(config, ready)
         strange = sorted(config.unread - IGNORED - self.ignored)
         if strange:
@@ -168,7 +186,7 @@ class Family:
             return parse(ModelSettings, ready)
         except SettingsError as error:
             raise CheckpointError(
-                f"{error.what} (from {', '.join(self._behind(error))})", where=where, hint=error.hint
+                f"{error.what} (from {', '.join(self.behind(error.path, error.what))})", where=where, hint=error.hint
             ) from None
 
     def config(self, settings: ModelSettings) -> Data:
@@ -181,7 +199,7 @@ class Family:
         config: Data = {"architectures": [self.architectures[0]], "model_type": self.kind}
         for field in self.fields:
             field.write(wanted, config)
-        again = facts(self.settings(config, "config.json"))
+        again = self.equivalent(facts(self.settings(config, "config.json")))
         for path in (*wanted, *again):
             if path not in wanted or path not in again or wanted[path] != again[path]:
                 raise self._without(path, wanted, again.get(path))
@@ -189,7 +207,14 @@ class Family:
         return config | dict(self.constants)
 
     def equivalent(self, wanted: Facts) -> Facts:
-        """Facts of a network that computes the same once `table` has changed the parameters."""
+        """Facts of a network that computes the same once `table` has changed the parameters: here, a
+        window is attention that looks less far."""
+        wanted = dict(wanted)
+        for name in [name for name, value in wanted.items() if value == "window" and name.endswith(".kind")]:
+            wanted[name] = "attention"
+            dilation = f"{name.removesuffix('.kind')}.dilation"
+            if wanted.get(dilation) == 1:
+                del wanted[dilation]
         return wanted
 
     def check(self, wanted: Facts) -> None:
@@ -221,16 +246,19 @@ class Family:
                 hint=f"of this family only {', '.join(self.architectures)} can be read",
             )
 
-    def _behind(self, error: SettingsError) -> list[str]:
-        """The keys of config.json behind a mistake in the settings made from them."""
-        path = ".".join(error.path)
+    def behind(self, where: Sequence[str], what: str = "") -> list[str]:
+        """The keys of config.json behind a mistake in the settings made from them, at `where` or said in `what`."""
+        path = re.sub(r"^blocks\.\w+", "block", ".".join(where))
         near = [
-            (key, name) for field in self.fields for key in field.keys for name in field.paths if name.startswith(path)
+            (key, name)
+            for field in self.fields
+            for key in field.keys
+            for name in field.paths
+            if name.startswith(path) or path.startswith(f"{name}.")
         ]
-        said = set(re.findall(r"\w+", error.what))
-        return [key for key, name in near if name == path or name.rpartition(".")[2] in said] or [
-            key for key, _ in near
-        ]
+        said = set(re.findall(r"\w+", what))
+        meant = [key for key, name in near if name == path or name.rpartition(".")[2] in said]
+        return list(dict.fromkeys(meant or [key for key, _ in near if where]))
 
     def _without(self, path: str, wanted: Facts, theirs: Any) -> UnsupportedError:
         """Name the setting: the deepest part of `path` that the network's settings do have."""

@@ -142,13 +142,14 @@
     }                                                                                                  \
     /* y [rows, cols] = x / rms(x) * w for few rows */                                                 \
     void few_rows_rmsnorm_##NAME(const T *x, const T *w, T *y, int64_t rows, int64_t cols,             \
-                                 float epsilon) {                                                      \
+                                 float epsilon, float offset) {                                        \
         for (int64_t r = 0; r < rows; r++) {                                                           \
             const T *in = x + r * cols;                                                                \
             float sum = 0.0f;                                                                          \
             for (int64_t c = 0; c < cols; c++) sum += LOAD(in[c]) * LOAD(in[c]);                       \
             float factor = 1.0f / sqrtf(sum / (float)cols + epsilon);                                  \
-            for (int64_t c = 0; c < cols; c++) y[r * cols + c] = STORE(LOAD(in[c]) * factor * LOAD(w[c])); \
+            for (int64_t c = 0; c < cols; c++)                                                         \
+                y[r * cols + c] = STORE(LOAD(in[c]) * factor * (offset + LOAD(w[c])));                 \
         }                                                                                              \
     }
 

@@ -25,7 +25,8 @@ from armillary.nn.heads.base import heads, pooled
 from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.mechanism import channels, mixers, norms, positions
-from armillary.nn.network import ModelSettings, Network, NetworkState
+from armillary.nn.network import ModelSettings, Network
+from armillary.nn.network_state import NetworkState
 from armillary.nn.side import sides
 from armillary.nn.taps import Edit, Seen, Taps
 from armillary.objectives import objectives

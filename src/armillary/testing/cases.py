@@ -36,7 +36,7 @@ from armillary.nn.mechanism import (
     initialise,
 )
 from armillary.nn.mixers.attention import AttentionSettings
-from armillary.nn.network import NetworkState
+from armillary.nn.network_state import NetworkState
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.stack import Stack, StackSettings
 from armillary.nn.state import State

@@ -124,10 +124,19 @@ class MixerSettings(MechanismSettings):
         return parameters
 
 
+# What a channel mixer can do that works within each position.
+WITHIN = Capabilities(bidirectional=True, prefix=True, state="fixed")
+
+
 class ChannelSettings(MechanismSettings):
-    """Settings of a channel mixer."""
+    """Settings of a channel mixer; `mixes`: whether what a token gets depends on others."""
 
     choices: ClassVar[Registry[ChannelSettings]] = channels
+    mixes: ClassVar[bool] = False
+
+    def can(self) -> Capabilities:
+        """What a channel mixer with these settings honours."""
+        return WITHIN
 
     def build(self, place: Place) -> ChannelMixer:
         raise NotImplementedError
@@ -135,8 +144,8 @@ class ChannelSettings(MechanismSettings):
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         raise NotImplementedError
 
-    def active(self, parameters: int) -> int:
-        """Of `parameters`, how many take part for one token (fewer than all for experts)."""
+    def active(self, parameters: int, width: int) -> int:
+        """Of `parameters` at a `width`, how many take part for one token (fewer than all for experts)."""
         return parameters
 
 
@@ -364,6 +373,8 @@ class Mixer(nn.Module):
 
 class ChannelMixer(nn.Module):
     """Works within each position; x and the result are [B, T, D]. Most carry no state."""
+
+    capabilities: Capabilities = WITHIN
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError

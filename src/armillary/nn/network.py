@@ -23,7 +23,7 @@ from armillary.nn.heads.base import HeadSettings
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.linear import Embedding, LinearSettings
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.mechanism import ChannelMixer, Mixer, NormSettings, Order, Place, PositionSettings, initialise
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
@@ -509,7 +509,8 @@ class Network(nn.Module):
         return lengths.to(ids.device, torch.int64)
 
     def _needed_side(self) -> frozenset[str]:
-        needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
+        parts = (module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer)))
+        needed = {name for part in parts for name in part.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
 
     def _check_side(self, side: Mapping[str, Tensor]) -> None:

@@ -351,6 +351,7 @@ class Session:
             "memory": _peak_memory(self.trainer.network.device),
         }
         line |= {name: value for name, value in update.metrics.items() if name not in ("nats", *line)}
+        line |= self.trainer.observe()
         if course.skipped:
             line["skipped"] = course.skipped
         if self._heldout_now is not None and self.heldout is not None:

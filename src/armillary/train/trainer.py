@@ -102,6 +102,8 @@ class Trainer:
         self.optimiser = build_optimiser(groups, training.optimiser)
         found = (getattr(module, "after_step", None) for module in network.modules())
         self.hooks: list[Callable[[int, int], object]] = [hook for hook in found if callable(hook)]
+        asked = (getattr(module, "observe", None) for module in network.modules())
+        self.observers: list[Callable[[], Mapping[str, float]]] = [ask for ask in asked if callable(ask)]
         self.steps_done = 0
         self.progress = None if training.seconds is None else 0.0  # of the time, moved on by who holds the clock
         self.last: Update | None = None
@@ -146,6 +148,14 @@ class Trainer:
             hook(self.steps_done, steps)
         self.last = Update(self.steps_done, loss, grad_norm, rate, tokens, why, metrics)
         return loss
+
+    def observe(self) -> dict[str, float]:
+        """What modules saw since they were last asked (the load of experts), of each name the largest."""
+        found: dict[str, float] = {}
+        for ask in self.observers:
+            for name, value in ask().items():
+                found[name] = max(found.get(name, value), value)
+        return found
 
     def _gradients(self, batch: Batch, step: int) -> tuple[dict[str, float], float, int]:
         """Leaves the gradient of the mean loss in the parameters; returns loss, weight and metrics

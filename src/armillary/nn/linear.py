@@ -136,6 +136,11 @@ class ExpertLinear(nn.Module):
         y = grouped_product(rows, self.weight, groups)
         return y if self.bias is None else y + self.bias.to(rows.dtype)[groups.owners]
 
+    def stacked(self, rows: Tensor) -> Tensor:
+        """As many rows for every expert: [E, M, inputs] → [E, M, outputs]."""
+        y = torch.bmm(rows, self.weight.to(rows.dtype).transpose(1, 2))
+        return y if self.bias is None else y + self.bias.to(rows.dtype)[:, None]
+
     def extra_repr(self) -> str:
         return f"{self.experts} × {self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
 

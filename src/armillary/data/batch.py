@@ -10,7 +10,9 @@ import torch
 @dataclass(frozen=True)
 class Batch:
     """ids: [B, T] int64 token ids; documents: [B, T] int64 ids of the packed documents, or None
-    when neighbours in a window may see each other."""
+    when neighbours in a window may see each other; tasks: [B] or [B, T] int64, what each row or token is
+    for (−1: unknown), or None when nobody says."""
 
     ids: torch.Tensor
     documents: torch.Tensor | None = None
+    tasks: torch.Tensor | None = None

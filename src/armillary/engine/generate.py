@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from armillary.base.errors import InputError
 from armillary.engine.sampling import Sampler, Sampling
@@ -63,11 +64,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
+    side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
 ) -> Completions:
-    """Complete every prompt (token ids)."""
+    """Complete every prompt (token ids); side: named tensors that mechanisms take, a row for each prompt."""
     done = Completions(Completion() for _ in prompts)
-    for piece in stream(network, tokenizer, prompts, sampling, into=done, taps=taps):
+    for piece in stream(network, tokenizer, prompts, sampling, into=done, side=side, taps=taps):
         done[piece.row].text += piece.text
     return done
 
@@ -80,6 +82,7 @@ def stream(
     sampling: Sampling,
     *,
     into: Completions | None = None,
+    side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
@@ -91,6 +94,7 @@ def stream(
         return
     _check(network, starts, sampling)
     device = network.device
+    side = {name: tensor.to(device) for name, tensor in (side or {}).items()}
     done = into if into is not None else Completions(Completion() for _ in starts)
     sampler = Sampler(sampling, starts, network.settings.vocabulary or 0, device)
     writers = [_Writer(tokenizer.stream(), sampling.stop) for _ in starts]
@@ -101,7 +105,7 @@ def stream(
     ragged = any(len(prompt) < longest for prompt in starts)
     lengths = torch.tensor([len(prompt) for prompt in starts], device=device) if ragged else None
     state = network.init_state(len(starts), longest + sampling.max_new_tokens)
-    logits = network.extend(ids.to(device), state, lengths=lengths, last=True, taps=taps)[:, 0]
+    logits = network.extend(ids.to(device), state, lengths=lengths, side=side, last=True, taps=taps)[:, 0]
     rows = list(range(len(starts)))
     for step in range(sampling.max_new_tokens):
         tokens, logprobs = sampler.pick(logits, rows)
@@ -132,7 +136,8 @@ def stream(
             picked = torch.tensor(keep, device=device)
             state, tokens = state.select(picked), tokens[picked]
             rows = [rows[place] for place in keep]
-        logits = network.extend(tokens[:, None], state, taps=taps)[:, 0]
+            side = {name: tensor[picked] for name, tensor in side.items()}
+        logits = network.extend(tokens[:, None], state, side=side, taps=taps)[:, 0]
 
 
 class _Writer:

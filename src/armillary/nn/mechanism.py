@@ -71,8 +71,9 @@ class Capabilities:
     packed: documents side by side in one row; padding: rows with padded tokens; mask: a predicate
     from the objective; rollback: how its state goes back; chunking: whether any chunking gives the
     same numbers; sight: whether it has an exact token-to-token matrix; side: the named tensors that
-    it needs; noise: whether it draws noise in training updates (and only there); driven: whether it
-    looks at what a driver's state holds for it (`SlideState`), so that a driver decides what it sees.
+    it needs; takes: those that it uses where they are given; noise: whether it draws noise in training
+    updates (and only there); driven: whether it looks at what a driver's state holds for it (`SlideState`),
+    so that a driver decides what it sees.
     """
 
     causal: bool = True
@@ -87,6 +88,7 @@ class Capabilities:
     chunking: bool = True
     sight: Literal["exact", "jacobian"] = "exact"
     side: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
     noise: bool = False
     driven: bool = False
 

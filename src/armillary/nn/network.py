@@ -219,6 +219,7 @@ class Network(nn.Module):
         self._shared = share(self, settings.share)
         self.tie()
         self._side = self._needed_side()
+        self.takes = frozenset(name for part in self._parts() for name in part.capabilities.takes)
 
     # -- parameters
 
@@ -508,14 +509,16 @@ class Network(nn.Module):
             )
         return lengths.to(ids.device, torch.int64)
 
+    def _parts(self) -> list[Mixer | ChannelMixer]:
+        return [module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer))]
+
     def _needed_side(self) -> frozenset[str]:
-        parts = (module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer)))
-        needed = {name for part in parts for name in part.capabilities.side}
+        needed = {name for part in self._parts() for name in part.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
 
     def _check_side(self, side: Mapping[str, Tensor]) -> None:
         for name in side:
-            if name not in self._side:
+            if name not in self._side and name not in self.takes:
                 raise InputError(f"no mechanism here needs the side tensor '{name}'")
         for name in self._side:
             if name not in side:

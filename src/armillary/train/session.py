@@ -206,6 +206,7 @@ class Session:
             tokens=training.evaluate_tokens,
             isolate=recipe.data.isolate,
             seed=recipe.seed,
+            tasks=self.corpus.heldout_tasks(recipe.data),
         )
         causal = training.objective.kind == "causal"  # others do not ask for every token
         self.tokens_per_byte = _tokens_per_byte(self.corpus, recipe) if causal else None

@@ -27,6 +27,7 @@ from armillary.objectives.base import Prepared, Vocabulary
 from armillary.recipe.training import TrainingSettings
 from armillary.train import compiling, distributed
 from armillary.train.distributed import World
+from armillary.train.heldout import told
 from armillary.train.optimiser import build_optimiser, parameter_groups, set_rate
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -150,7 +151,7 @@ class Trainer:
         return loss
 
     def observe(self) -> dict[str, float]:
-        """What modules saw since they were last asked (the load of experts), of each name the largest."""
+        """What modules saw in the last update (the load of experts), of each name the largest."""
         found: dict[str, float] = {}
         for ask in self.observers:
             for name, value in ask().items():
@@ -161,7 +162,7 @@ class Trainer:
         """Leaves the gradient of the mean loss in the parameters; returns loss, weight and metrics
         summed over the whole update, the divisor used, and how many tokens the network saw."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "objective", step))
-        prepared = self.objective.prepare(batch, generator)
+        prepared = told(self.objective.prepare(batch, generator), batch, self.network)
         divisor = float(prepared.weights.sum()) or 1.0
         scale = self.world.size / divisor  # processes' gradients are averaged, and a sum is wanted
         rows = prepared.ids.shape[0]

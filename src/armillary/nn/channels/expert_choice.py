@@ -89,7 +89,8 @@ class ExpertChoice(ChannelMixer):
     """x [B, T, D] → [B, T, D].
 
     Taps: `router`, the gates of all experts [B, T, E], where an edit also picks; `hidden` [B, E, C, H] of the
-    tokens that each expert took. `seen`: tokens of updates, and how many of them no expert took.
+    tokens that each expert took. Not stored: `seen`, tokens of the update and how many of them no expert
+    took, and `last`, of the one before.
     """
 
     def __init__(self, settings: ExpertChoiceSettings, place: Place) -> None:
@@ -109,12 +110,13 @@ class ExpertChoice(ChannelMixer):
         self.down = place.experts(count, hidden, place.width, "down", settings.bias)
         self.activation = ACTIVATIONS[settings.activation]
         self.seen = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self.last = torch.zeros_like(self.seen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertChoice:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0)).device
         if device.type != "meta":
-            self.seen = self.seen.to(device)
+            self.seen, self.last = self.seen.to(device), self.last.to(device)
         return self
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -185,13 +187,16 @@ class ExpertChoice(ChannelMixer):
         real = torch.ones_like(taken, dtype=torch.bool) if ctx.padding is None else ctx.padding
         self.seen += torch.stack([real.sum(), (real & (taken == 0)).sum()])
 
-    def observe(self) -> dict[str, float]:
-        """Since it was last asked: the share of tokens that no expert took."""
-        seen = self.seen.clone()
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(seen)
+            dist.all_reduce(self.seen)
+        self.last.copy_(self.seen)
         self.seen.zero_()
-        tokens, missed = seen.tolist()
+
+    def observe(self) -> dict[str, float]:
+        """Of the last update: the share of tokens that no expert took."""
+        tokens, missed = self.last.tolist()
         return {"untaken_tokens": missed / tokens} if tokens else {}
 
 

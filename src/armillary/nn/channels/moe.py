@@ -201,8 +201,8 @@ class MoE(ChannelMixer):
 
     Taps: `router`, the gates of all experts [B, T, E], where an edit also picks; `hidden` of the picks; in
     training updates with a capacity `dropped` [B, T, k]. Buffer: `correction`, what is added to the
-    experts' scores to pick, with `bias_rate`. Not stored: `counts` [.., E + 1] of the update's picks by
-    expert, then those dropped, and `window`, the same since `observe` was last asked.
+    experts' scores to pick, with `bias_rate`. Not stored: `counts` [groups, E + 1] of the update's picks by
+    expert, then those dropped, and `last`, those of the update before.
     """
 
     correction: Tensor | None
@@ -222,7 +222,7 @@ class MoE(ChannelMixer):
     def count_groups(self, groups: int) -> None:
         self.groups = groups
         self.counts = torch.zeros(groups, self.settings.experts + 1, dtype=torch.int64, device="cpu")
-        self.window = torch.zeros_like(self.counts)
+        self.last = torch.zeros_like(self.counts)
 
     def reset(self, generator: torch.Generator | None) -> None:
         if self.correction is not None:
@@ -232,7 +232,7 @@ class MoE(ChannelMixer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0)).device
         if device.type != "meta":
-            self.counts, self.window = self.counts.to(device), self.window.to(device)
+            self.counts, self.last = self.counts.to(device), self.last.to(device)
         return self
 
     # -- what happens to tokens
@@ -315,22 +315,20 @@ class MoE(ChannelMixer):
         if self.correction is not None:
             load = self.counts[:, :-1].sum(0).to(self.correction.dtype)
             self.correction += self.settings.bias_rate * torch.sign(load.mean() - load)
-        self.window += self.counts
+        self.last.copy_(self.counts)
         self.counts.zero_()
 
     def observe(self) -> dict[str, float]:
-        """Since it was last asked: `expert_load`, the picks of the busiest expert over the mean of all, and
+        """Of the last update: `expert_load`, the picks of the busiest expert over the mean of all, and
         `dropped_picks`, the share beyond the capacity."""
-        picks, lost = self.window[:, :-1], self.window[:, -1]
+        picks, lost = self.last[:, :-1], self.last[:, -1]
         total = int(picks.sum())
         if not total:
             return {}
         found = {"expert_load": float(picks.sum(0).max()) * self.settings.experts / total}
         if self.settings.capacity is not None:
             found["dropped_picks"] = int(lost.sum()) / total
-        found |= self.observe_groups(picks)
-        self.window.zero_()
-        return found
+        return found | self.observe_groups(picks)
 
     def observe_groups(self, picks: Tensor) -> dict[str, float]:
         """What there is to say of picks [groups, E]."""

@@ -125,3 +125,29 @@ def within_capacity(
         tokens = torch.zeros_like(number).scatter_add_(1, number, real.long()).gather(1, number)
     room = (tokens.double() * (factor * chosen / count)).ceil()
     return ((before * hot).sum(-1) < room[..., None]) & real[..., None]
+
+
+def disparity(probabilities: Tensor, experts: Tensor, groups: Tensor, count: int, bound: float) -> Tensor:
+    """Σ_e max(0, max_g s_ge − bound · min_g s_ge): the load by which groups differ beyond the bound, from 0 to 1.
+
+    s_ge is the share of the picks of group g that go to expert e; its gradient is that of the group's mean
+    probability, since picks have none. probabilities [N, E], experts [N, k], groups [N] int64 below
+    `count`, negative for tokens of none. Groups without a token take no part; with fewer than two there
+    is nothing to compare, and the loss is 0.
+    """
+    known = groups >= 0
+    owner = groups.clamp(min=0)
+    kind, width = probabilities.dtype, probabilities.shape[1]
+    weight = known.to(kind)
+    size = torch.zeros(count, dtype=kind, device=owner.device).index_add(0, owner, weight)
+    there = (size > 0)[:, None]
+    per = size.clamp(min=1)[:, None]
+    hot = torch.zeros_like(probabilities).scatter_add(-1, experts, torch.ones_like(experts).to(kind))
+    blank = torch.zeros(count, width, dtype=kind, device=owner.device)
+    mean = blank.index_add(0, owner, probabilities * weight[:, None]) / per
+    share = blank.index_add(0, owner, hot * weight[:, None]) / (per * experts.shape[1])
+    share = share + mean - mean.detach()
+    most = share.masked_fill(~there, -torch.inf).amax(0)
+    least = share.masked_fill(~there, torch.inf).amin(0)
+    beyond = torch.where(there.sum() > 1, most - bound * least, 0)
+    return beyond.clamp(min=0).sum()

@@ -98,6 +98,7 @@ def block_against_transformers() -> tuple[dict[str, Callable[[], float]], float]
     config = MixtralConfig(
         hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=TOP
     )
+    config._experts_implementation = "eager"
     theirs = MixtralSparseMoeBlock(config)
     ours = MixtureSettings(experts=EXPERTS, top=TOP, hidden=HIDDEN).build(Place(WIDTH))
     initialise(ours, 0)

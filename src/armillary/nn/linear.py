@@ -136,6 +136,11 @@ class ExpertLinear(nn.Module):
         y = grouped_product(rows, self.weight, groups)
         return y if self.bias is None else y + self.bias.to(rows.dtype)[groups.owners]
 
+    def single(self, row: Tensor, expert: int) -> Tensor:
+        """[1, inputs] through one expert, where `reads_once` says that it can be."""
+        y = few_rows_product(row, self.weight[expert])
+        return y if self.bias is None else y + self.bias[expert].to(row.dtype)
+
     def stacked(self, rows: Tensor) -> Tensor:
         """As many rows for every expert: [E, M, inputs] → [E, M, outputs]."""
         y = torch.bmm(rows, self.weight.to(rows.dtype).transpose(1, 2))

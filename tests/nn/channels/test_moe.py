@@ -242,6 +242,19 @@ def test_an_expert_that_nobody_picks_costs_nothing_and_gets_no_gradient() -> Non
         assert bool((product.weight.grad[2] == 0).all()) and bool((product.weight.grad != 0).any())
 
 
+@pytest.mark.parametrize("more", [{}, {"gated": False, "bias": True}])
+def test_few_picks_read_their_weights_once_and_give_the_same(more: dict[str, Any]) -> None:
+    ours = built(**more)
+    x = torch.randn(2, 1, D)
+    with torch.no_grad():
+        quick = ours(x, Context())
+        sorted_ = ours(x, Context(padding=torch.ones(2, 1, dtype=torch.bool)))
+        assert torch.equal(quick, sorted_)
+        assert torch.equal(ours(x, Context(taps=Taps(["*"]))), quick)
+        torch.testing.assert_close(ours(x.bfloat16(), Context()).float(), quick, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(ours(x, Context()), quick)
+
+
 def test_cost_follows_the_picks() -> None:
     """Sixteen times the experts cost a wider router and nothing else."""
     x = torch.randn(1, 12, D)

@@ -19,6 +19,7 @@ from armillary.nn.taps import Taps
 from armillary.nn.training import Training
 
 TASKS = torch.tensor([2, 0, -1, 1])
+JITTERED = {"routed_by": "task", "jitter": 0.1}
 
 
 def built(**settings: Any) -> TaskMoE:
@@ -128,6 +129,6 @@ def test_what_is_no_task_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=said):
             ours(x, Context(side={"tasks": tasks}))
-    for settings, said in (({"parity": 0.5}, "parity"), ({"tasks": 0}, "tasks")):
+    for settings, said in (({"parity": 0.5}, "parity"), ({"tasks": 0}, "tasks"), (JITTERED, "reads the task alone")):
         with pytest.raises(SettingsError, match=said):
             parse(ChannelSettings, {"kind": "task_moe", **settings})

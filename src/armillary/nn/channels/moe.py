@@ -31,7 +31,7 @@ from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import WITHIN, Capabilities, ChannelMixer, ChannelSettings, Place, channels
 from armillary.nn.mixers.linear import present
 from armillary.nn.ops import plain
-from armillary.nn.ops.experts import grouped
+from armillary.nn.ops.experts import FEW, grouped, reads_once
 from armillary.nn.ops.routing import (
     Balance,
     Scores,
@@ -94,7 +94,7 @@ class MoESettings(ExpertSettings):
     def _routed(self) -> MoESettings:
         if self.top > self.experts:
             raise ValueError(f"top ({self.top}) must be at most experts ({self.experts})")
-        if self.top == 1 and self.normalise and self.scores == "softmax" and self.experts > 1:
+        if self.top == 1 and self.normalise and self.experts > 1:
             raise ValueError("a single gate that is normalised is 1, and teaches no router: set normalise: false")
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate weighs a shared expert: set shared, its hidden features")
@@ -175,6 +175,8 @@ class Experts(nn.Module):
             if ctx.taps is not None:
                 each = self._tapped(each, x, ctx)
             each = self.down(each, picked)
+        elif kept is None and ctx.taps is None and self._few(flat, picked):
+            each = self._singles(flat, picked)
         else:
             groups = grouped(picked, self.count, None if kept is None else kept.flatten(0, 1))
             rows = groups.rows(flat)
@@ -183,6 +185,24 @@ class Experts(nn.Module):
                 each = groups.sort(self._tapped(groups.unsort(each), x, ctx).reshape(each.shape))
             each = groups.unsort(self.down.grouped(each, groups)).view(*picked.shape, -1)
         return torch.bmm(gates.flatten(0, 1)[:, None].to(x.dtype), each).view_as(x)
+
+    def _few(self, x: Tensor, picked: Tensor) -> bool:
+        """Decoding: so few picks that reading their weights is all the work, and sorting them much of the rest."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or picked.numel() > FEW:
+            return False
+        return all(reads_once(x, part.weight) for part in (self.gate, self.up, self.down) if part is not None)
+
+    def _singles(self, x: Tensor, picked: Tensor) -> Tensor:
+        """[N, k, D], one pick after another; the numbers are those of the sorted picks."""
+        chosen = picked.flatten().tolist()
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)  # as `grouped` sorts, so that bits are the same
+
+        def through(product: Any) -> Tensor:
+            return torch.cat([product.single(x[place // picked.shape[1]][None], chosen[place]) for place in order])
+
+        hidden = self._inner(through)
+        made = {place: self.down.single(row, chosen[place]) for place, row in zip(order, hidden.split(1), strict=True)}
+        return torch.cat([made[place] for place in range(len(order))]).view(*picked.shape, -1)
 
     def _inner(self, through: Callable[[Any], Tensor]) -> Tensor:
         if self.gate is None:

@@ -23,7 +23,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from armillary.base.errors import InputError
@@ -52,6 +52,12 @@ class TaskMixtureSettings(MoESettings):
         None, ge=1, description="bound on the largest over the smallest share of an expert among tasks; by default none"
     )
     parity_weight: float = Field(1.0, ge=0, description="weight of the load beyond that bound")
+
+    @model_validator(mode="after")
+    def _heard(self) -> TaskMixtureSettings:
+        if self.routed_by == "task" and self.jitter:
+            raise ValueError("jitter moves what the router reads of a token, and this one reads the task alone")
+        return self
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -66,6 +66,12 @@ def grouped_product(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     return _product(rows, weight, groups.ends)  # type: ignore[no-any-return]
 
 
+def reads_once(rows: Tensor, weight: Tensor) -> bool:
+    """Whether few rows can be multiplied in one pass over the weights."""
+    kinds = (rows.dtype, torch.float32)
+    return fits(rows) and fits(weight) and weight.is_contiguous() and weight.dtype in kinds
+
+
 def expert_product(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     """y[n, j] = W[experts[n, j]] x[n]: x [N, I], weight [E, O, I], experts [N, k] int64 → [N, k, O] in
     x's dtype."""
@@ -118,8 +124,7 @@ def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _multiply(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     y = rows.new_empty(rows.shape[0], weight.shape[1])
-    quick = fits(rows) and fits(weight) and weight.is_contiguous() and weight.dtype in (rows.dtype, torch.float32)
-    last = 0
+    quick, last = reads_once(rows, weight), 0
     for expert, part in _slices(ends):
         last = part.stop
         if quick and part.stop - part.start <= FEW:

@@ -91,17 +91,20 @@ class Model(nn.Module):
     def generate(self, prompt: str | Tensor, *, stream: bool = False, **options: Any) -> Any: ...
     @overload
     def generate(self, prompt: Sequence[str] | Sequence[int], *, stream: bool = False, **options: Any) -> Any: ...
-    def generate(self, prompt: Prompt, *, stream: bool = False, **options: Any) -> Any:
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, side: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> Any:
         """Complete a prompt.
 
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
-        (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …).
+        (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
+        numbers that mechanisms take (`tasks`), [prompts] by name.
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
         """
         sampling = Sampling.of(options)
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream)
+        return self._complete(starts, single, sampling, stream, side)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation ([{"role": "user", "content": …}, …]) through the chat template."""
@@ -251,15 +254,23 @@ class Model(nn.Module):
         begin = self.tokenizer.begin
         return ids if begin is None else [begin, *ids]
 
-    def _complete(self, starts: list[list[int]], single: bool, sampling: Sampling, streaming: bool) -> Any:
+    def _complete(
+        self,
+        starts: list[list[int]],
+        single: bool,
+        sampling: Sampling,
+        streaming: bool,
+        side: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             # the decoder starts from the last token of the source, as in training
             sources, starts = starts, [ids[-1:] for ids in starts]
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
         if streaming:
-            pieces = stream(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
+            pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces
-        done = generate(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
+        done = generate(self.network, self.tokenizer, starts, sampling, **more)
         return done[0] if single else done
 
     def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from armillary.nn.heads.base import HeadSettings
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.linear import Embedding, LinearSettings
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.mechanism import ChannelMixer, Mixer, NormSettings, Order, Place, PositionSettings, initialise
 from armillary.nn.network_state import NetworkState
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
@@ -146,6 +146,7 @@ class Network(nn.Module):
         self._shared = share(self, settings.share)
         self.tie()
         self._side = self._needed_side()
+        self.takes = frozenset(name for part in self._parts() for name in part.capabilities.takes)
         for name in settings.side:
             if name not in self._side:
                 raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
@@ -201,7 +202,8 @@ class Network(nn.Module):
 
     @property
     def side_names(self) -> frozenset[str]:
-        """The side tensors that have to be given: all but those that the model makes by itself."""
+        """The side tensors that have to be given: all but those that the model makes by itself (`takes`: those
+        that may be given)."""
         return self._side - set(self.settings.side)
 
     @property
@@ -459,13 +461,16 @@ class Network(nn.Module):
         self._check_side(given)
         return given
 
+    def _parts(self) -> list[Mixer | ChannelMixer]:
+        return [module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer))]
+
     def _needed_side(self) -> frozenset[str]:
-        needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
+        needed = {name for part in self._parts() for name in part.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
 
     def _check_side(self, side: Mapping[str, Tensor]) -> None:
         for name in side:
-            if name not in self._side:
+            if name not in self._side and name not in self.takes:
                 raise InputError(f"no mechanism here needs the side tensor '{name}'")
         for name in self._side:
             if name not in side:

@@ -11,7 +11,15 @@ from armillary.base.errors import InputError, nearest
 from armillary.base.registry import Registry
 from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads
-from armillary.nn.mechanism import MechanismSettings, PositionSettings, channels, mixers, norms, positions
+from armillary.nn.mechanism import (
+    MechanismSettings,
+    MixerSettings,
+    PositionSettings,
+    channels,
+    mixers,
+    norms,
+    positions,
+)
 from armillary.testing import contract, numerics, sequence, sight
 from armillary.testing.cases import Case, NotApplicable
 
@@ -47,7 +55,7 @@ def _mixes(case: Case) -> bool:
 
 
 def _looks(case: Case) -> bool:
-    return case.mixes and case.role != "driver"  # a whole stack has no matrix of its own
+    return isinstance(case.settings, MixerSettings)  # a whole stack has no matrix of its own
 
 
 def _whole(case: Case) -> bool:

@@ -182,6 +182,8 @@ class Family:
                 where=where,
                 hint=f"{close} {hint}" if close.startswith("did") else hint,
             )
+        if ready.get("depth") == 0:
+            raise CheckpointError(f"'{self.behind(('depth',))[0]}' is 0", where=where, hint="a model has blocks")
         try:
             return parse(ModelSettings, ready)
         except SettingsError as error:

@@ -40,8 +40,8 @@ def serve(
 ) -> None:
     """Serve models over HTTP.
 
-    OpenAI clients find what they expect there. Keys come from the environment: ARMILLARY_API_KEYS="name:secret,other:secret". Without keys the server
-    answers this machine only.
+    OpenAI clients find what they expect there. Keys come from the environment:
+    ARMILLARY_API_KEYS="name:secret,other:secret". Without keys the server answers this machine only.
 
     Example: armillary serve runs/demo
     """

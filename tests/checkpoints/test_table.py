@@ -137,6 +137,12 @@ def test_spellings_have_equal_facts(change: dict[str, Any]) -> None:
     assert facts(_settings(LLAMA | change)) == facts(_settings(LLAMA))
 
 
+def test_what_only_trains_a_router_is_no_fact() -> None:
+    trained = {"balance": "concentration", "balance_weight": 1.0, "z_weight": 0.5, "capacity": 1.5, "jitter": 0.1}
+    changed = _settings(_with(MOE, "block.channel", MOE["block"]["channel"] | trained))
+    assert facts(changed) == facts(_settings(MOE)) and changed != _settings(MOE)
+
+
 # Every setting is either expressed exactly or named.
 
 EXPRESSED: list[tuple[Family, dict[str, Any], str, Any]] = [

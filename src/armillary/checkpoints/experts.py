@@ -38,7 +38,7 @@ class Sparse(Field):
         ]
 
 
-def blocks_listed(config: Config, key: str, depth: int) -> list[int]:
+def blocks_listed(config: Config, key: str, depth: int) -> set[int]:
     """The blocks that a key lists, none where it is not given; those beyond the last are a mistake."""
     given = config.take(key, [])
     if not isinstance(given, list) or any(type(one) is not int for one in given):
@@ -48,7 +48,7 @@ def blocks_listed(config: Config, key: str, depth: int) -> list[int]:
         raise CheckpointError(
             f"'{key}' names block {beyond[0]}, but 'num_hidden_layers' is {depth}", where=config.where
         )
-    return given
+    return set(given)
 
 
 def expert_entries(

@@ -168,10 +168,10 @@ class Bound:
         """Our parameters → their tensors by name, each formed when it is read."""
 
         def read(place: int) -> Tensor:
-            parts = [tensors[name].detach().cpu() for name in self.ours]
+            parts = [tensors[name].detach() for name in self.ours]
             for step in reversed(self.steps):
                 parts = step.undo(parts)
-            return owned(parts[place])
+            return owned(parts[place].cpu())
 
         dtype = tensors[self.ours[0]].dtype
         return {
@@ -241,8 +241,8 @@ class Family:
         """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
         wanted = self.equivalent(facts(settings))
         template = {first(path): value for path, value in flat(self.template).items()}
-        missing = {name for name, (path, _) in self.kinds.items() if f"{name}.{path}" not in wanted}
-        for path, value in (self.kinds[name] for name in missing - self.optional):
+        missing = [name for name in self.kinds if self._block(name, wanted) is None]
+        for path, value in (self.kinds[name] for name in missing if name not in self.optional):
             raise UnsupportedError(
                 f"model.blocks: {path} is never {value!r}, which has no counterpart in the '{self.kind}' layout"
             )

@@ -10,7 +10,7 @@ from armillary.base.errors import UnsupportedError
 from armillary.checkpoints.decoder import SIZES, Decoder
 from armillary.checkpoints.experts import DENSE, IGNORED, KINDS, Sparse, expert_entries
 from armillary.checkpoints.facts import Facts, facts
-from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Same, Word
+from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word
 from armillary.checkpoints.layers import Window
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import Entry, families
@@ -85,6 +85,9 @@ class Qwen3MoE(Decoder):
             default=1e-6,
         ),
         Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        Fixed("qkv_bias", False),
+        Fixed("use_qk_norm", True),
+        Fixed("shared_expert_intermediate_size", 0),
         OneWindow(default=4096),
         Sparse(),
     )

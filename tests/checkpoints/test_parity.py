@@ -134,7 +134,7 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("mistral", "no window, tied, in bf16"): TIED | {"sliding_window": None},
     ("mixtral", "plain"): {},
     ("mixtral", "window, wide heads, three of the experts, tied, in bf16"): TIED
-    | {"sliding_window": 7, "head_dim": 10, "num_experts_per_tok": 3},
+    | {"sliding_window": 7, "head_dim": 12, "num_experts_per_tok": 3},
     ("olmo", "cut queries, keys and values"): {"clip_qkv": 0.5},
     ("olmo", "tied, biases, in bf16"): TIED | {"attention_bias": True},
     ("olmo2", "plain"): {},

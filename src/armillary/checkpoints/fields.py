@@ -8,6 +8,7 @@ the computation alone, is an error.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ Data = dict[str, Any]
 
 # More than any model has; beyond, a wrong number would fill the memory before it is noticed.
 LARGEST = 2**31 - 1
-MOST = {"depth": 10_000, "width": 2**20, "block.mixer.heads": 2**16, "block.mixer.head_width": 2**16}
+DEPTHS = ("depth", "encoder.depth")
+MOST = dict.fromkeys(DEPTHS, 10_000) | {"width": 2**20, "block.mixer.heads": 2**16, "block.mixer.head_width": 2**16}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -116,6 +118,8 @@ class Same(Field):
             most = min(MOST.get(path, LARGEST) for path in self.paths)
             if value > most:
                 raise config.wrong(key, value, f"at most {most}")
+            if value < 1 and any(path in DEPTHS for path in self.paths):
+                raise config.wrong(key, value, "at least 1")
         if value is not None:
             for path in self.paths:
                 put(data, path, value)
@@ -215,4 +219,4 @@ def put(data: Data, path: str, value: Any) -> None:
 
 def first(path: str) -> str:
     """The fact that a setting of every block is read from."""
-    return f"blocks.0.{path.removeprefix('block.')}" if path.startswith("block.") else path
+    return re.sub(r"^(encoder\.)?block\.", r"\1blocks.0.", path)

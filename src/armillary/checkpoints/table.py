@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -145,7 +145,8 @@ class Family:
     written; prefix: what the names of a whole model's tensors begin with, left out by folders of the
     bare body; head: what the others begin with; template: the settings that all members have; fields
     and entries: the two halves of the table; ignored: keys that leave the computation alone;
-    leftovers: tensors that do; constants: keys written besides.
+    leftovers: tensors that do; older: other names of tensors (a pattern and what replaces it); repeats:
+    names of tensors that may be there beside those that they repeat; constants: keys written besides.
     """
 
     kind: ClassVar[str] = ""
@@ -158,6 +159,8 @@ class Family:
     entries: ClassVar[tuple[Entry, ...]] = ()
     ignored: ClassVar[frozenset[str]] = frozenset()
     leftovers: ClassVar[re.Pattern[str] | None] = None
+    older: ClassVar[tuple[tuple[str, str], ...]] = ()
+    repeats: ClassVar[Mapping[str, str]] = {}
     constants: ClassVar[Mapping[str, Any]] = {}
 
     def settings(self, data: Mapping[str, Any], where: str) -> ModelSettings:
@@ -188,6 +191,10 @@ class Family:
             raise CheckpointError(
                 f"{error.what} (from {', '.join(self.behind(error.path, error.what))})", where=where, hint=error.hint
             ) from None
+
+    def suit(self, settings: ModelSettings, names: Collection[str]) -> ModelSettings:
+        """The settings for a folder with tensors of these names, where config.json does not say it all."""
+        return settings
 
     def config(self, settings: ModelSettings) -> Data:
         """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
@@ -227,8 +234,9 @@ class Family:
     def bind(self, settings: ModelSettings, ours: Mapping[str, Tensor]) -> list[Bound]:
         """Every entry that holds for a network with parameters `ours`, of which only shapes matter."""
         bound = []
+        deepest = max(settings.depth, settings.encoder.depth if settings.encoder else 0)
         for entry in self.table(settings):
-            for index in range(settings.depth if "{i}" in entry.theirs else 1):
+            for index in range(deepest if "{i}" in entry.theirs else 1):
                 names = (entry.ours,) if isinstance(entry.ours, str) else entry.ours
                 names = tuple(name.replace("{i}", str(index)) for name in names)
                 if all(name in ours for name in names):
@@ -248,7 +256,7 @@ class Family:
 
     def behind(self, where: Sequence[str], what: str = "") -> list[str]:
         """The keys of config.json behind a mistake in the settings made from them, at `where` or said in `what`."""
-        path = re.sub(r"^blocks\.\w+", "block", ".".join(where))
+        path = re.sub(r"^(encoder\.)?blocks\.\w+", r"\1block", ".".join(where))
         near = [
             (key, name)
             for field in self.fields

@@ -52,6 +52,9 @@ class ModelSettings(StackSettings):
     context: int = Field(1024, gt=0, description="longest sequence that tables of positions serve")
     position: PositionSettings | None = Field(None, description="positions added to the embedding: learned, sinusoidal")
     segments: int = Field(0, ge=0, description="how many segment embeddings (0: none)")
+    start: int | None = Field(
+        None, ge=0, description="token that an encoder_decoder's answers start from; by default the source's last"
+    )
     embed_scale: float = Field(1.0, gt=0, description="factor on the embedding")
     embed_norm: NormSettings | None = Field(None, description="norm after the embedding")
     norm: NormSettings | None = Field(RMSNormSettings(), description="norm after the last block")

@@ -66,7 +66,7 @@ class TokenizerSettings(Settings):
 
 class Tokenizer:
     """Text ↔ ids. Special tokens: `bos`, `eos`, `pad`, `mask` are ids or None; `begin` is the id that
-    documents and prompts start with, or None.
+    documents and prompts start with, or None; `around` are the ids before and after a whole text.
 
     inner: the library's tokenizer, which this one takes over; config: what tokenizer_config.json
     says. What would cut, fill or vary encodings (truncation, padding, dropout) is switched off.
@@ -88,6 +88,7 @@ class Tokenizer:
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
         self.begin = self._begin()
+        self.around: tuple[list[int], list[int]] = self._around()
         self.chat_template: str | None = self._template()
         inner.encode_special_tokens = True  # special tokens typed in a text are text
         unknown: set[int | None] = {self._named("unk_token")}
@@ -292,6 +293,17 @@ class Tokenizer:
         if self.bos is None:
             return None
         return self.bos if self.bos in self._inner.encode("", add_special_tokens=True).ids else None
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the layout puts before and after a text that stands alone."""
+        begin = [] if self.begin is None else [self.begin]
+        with contextlib.suppress(Exception):  # the library's plain one, of a vocabulary without this letter
+            bare, whole = _ids(self._inner, ["a"])[0], self._inner.encode("a").ids
+            starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+            if starts:
+                before = begin if "add_bos_token" in self.config else whole[: starts[0]]
+                return before, whole[starts[0] + len(bare) :]
+        return begin, []
 
     def _template(self) -> str | None:
         found = self.config.get("chat_template")

@@ -53,19 +53,25 @@ def page(measured: dict[str, Any]) -> str:
     ]
     lines = [*HEAD.splitlines(), "", *table(["model_type", "models", "source"], rows)]
     lines += COMPARED.format(version=measured["transformers"]).splitlines()
-    figures = [
+    lines += ["", *_figures(measured)]
+    lines += BOTH_WAYS.splitlines()
+    lines += ["", *_figures(encoders), ""]
+    return "\n".join(lines)
+
+
+def _figures(measured: dict[str, Any]) -> list[str]:
+    rows = [
         [
             f"`{family}`",
             variant,
             shown(max(found["logits"], found["exported"])),
             shown(found["hidden"]),
-            f"{found['greedy']}" + ", then a near tie" * found["close"],
+            f"{found['greedy']}" + ", then a near tie" * found["close"] if "greedy" in found else "",
         ]
         for family, variants in measured["families"].items()
         for variant, found in variants.items()
     ]
-    lines += ["", *table(["model_type", "variant", "logits", "hidden states", "greedy tokens"], figures), ""]
-    return "\n".join(lines)
+    return table(["model_type", "variant", "logits", "hidden states", "greedy tokens"], rows)
 
 
 def main() -> int:

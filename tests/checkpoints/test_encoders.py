@@ -17,11 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import armillary as arm
+from armillary.base.errors import ArmillaryError
 from armillary.checkpoints import load, save_open
+from armillary.checkpoints.assemble import fill, wanted
 from armillary.checkpoints.facts import facts
 from armillary.checkpoints.table import families
-from armillary.nn.network import Network
+from armillary.nn.network import Network, build
 from armillary.nn.taps import Taps
+from armillary.nn.two_stream import two_stream
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -55,6 +59,14 @@ T5: dict[str, Any] = {
     "pad_token_id": 0,
     "decoder_start_token_id": 3,
 }
+XLNET: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 40,
+    "d_inner": 76,
+    "n_layer": 3,
+    "n_head": 5,
+    "pad_token_id": 0,
+}
 # By family and variant: the class of `transformers`, and what its config says. "… in bf16": stored in that type.
 CASES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("bert", "masked language model"): ("BertForMaskedLM", BERT),
@@ -76,6 +88,8 @@ CASES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
         T5 | {"num_layers": 1, "num_decoder_layers": 1, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
     ),
     ("mt5", "a head of its own"): ("MT5ForConditionalGeneration", T5),
+    ("xlnet", "language model"): ("XLNetLMHeadModel", XLNET),
+    ("xlnet", "bare body, relu, in bf16"): ("XLNetModel", XLNET | {"ff_activation": "relu", "layer_norm_eps": 1e-3}),
 }
 OWN = "a head of its own"
 UNREAD = ("pooler.", "cls.seq_relationship.")
@@ -153,7 +167,7 @@ def _again(peer: Any, folder: Path) -> Any:
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Those of a network's own: a body's names whole or bare, without what takes no part in it."""
     found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    bare = {re.sub(r"^(bert|x?l?m?_?roberta)\.", "", name): tensor for name, tensor in found.items()}
+    bare = {re.sub(r"^(bert|roberta|transformer)\.", "", name): tensor for name, tensor in found.items()}
     return {name: tensor for name, tensor in bare.items() if not name.startswith(UNREAD)}
 
 
@@ -192,7 +206,7 @@ def _differences(network: Network, peer: Any) -> tuple[float, float]:
         hidden = [*theirs.encoder_hidden_states[:-1], *theirs.decoder_hidden_states]
         masks = [padding] * (len(theirs.encoder_hidden_states) - 1) + [kept] * len(theirs.decoder_hidden_states)
     else:
-        segments = (_ids(len(FEW), max(FEW), seed=3) % peer.config.type_vocab_size) * padding
+        segments = (_ids(len(FEW), max(FEW), seed=3) % getattr(peer.config, "type_vocab_size", 2)) * padding
         out = network(ids, padding=padding, segments=segments, taps=seen)
         theirs = peer(ids, attention_mask=padding.long(), token_type_ids=segments, output_hidden_states=True)
         hidden, masks = theirs.hidden_states, [padding] * len(theirs.hidden_states)
@@ -219,3 +233,68 @@ def _greedy(network: Network, peer: Any) -> tuple[int, int]:
             return step, 1
         assert int(logits.argmax()) == theirs[step + 1], f"token {step}"
     return TOKENS, 0
+
+
+def test_two_streams() -> None:
+    """XLNet's second stream: scores of tokens that were not seen, in the order of a permutation."""
+    peer = _peer("xlnet", "language model")
+    family = families.get("xlnet")()
+    settings = family.settings(peer.config.to_dict() | {"architectures": ["XLNetLMHeadModel"]}, "config.json")
+    network = build(settings)
+    state = peer.state_dict()
+    bound = family.bind(settings, wanted(network))
+    pairs = (pair for one in bound for pair in one.imported(state[one.theirs]).items())
+    fill(network, pairs, torch.device("cpu"), None)
+    ids, count = _ids(len(FEW), max(FEW)), max(FEW)
+    padding = torch.arange(count) < torch.tensor(FEW)[:, None]
+    segments = _ids(len(FEW), count, seed=3) % 2
+    generator = torch.Generator().manual_seed(4)
+    order = torch.stack([torch.randperm(count, generator=generator) for _ in FEW]).argsort(1)
+    seen = order[:, :, None] > order[:, None, :]
+    seen[:, :, 0] = True  # so that every query sees something
+    targets = torch.tensor([[3, 8, 1], [16, 2, 5], [7, 11, 4]])
+    mapping = torch.nn.functional.one_hot(targets, count).float()
+    with torch.no_grad():
+        theirs = peer(
+            ids,
+            attention_mask=padding.float(),
+            token_type_ids=segments,
+            perm_mask=(~seen).float(),
+            target_mapping=mapping,
+            output_hidden_states=True,
+        )
+        content, query = two_stream(network, ids, seen, targets, padding=padding, segments=segments)
+        assert (network.head(query) - theirs.logits).abs().max() < 1e-4
+        assert (content - theirs.hidden_states[-2])[padding].abs().max() < 1e-4
+        # what a query asks for takes no part in the answer, unless another token has seen it
+        alone = torch.zeros(1, count, count, dtype=torch.bool)
+        alone[..., :3] = True
+        first = two_stream(network, ids[:1], alone, targets[:1, :2])[1]
+        changed = ids[:1].clone()
+        changed[0, 3] += 1
+        assert torch.equal(first, two_stream(network, changed, alone, targets[:1, :2])[1])
+        with pytest.raises(ArmillaryError, match="encoder"):
+            two_stream(build(settings.derive(form="decoder", block=None, queries=False)), ids, seen, targets)
+
+
+def test_text_to_text(tmp_path: Path) -> None:
+    """The encoder reads the text and its end, and the answer starts from the decoder's own token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    names = ["<pad>", "</s>", "<unk>", "<start>", "▁", *(chr(ord("a") + index) for index in range(VOCABULARY - 5))]
+    inner = Tokenizer(models.Unigram([(name, -3.0) for name in names], unk_id=2))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    peer = _peer("t5", "a head of its own, gated, in bf16")
+    peer.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    model, texts = arm.load(tmp_path, device="cpu"), ["a cab", "feed a big dog in"]
+    out = model.generate(texts, max_new_tokens=9, temperature=0.0)
+    for text, answer in zip(texts, out, strict=True):
+        given = fast(text, return_tensors="pt")["input_ids"]
+        start, *theirs = peer.generate(given, max_new_tokens=9, do_sample=False)[0].tolist()
+        assert start == 3 and answer.ids == [i for i in theirs if i != 1]
+    assert model.generate("feed a big dog in", max_new_tokens=9, temperature=0.0).ids == out[1].ids

@@ -24,7 +24,8 @@ from armillary.nn.network import ModelSettings, Network, build
 # mistralai/Mistral-7B-v0.1, allenai/OLMo-1B-hf, allenai/OLMo-2-0425-1B, microsoft/Phi-3-mini-4k-instruct,
 # Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, google-bert/bert-base-uncased, FacebookAI/roberta-base,
 # sentence-transformers/paraphrase-multilingual-mpnet-base-v2 (a bare body), google-t5/t5-small,
-# google/flan-t5-small, google/mt5-small; and how many parameters those models have, without BERT's pooler.
+# google/flan-t5-small, google/mt5-small, xlnet/xlnet-base-cased; and how many parameters those models
+# have, without BERT's pooler.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "bloom-560m": (
         559_214_592,
@@ -436,15 +437,44 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             "vocab_size": 250112,
         },
     ),
+    "xlnet-base": (
+        116_750_336,
+        {
+            "model_type": "xlnet",
+            "architectures": ["XLNetLMHeadModel"],
+            "attn_type": "bi",
+            "bi_data": False,
+            "clamp_len": -1,
+            "d_head": 64,
+            "d_inner": 3072,
+            "d_model": 768,
+            "dropout": 0.1,
+            "end_n_top": 5,
+            "ff_activation": "gelu",
+            "initializer_range": 0.02,
+            "layer_norm_eps": 1e-12,
+            "mem_len": None,
+            "n_head": 12,
+            "n_layer": 12,
+            "reuse_len": None,
+            "same_length": False,
+            "start_n_top": 5,
+            "summary_activation": "tanh",
+            "summary_type": "last",
+            "untie_r": True,
+            "vocab_size": 32000,
+        },
+    ),
 }
 SMALL = {
     ("vocab_size",): 41,
     ("hidden_size", "n_embd", "n_embed", "d_model"): 24,
-    ("intermediate_size", "d_ff"): 40,
+    ("intermediate_size", "d_ff", "d_inner"): 40,
     ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"): 2,
     ("num_attention_heads", "n_head", "num_heads"): 4,
     ("num_key_value_heads",): 2,
     ("head_dim", "d_kv"): 8,
+    ("d_head",): 6,
     ("rotary_pct",): 0.34,
 }
 

@@ -97,7 +97,7 @@ def test_the_performance_page_holds_the_figures(tools: dict[str, ModuleType], tm
 
 
 def test_the_page_of_models_is_what_was_measured(tools: dict[str, ModuleType]) -> None:
-    """Which cases and families those are is the business of test_parity.py and test_encoders.py in tests/checkpoints."""
+    """Which cases and families those are is the business of tests/checkpoints: test_parity.py, test_encoders.py."""
     models = tools["models"]
     both = [json.loads(path.read_text(encoding="utf-8")) for path in (models.MEASURED, models.ENCODERS)]
     assert models.PAGE.read_text(encoding="utf-8") == models.page(*both), "run python tools/models.py"

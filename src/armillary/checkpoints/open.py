@@ -35,9 +35,9 @@ from armillary.checkpoints.tensors import (
 )
 from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
+from armillary.text.older import FILES
 
 CONFIG = "config.json"
-_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 
 
 def detect(folder: str | Path) -> str:
@@ -232,17 +232,10 @@ def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, s
 
 
 def _tokenizer(root: Path) -> Tokenizer | None:
-    if (root / "tokenizer.json").exists():
-        inside(root, "tokenizer.json")
-        return Tokenizer.load(root)
-    others = [name for name in _OTHER_TOKENIZERS if (root / name).exists()]
-    if others:
-        raise CheckpointError(
-            f"there is no tokenizer.json, only {', '.join(others)}",
-            where=str(root),
-            hint="convert it once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
-        )
-    return None
+    found = [name for name in ("tokenizer.json", *FILES) if (root / name).exists()]
+    for name in found:
+        inside(root, name)
+    return Tokenizer.load(root) if found else None
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

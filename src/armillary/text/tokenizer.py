@@ -24,6 +24,7 @@ from armillary.base.files import explained, write_atomic
 from armillary.base.settings import Settings
 from armillary.text.chat import DEFAULT_TEMPLATE, ROLES, broken, compile_template, plain_messages, render
 from armillary.text.learn import BYTES, learn, utf8
+from armillary.text.older import read_older
 from armillary.text.pieces import Pieces, pieces_of
 from armillary.text.stream import StreamDecoder
 
@@ -216,11 +217,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """From a folder in the open layout. Raises TokenizerError naming what is missing or broken."""
+        """From a folder in the open layout, with tokenizer.json or the files of before.
+
+        Raises TokenizerError naming what is missing or broken.
+        """
         place = Path(folder)
         file = place / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError("there is no tokenizer.json", where=str(place))
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             config |= {key: value for key, value in _object(place / name).items() if value is not None}
@@ -231,7 +233,12 @@ class Tokenizer:
             }
         if (place / "chat_template.jinja").is_file():
             config["chat_template"] = _text(place / "chat_template.jinja")
-        return cls._read(file, config)
+        if file.is_file():
+            return cls._read(file, config)
+        older = read_older(place, config)
+        if older is None:
+            raise TokenizerError("there is no tokenizer.json", where=str(place))
+        return cls._whole(*older, place)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -245,10 +252,14 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for every fault
             raise TokenizerError(f"not a tokenizer: {error}", where=str(file)) from None
+        return cls._whole(inner, config, file.parent)
+
+    @classmethod
+    def _whole(cls, inner: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> Tokenizer:
         try:
             return cls(inner, config)
         except TokenizerError as error:
-            raise TokenizerError(error.what, where=str(file.parent), hint=error.hint) from None
+            raise TokenizerError(error.what, where=str(folder), hint=error.hint) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self._inner.to_str(), self.config)

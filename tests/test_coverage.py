@@ -97,11 +97,11 @@ def test_the_performance_page_holds_the_figures(tools: dict[str, ModuleType], tm
 
 
 def test_the_page_of_models_is_what_was_measured(tools: dict[str, ModuleType]) -> None:
-    """Which cases and families those are is the business of tests/checkpoints/test_parity.py."""
+    """Which cases and families those are is the business of tests/checkpoints: test_parity.py, test_encoders.py."""
     models = tools["models"]
-    measured = json.loads(models.MEASURED.read_text(encoding="utf-8"))
-    assert models.PAGE.read_text(encoding="utf-8") == models.page(measured), "run python tools/models.py"
-    figures = [found for variants in measured["families"].values() for found in variants.values()]
+    both = [json.loads(path.read_text(encoding="utf-8")) for path in (models.MEASURED, models.ENCODERS)]
+    assert models.PAGE.read_text(encoding="utf-8") == models.page(*both), "run python tools/models.py"
+    figures = [found for part in both for variants in part["families"].values() for found in variants.values()]
     assert max(max(found["logits"], found["exported"], found["hidden"]) for found in figures) < 1e-4
 
 

@@ -3,7 +3,7 @@
     ARMILLARY_MEASURE=1 python -m pytest tests/checkpoints/test_parity.py   # measures anew
     python tools/models.py                                                  # writes the page
 
-The figures are those that the tests left in tests/checkpoints/parity.json.
+The figures are those that the tests left in tests/checkpoints/parity.json and, of test_encoders.py, in encoders.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from armillary.checkpoints.table import each
 
 PAGE = ROOT / "docs" / "models.md"
 MEASURED = ROOT / "tests" / "checkpoints" / "parity.json"
+ENCODERS = MEASURED.with_name("encoders.json")
 
 HEAD = """# Open checkpoints
 
@@ -45,7 +46,18 @@ through a state are those without one.
 """
 
 
-def page(measured: dict[str, Any]) -> str:
+BOTH_WAYS = """
+## Encoders and encoder–decoders
+
+The same for families that read both ways, over the real tokens of rows with padding; of an encoder–decoder the hidden \
+states are those of both sides, and greedy tokens are compared up to a near tie of 1e-4. A bare body becomes an \
+encoder of sentences: its hidden states are compared, and `model.embed` pools them as the folder's `modules.json` \
+says (the layout of sentence-transformers), or by their mean. The poolers and next-sentence scores of BERT are not \
+read. The second stream of XLNet is in `armillary.nn.two_stream`.
+"""
+
+
+def page(measured: dict[str, Any], encoders: dict[str, Any]) -> str:
     """The page for these figures and the families that are registered."""
     rows = [
         [f"`{family.kind}`", " ".join(inspect.getdoc(family).split()), family.source]  # type: ignore[union-attr]
@@ -53,23 +65,30 @@ def page(measured: dict[str, Any]) -> str:
     ]
     lines = [*HEAD.splitlines(), "", *table(["model_type", "models", "source"], rows)]
     lines += COMPARED.format(version=measured["transformers"]).splitlines()
-    figures = [
+    lines += ["", *_figures(measured)]
+    lines += BOTH_WAYS.splitlines()
+    lines += ["", *_figures(encoders), ""]
+    return "\n".join(lines)
+
+
+def _figures(measured: dict[str, Any]) -> list[str]:
+    rows = [
         [
             f"`{family}`",
             variant,
             shown(max(found["logits"], found["exported"])),
             shown(found["hidden"]),
-            f"{found['greedy']}" + ", then a near tie" * found["close"],
+            f"{found['greedy']}" + ", then a near tie" * found["close"] if "greedy" in found else "",
         ]
         for family, variants in measured["families"].items()
         for variant, found in variants.items()
     ]
-    lines += ["", *table(["model_type", "variant", "logits", "hidden states", "greedy tokens"], figures), ""]
-    return "\n".join(lines)
+    return table(["model_type", "variant", "logits", "hidden states", "greedy tokens"], rows)
 
 
 def main() -> int:
-    PAGE.write_text(page(json.loads(MEASURED.read_text(encoding="utf-8"))), encoding="utf-8")
+    measured, encoders = (json.loads(path.read_text(encoding="utf-8")) for path in (MEASURED, ENCODERS))
+    PAGE.write_text(page(measured, encoders), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 

@@ -254,8 +254,16 @@ class Model(nn.Module):
             return [numbers], True
         raise InputError("a prompt is text, a list of texts, or token ids")
 
+    def _whole(self, ids: list[int], longest: int | None = None) -> list[int]:
+        """A text that stands alone, between the tokens that its tokenizer puts around it; cut to `longest` in all."""
+        before, after = self.tokenizer.around
+        room = None if longest is None else max(1, longest - len(before) - len(after))
+        return [*before, *ids[:room], *after]
+
     def _begun(self, ids: list[int]) -> list[int]:
-        """Documents begin with a boundary token, so prompts do too."""
+        """Documents begin with a boundary token, so prompts do too; what an encoder reads is a whole text."""
+        if self.settings.form == "encoder_decoder":
+            return self._whole(ids)
         begin = self.tokenizer.begin
         return ids if begin is None else [begin, *ids]
 
@@ -269,8 +277,9 @@ class Model(nn.Module):
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
-            # the decoder starts from the last token of the source, as in training
-            sources, starts = starts, [ids[-1:] for ids in starts]
+            # from the last token of the source, as in our training, where the model does not say it
+            start = self.settings.start
+            sources, starts = starts, [ids[-1:] if start is None else [start] for ids in starts]
         more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
@@ -280,7 +289,9 @@ class Model(nn.Module):
 
     def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         many = [texts] if isinstance(texts, str) else list(texts)
-        rows = [self._begun(ids) for ids in self.tokenizer.encode_batch(many)]
+        head = self.settings.head
+        most = head.longest if isinstance(head, EmbeddingHeadSettings) else None
+        rows = [self._whole(ids, most) for ids in self.tokenizer.encode_batch(many)]
         if not rows or not all(rows):
             raise InputError("there is an empty text", hint="give at least one token of text")
         longest = max(len(row) for row in rows)

@@ -131,7 +131,15 @@ def test_only_data_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert asked["name"] == "someone/model" and asked["revision"] == "v3"
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     wanted += ["tokenizer_config.json", "chat_template.jinja", "armillary.json", "recipe.yaml"]
+    wanted += ["vocab.txt", "merges.txt", "spiece.model", "modules.json", "1_Pooling/config.json"]
     others = ["pytorch_model.bin", "modeling.py", "consolidated.pth", "onnx/model.safetensors", "README.md", "a.gguf"]
+    others += [
+        "onnx/config.json",
+        "2_Dense/config.json",
+        "1_Dense/model.safetensors",
+        "1_Pooling/other.bin",
+        "1/a.json",
+    ]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
 

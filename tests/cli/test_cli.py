@@ -384,6 +384,28 @@ def test_an_interrupted_compare_says_how_to_go_on(
     assert shown.status == 130 and "same command" in shown.err and str(tmp_path / "c") in shown.err
 
 
+def test_how_many_tokens_languages_take(armillary: Armillary, tmp_path: Path) -> None:
+    import armillary as arm
+    from armillary.checkpoints import save
+    from armillary.text import TokenizerSettings, train_tokenizer
+
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
+    settings = {"width": 8, "depth": 1, "vocabulary": tokenizer.size, "block": {"channel": {"kind": "ffn"}}}
+    save(tmp_path / "model", arm.build(settings).network, tokenizer)
+    (tmp_path / "words.txt").write_text("ab cd\nef\n", encoding="utf-8")
+    (tmp_path / "german.txt").write_text("Größe", encoding="utf-8")
+    files = [f"--text={tmp_path / 'words.txt'}", f"--text=de={tmp_path / 'german.txt'}"]
+    shown = armillary("show", str(tmp_path / "model"), *files, "--json")
+    assert json.loads(shown.out)["fertility"] == {
+        "words": {"tokens_per_word": 7 / 3, "tokens_per_byte": 1.0},
+        "de": {"tokens_per_word": 7.0, "tokens_per_byte": 1.0},
+    }
+    assert "7.00 per word" in armillary("show", str(tmp_path / "model"), *files).out
+    missing = armillary("show", str(tmp_path / "model"), "--text", str(tmp_path / "none.txt"))
+    assert missing.status == 2 and "none.txt" in missing.err
+    assert "folder of a model" in armillary("show", "quick", *files).err
+
+
 def test_the_live_table_shows_every_run() -> None:
     import io
 

@@ -21,6 +21,7 @@ from armillary.nn.mixers.mamba import MambaSettings
 from armillary.nn.mixers.mamba2 import Mamba2Settings
 from armillary.nn.network import ModelSettings
 from armillary.nn.positions.rope import RopeScaling
+from armillary.nn.stack import StackSettings
 
 Facts = dict[str, Any]
 
@@ -36,9 +37,10 @@ _SCALING = {
 
 def facts(settings: ModelSettings) -> Facts:
     """Dotted names to scalars, for example `blocks.3.mixer.heads`."""
-    data = {name: _plain(value, settings.width) for name, value in _fields(settings) if name not in _STACK}
+    data = _stack(settings, settings.width)
     data["linear"] = {role: item for role, item in data["linear"].items() if item != {"kind": "dense"}}
-    data["blocks"] = {str(index): _block(block, settings.width) for index, block in enumerate(settings.layers())}
+    if settings.encoder is not None:
+        data["encoder"] = _stack(settings.encoder, settings.width)
     return flat(data)
 
 
@@ -54,6 +56,12 @@ def flat(data: Mapping[str, Any], above: str = "") -> Facts:
         else:
             found[name] = value
     return found
+
+
+def _stack(settings: StackSettings, width: int) -> dict[str, Any]:
+    """Everything but the blocks as it is said, and every block."""
+    data = {name: _plain(value, width) for name, value in _fields(settings) if name not in (*_STACK, "encoder")}
+    return data | {"blocks": {str(index): _block(block, width) for index, block in enumerate(settings.layers())}}
 
 
 def _block(block: BlockSettings, width: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the computation alone, is an error.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ Data = dict[str, Any]
 
 # More than any model has; beyond, a wrong number would fill the memory before it is noticed.
 LARGEST = 2**31 - 1
+DEPTHS = ("depth", "encoder.depth")
 MOST = {"depth": 10_000, "width": 2**20, "mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
 
 ACTIVATIONS = {
@@ -113,9 +115,12 @@ class Same(Field):
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
-            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in self.paths)
+            inner = [path.removeprefix("encoder.") for path in self.paths]
+            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in inner)
             if value > most:
                 raise config.wrong(key, value, f"at most {most}")
+            if value < 1 and any(path in DEPTHS for path in self.paths):
+                raise config.wrong(key, value, "at least 1")
         if value is not None:
             for path in self.paths:
                 put(data, path, value)
@@ -227,7 +232,7 @@ def put(data: Data, path: str, value: Any) -> None:
 
 def first(path: str) -> str:
     """The fact that a setting of every block is read from."""
-    return f"blocks.0.{path.removeprefix('block.')}" if path.startswith("block.") else path
+    return re.sub(r"^(encoder\.)?block\.", r"\1blocks.0.", path)
 
 
 def held(paths: tuple[str, ...], facts: Facts) -> str | None:

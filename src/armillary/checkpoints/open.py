@@ -1,12 +1,13 @@
 """Folders in the common open layout, in and out: config.json, safetensors, tokenizer.
 
 What a folder is read as is decided by its files alone; how, by the family that its config.json
-names. What is written loads with `transformers.AutoModelForCausalLM` and `AutoTokenizer`.
+names. What is written loads with `transformers`: its auto class for the kind of model, and `AutoTokenizer`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from armillary.base.errors import CheckpointError, UnsupportedError, nearest
 from armillary.base.files import new_folder, write_atomic
+from armillary.checkpoints import sentence
 from armillary.checkpoints.assemble import Loaded, blank, fill, pick_device, pick_dtype, recipe_around, wanted
 from armillary.checkpoints.native import MANIFEST, RECIPE, check_vocabulary
 from armillary.checkpoints.table import Bound, Family, each, families
@@ -33,9 +35,9 @@ from armillary.checkpoints.tensors import (
 )
 from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
+from armillary.text.older import FILES
 
 CONFIG = "config.json"
-_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 
 
 def detect(folder: str | Path) -> str:
@@ -83,12 +85,14 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
     found = _whole_names(family, read_tensors(root))
+    settings = sentence.read(root, family.suit(settings, found))
     network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
     bound = family.bind(settings, ours, found)
     left_out = ours.keys() - {name for one in bound for name in one.ours}
     assert not left_out, f"the table of '{family.kind}' has no entry for {', '.join(sorted(left_out))}"
-    second = _second(family, network, bound)
+    repeats = {name: first for name, first in family.repeats.items() if name in found and first in found}
+    second = _second(family, network, bound) | repeats
     raise_for(
         fit(
             {name: tensor for name, tensor in found.items() if name not in second},
@@ -104,9 +108,10 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     for name, first in second.items():
         if name in found and not torch.equal(found[name].read(), found[first].read()):
             raise CheckpointError(
-                f"tensor '{name}' differs from '{first}', but 'tie_word_embeddings' says that they are one",
+                f"tensor '{name}' differs from '{first}', but "
+                + ("both are one" if name in repeats else "'tie_word_embeddings' says that they are one"),
                 where=str(root),
-                hint=f"set tie_word_embeddings to false in {CONFIG} if both were trained",
+                hint=None if name in repeats else f"set tie_word_embeddings to false in {CONFIG} if both were trained",
             )
     return Loaded(network, tokenizer, recipe_around(settings, tokenizer, root.resolve().name))
 
@@ -133,10 +138,12 @@ def save_open(
     tokens = {
         f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")
     }  # null where there is none: a family's own defaults would point at other tokens
+    tokens = {name: config.get(name, token) for name, token in tokens.items()}
     config |= {"torch_dtype": str(network.embed.weight.dtype).removeprefix("torch."), **tokens}
     with new_folder(Path(folder)) as temporary:
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
+        sentence.write(temporary, network.settings)
         theirs = {name: tensor for one in bound for name, tensor in one.exported(ours).items()}
         write_tensors(temporary, theirs, max_shard=max_shard)
         if tokenizer is not None:
@@ -180,9 +187,11 @@ def _family(root: Path) -> Family:
 
 def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> Network:
     """The network without storage, when its sizes go together and can be those of `count` tensors."""
-    if settings.depth > count:
-        (key, *_) = family.behind(("depth",))
-        raise CheckpointError(f"'{key}' is {settings.depth}, but there are only {count} tensors", where=where)
+    depths = {"depth": settings.depth, "encoder.depth": settings.encoder.depth if settings.encoder else 0}
+    for path, depth in depths.items():
+        if depth > count:
+            (key, *_) = family.behind(path.split("."))
+            raise CheckpointError(f"'{key}' is {depth}, but there are only {count} tensors", where=where)
     try:
         return blank(settings)
     except UnsupportedError as error:
@@ -197,10 +206,11 @@ def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> N
 def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
     """Their tensors under the names of a whole model, without those that carry no weights."""
     bare = not any(name.startswith(family.prefix) for name in found)
-    named = {
-        f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name: tensor
-        for name, tensor in found.items()
-    }
+    named = {}
+    for name, tensor in found.items():
+        for old, new in family.older:
+            name = re.sub(old, new, name)
+        named[f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name] = tensor
     unread = family.leftovers
     return {
         name: tensor
@@ -223,17 +233,10 @@ def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, s
 
 
 def _tokenizer(root: Path) -> Tokenizer | None:
-    if (root / "tokenizer.json").exists():
-        inside(root, "tokenizer.json")
-        return Tokenizer.load(root)
-    others = [name for name in _OTHER_TOKENIZERS if (root / name).exists()]
-    if others:
-        raise CheckpointError(
-            f"there is no tokenizer.json, only {', '.join(others)}",
-            where=str(root),
-            hint="convert it once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
-        )
-    return None
+    found = [name for name in ("tokenizer.json", *FILES) if (root / name).exists()]
+    for name in found:
+        inside(root, name)
+    return Tokenizer.load(root) if found else None
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,11 +8,19 @@ from pathlib import Path
 from armillary.base.errors import CheckpointError, InputError
 from armillary.checkpoints.native import damage
 from armillary.checkpoints.open import detect
+from armillary.text.older import FILES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z", re.ASCII)
 _STEP = re.compile(r"step-(\d+)\Z")
 # Weights, settings and tokenizer; never code, never pickles.
-_FETCHED = ("*.safetensors", "*.json", "*.jinja", "recipe.yaml")
+_FETCHED = ("*.safetensors", "*.json", "*.jinja", "recipe.yaml", *FILES)
+_FOLDERS = (
+    "[!1]*/*",
+    "1[!_]*/*",
+    "1_[!P]*/*",
+    "?/*",
+    "*/*.safetensors",
+)  # not looked into; 1_Pooling says how an encoder of sentences pools
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -70,7 +78,10 @@ def _fetched(name: str, revision: str | None) -> Path:
         ) from None
     at = f"'{name}'" if revision is None else f"'{name}' at revision '{revision}'"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED), ignore_patterns=["*/*"]))
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(_FETCHED), ignore_patterns=list(_FOLDERS)
+        )
+        return Path(found)
     except errors.GatedRepoError:
         what, hint = f"the hub asks for permission to read {at}", f"ask for it on the hub's page of {name}, then log in"
     except errors.RevisionNotFoundError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -189,7 +189,8 @@ class Family:
     blocks of several kinds, by name the fact that tells one and its value, so that `NAME.mixer.heads`
     can be a path of fields beside `block.mixer.heads`; optional: those that a model may lack; fields and
     entries: the two halves of the table; ignored: keys that leave the computation alone; leftovers: tensors
-    that do; constants: keys written besides.
+    that do; older: other names of tensors (a pattern and what replaces it); repeats: names of tensors that
+    may be there beside those that they repeat; constants: keys written besides.
     """
 
     kind: ClassVar[str] = ""
@@ -204,6 +205,8 @@ class Family:
     entries: ClassVar[tuple[Entry, ...]] = ()
     ignored: ClassVar[frozenset[str]] = frozenset()
     leftovers: ClassVar[re.Pattern[str] | None] = None
+    older: ClassVar[tuple[tuple[str, str], ...]] = ()
+    repeats: ClassVar[Mapping[str, str]] = {}
     constants: ClassVar[Mapping[str, Any]] = {}
 
     def settings(self, data: Mapping[str, Any], where: str) -> ModelSettings:
@@ -230,14 +233,16 @@ class Family:
                 where=where,
                 hint=f"{close} {hint}" if close.startswith("did") else hint,
             )
-        if ready.get("depth") == 0:
-            raise CheckpointError(f"'{self.behind(('depth',))[0]}' is 0", where=where, hint="a model has blocks")
         try:
             return parse(ModelSettings, ready)
         except SettingsError as error:
             raise CheckpointError(
                 f"{error.what} (from {', '.join(self.behind(error.path, error.what))})", where=where, hint=error.hint
             ) from None
+
+    def suit(self, settings: ModelSettings, names: Collection[str]) -> ModelSettings:
+        """The settings for a folder with tensors of these names, where config.json does not say it all."""
+        return settings
 
     def config(self, settings: ModelSettings) -> Data:
         """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
@@ -301,8 +306,9 @@ class Family:
         """
         bound = []
         taken: set[str] = set()
+        deepest = max(settings.depth, settings.encoder.depth if settings.encoder else 0)
         for entry in sorted(self.table(settings), key=lambda entry: not entry.other):
-            for index in range(settings.depth if entry.repeated else 1):
+            for index in range(deepest if entry.repeated else 1):
                 theirs, names = entry.names(index)
                 if any(name not in ours or name in taken for name in names):
                     continue
@@ -324,7 +330,7 @@ class Family:
 
     def behind(self, where: Sequence[str], what: str = "") -> list[str]:
         """The keys of config.json behind a mistake in the settings made from them, at `where` or said in `what`."""
-        path = re.sub(r"^blocks\.\w+", "block", ".".join(where))
+        path = re.sub(r"^(encoder\.)?blocks\.\w+", r"\1block", ".".join(where))
         kinds = re.compile(rf"^({'|'.join(self.kinds)})\.")
         near = [
             (key, name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from armillary.base.words import amount, clock
 from armillary.cli.shared import AsJson, Overrides, emit, note, table
+
+if TYPE_CHECKING:
+    from armillary.text import Tokenizer
 
 
 def new(
@@ -46,23 +49,28 @@ def show(
     overrides: Overrides = None,
     length: Annotated[int | None, typer.Option(help="Tokens per row; by default the training context.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Print the whole recipe, defaults too.")] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Also tokens per word and byte of this text: FILE or LANGUAGE=FILE.", metavar="FILE"),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """What a recipe or model takes, before anything runs.
 
-    Parameters, FLOPs per token, bytes of state, memory for training.
+    Parameters, FLOPs per token, bytes of state, memory for training; of a model also how many tokens
+    its tokenizer makes of texts in several languages (--text, repeated).
 
     Example: armillary show quick model.width=512 --length 2048
     """
     from armillary.nn.describe import describe
     from armillary.recipe import Recipe
 
-    vocabulary_known = True
+    vocabulary_known, tokenizer = True, None
     if _holds_model(target) and not overrides:
         from armillary.checkpoints import load
 
         loaded = load(target, device="cpu")
-        recipe, settings = loaded.recipe, loaded.network.settings
+        recipe, settings, tokenizer = loaded.recipe, loaded.network.settings, loaded.tokenizer
     else:
         recipe = Recipe.load(target, *(overrides or []))
         settings = recipe.model
@@ -101,6 +109,8 @@ def show(
             "training_flops": 3 * found.flops_per_token * total,
         }
         data["estimated_training_seconds"] = data["training_flops"] / _flops_per_second(bf16)
+    if text:
+        data["fertility"] = _fertility(tokenizer, text)
     if json:
         emit(data)
         return
@@ -122,7 +132,32 @@ def show(
             ("training", f"{amount(data['training_tokens'])} tokens, {amount(data['training_flops'])} FLOPs"),
             ("time here", f"about {clock(data['estimated_training_seconds'])} (from a measured product, half used)"),
         ]
+    lines += [
+        (f"tokens, {name}", f"{found['tokens_per_word']:.2f} per word, {found['tokens_per_byte']:.3f} per byte")
+        for name, found in data.get("fertility", {}).items()
+    ]
     table(lines)
+
+
+def _fertility(tokenizer: Tokenizer | None, given: list[str]) -> dict[str, dict[str, float]]:
+    """Tokens per word and per byte of every text, by its language or else the name of its file."""
+    from armillary.base.errors import InputError
+    from armillary.base.files import explained
+    from armillary.text import fertility
+
+    if tokenizer is None:
+        raise InputError("there is no tokenizer to count tokens with", hint="--text needs the folder of a model")
+    counted = {}
+    for item in given:
+        name, _, path = item.rpartition("=")
+        file = Path(path)
+        try:
+            with explained("reading", file), file.open(encoding="utf-8") as lines:
+                words, per_byte = fertility(tokenizer, (line.rstrip("\r\n") for line in lines))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"this text cannot be read ({error})", where=path) from None
+        counted[name or file.stem] = {"tokens_per_word": words, "tokens_per_byte": per_byte}
+    return counted
 
 
 def _holds_model(target: str) -> bool:

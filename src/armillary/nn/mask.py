@@ -274,6 +274,17 @@ class Keys(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs(Mask):
+    """Query t sees key s where seen[b, t, s]; seen: bool [B or 1, T, S]. For what no rule says, such as the
+    order of a permutation."""
+
+    seen: Tensor
+
+    def rows(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.seen[:, q][:, :, k][:, None]
+
+
+@dataclass(frozen=True, eq=False)
 class Taken(Mask):
     """Any predicate on some of its `keys` keys, at places [B or 1, n]."""
 

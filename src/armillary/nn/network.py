@@ -51,6 +51,12 @@ class ModelSettings(StackSettings):
     context: int = Field(1024, gt=0, description="longest sequence that tables of positions serve")
     position: PositionSettings | None = Field(None, description="positions added to the embedding: learned, sinusoidal")
     segments: int = Field(0, ge=0, description="how many segment embeddings (0: none)")
+    start: int | None = Field(
+        None, ge=0, description="token that an encoder_decoder's answers start from; by default the source's last"
+    )
+    queries: bool = Field(
+        False, description="a trained embedding of tokens that are asked for: the second stream (see nn/two_stream.py)"
+    )
     embed_scale: float = Field(1.0, gt=0, description="factor on the embedding")
     embed_norm: NormSettings | None = Field(None, description="norm after the embedding")
     norm: NormSettings | None = Field(RMSNormSettings(), description="norm after the last block")
@@ -133,6 +139,7 @@ class Network(nn.Module):
         sites = settings.position.sites if settings.position is not None else frozenset()
         self.position = settings.position.build(place.at("position")) if settings.position and sites else None
         self.segment = Embedding(settings.segments, settings.width, role="segment") if settings.segments else None
+        self.query = Embedding(1, settings.width, role="query") if settings.queries else None
         self.embed_norm = settings.embed_norm.build(settings.width) if settings.embed_norm else None
         if settings.encoder is not None:
             self.encoder = Stack(settings.encoder, settings.source_place())
@@ -154,6 +161,7 @@ class Network(nn.Module):
         self.tie()
         self._side = self._needed_side()
         self.takes = frozenset(name for part in self._parts() for name in part.capabilities.takes)
+        self._compares = any(getattr(mixer, "compares", False) for mixer in self.mixers())
         for name in settings.side:
             if name not in self._side:
                 raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
@@ -246,6 +254,7 @@ class Network(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        queries: Tensor | None = None,
         side: Mapping[str, Tensor] | None = None,
         mask: Mask | None = None,
         training: Training | None = None,
@@ -255,13 +264,16 @@ class Network(nn.Module):
 
         ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
         True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
-        default counted from 0 in each document; segments: [B, T]; side: named tensors that the
+        default counted from 0 in each document; segments: [B, T]; queries: [B, T] bool, tokens that are only asked
+        for, embedded as such and not as their ids; side: named tensors that the
         mechanisms ask for and `model.side` does not make; mask: a predicate from the objective;
         training: the update that this call belongs to, which brings noise and auxiliary losses.
         Raises InputError or UnsupportedError for what the network cannot honour.
         """
         self._check_ids(ids, "ids")
         side = self._completed(side, ids, padding)
+        if segments is not None and self._compares:
+            side["segments"] = segments
         if positions is None and (documents is not None or padding is not None):
             positions = _counted(ids, documents, padding)
         if documents is not None and self.settings.encoder is not None:
@@ -278,7 +290,7 @@ class Network(nn.Module):
             training=training,
             taps=taps,
         )
-        x = self._embedded(ids, segments, ctx, taps)
+        x = self._embedded(ids, segments, ctx, taps, queries)
         x = self.blocks(x, ctx) if self.driver is None else self.driver(self.blocks, x, ctx)
         return self._closed(x, taps)
 
@@ -382,13 +394,19 @@ class Network(nn.Module):
 
     # -- parts
 
-    def _embedded(self, ids: Tensor, segments: Tensor | None, ctx: Context, taps: Taps | None) -> Tensor:
+    def _embedded(
+        self, ids: Tensor, segments: Tensor | None, ctx: Context, taps: Taps | None, queries: Tensor | None = None
+    ) -> Tensor:
         x = self.embed(ids).to(self.dtype)
+        if queries is not None:
+            if self.query is None:
+                raise InputError("this network has no embedding of queries", hint="set model.queries")
+            x = torch.where(queries[..., None], self.query.weight[0].to(self.dtype), x)
         if self.settings.embed_scale != 1.0:
             x = x * torch.tensor(self.settings.embed_scale, dtype=self.dtype, device=x.device)
         if self.position is not None:
             x = x + self.position.embed(ctx.where(ids)).to(self.dtype)
-        if segments is not None and self.segment is None:
+        if segments is not None and self.segment is None and not self._compares:
             raise InputError("this network has no segments", hint="set model.segments")
         if self.segment is not None:
             given = torch.zeros_like(ids) if segments is None else segments

@@ -24,6 +24,7 @@ from armillary.base.files import explained, write_atomic
 from armillary.base.settings import Settings
 from armillary.text.chat import DEFAULT_TEMPLATE, ROLES, broken, compile_template, plain_messages, render
 from armillary.text.learn import BYTES, learn, utf8
+from armillary.text.older import read_older
 from armillary.text.pieces import Pieces, pieces_of
 from armillary.text.stream import StreamDecoder
 
@@ -66,7 +67,7 @@ class TokenizerSettings(Settings):
 
 class Tokenizer:
     """Text ↔ ids. Special tokens: `bos`, `eos`, `pad`, `mask` are ids or None; `begin` is the id that
-    documents and prompts start with, or None.
+    documents and prompts start with, or None; `around` are the ids before and after a whole text.
 
     inner: the library's tokenizer, which this one takes over; config: what tokenizer_config.json
     says. What would cut, fill or vary encodings (truncation, padding, dropout) is switched off.
@@ -88,6 +89,7 @@ class Tokenizer:
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
         self.begin = self._begin()
+        self.around: tuple[list[int], list[int]] = self._around()
         self.chat_template: str | None = self._template()
         inner.encode_special_tokens = True  # special tokens typed in a text are text
         unknown: set[int | None] = {self._named("unk_token")}
@@ -215,11 +217,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """From a folder in the open layout. Raises TokenizerError naming what is missing or broken."""
+        """From a folder in the open layout, with tokenizer.json or the files of before.
+
+        Raises TokenizerError naming what is missing or broken.
+        """
         place = Path(folder)
         file = place / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError("there is no tokenizer.json", where=str(place))
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             config |= {key: value for key, value in _object(place / name).items() if value is not None}
@@ -230,7 +233,12 @@ class Tokenizer:
             }
         if (place / "chat_template.jinja").is_file():
             config["chat_template"] = _text(place / "chat_template.jinja")
-        return cls._read(file, config)
+        if file.is_file():
+            return cls._read(file, config)
+        older = read_older(place, config)
+        if older is None:
+            raise TokenizerError("there is no tokenizer.json", where=str(place))
+        return cls._whole(*older, place)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -244,10 +252,14 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for every fault
             raise TokenizerError(f"not a tokenizer: {error}", where=str(file)) from None
+        return cls._whole(inner, config, file.parent)
+
+    @classmethod
+    def _whole(cls, inner: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> Tokenizer:
         try:
             return cls(inner, config)
         except TokenizerError as error:
-            raise TokenizerError(error.what, where=str(file.parent), hint=error.hint) from None
+            raise TokenizerError(error.what, where=str(folder), hint=error.hint) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self._inner.to_str(), self.config)
@@ -292,6 +304,17 @@ class Tokenizer:
         if self.bos is None:
             return None
         return self.bos if self.bos in self._inner.encode("", add_special_tokens=True).ids else None
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the layout puts before and after a text that stands alone."""
+        begin = [] if self.begin is None else [self.begin]
+        with contextlib.suppress(Exception):  # the library's plain one, of a vocabulary without this letter
+            bare, whole = _ids(self._inner, ["a"])[0], self._inner.encode("a").ids
+            starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+            if starts:
+                before = begin if "add_bos_token" in self.config else whole[: starts[0]]
+                return before, whole[starts[0] + len(bare) :]
+        return begin, []
 
     def _template(self) -> str | None:
         found = self.config.get("chat_template")

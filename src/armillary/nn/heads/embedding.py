@@ -22,6 +22,7 @@ class EmbeddingHeadSettings(HeadSettings):
     oracle: ClassVar[str] = "tests/nn/heads/test_pooled.py: NumPy, row by row over the real tokens"
     pool: Pool = Field("mean", description="mean, first or last token")
     normalise: bool = Field(True, description="scale to unit length")
+    longest: int | None = Field(None, gt=0, description="tokens of a text that are read, the rest is cut; None: all")
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -37,6 +37,7 @@ from armillary.nn.mechanism import (
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, Modify, attend
 from armillary.nn.positions.rope import RopeSettings
+from armillary.nn.positions.transformer_xl import TransformerXLPosition
 from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState, zeros
 
 _SITES = frozenset({"rotate", "bias", "relate"})
@@ -217,6 +218,7 @@ class Attention(Mixer):
             else None
         )
         self.rotates, self.biases, self.relates = "rotate" in sites, "bias" in sites, "relate" in sites
+        self.compares = isinstance(self.position, TransformerXLPosition) and self.position.segment is not None
         self.tracks = self.biases or self.relates or settings.tracked
         self.clip, self.norm_all = settings.clip, settings.norm_over == "all"
         self.q_norm = self.k_norm = None
@@ -347,8 +349,11 @@ class Attention(Mixer):
         if not self.relates:
             return q, how
         assert self.position is not None and look.keys is not None
-        q, scores = self.position.relate(q, look.queries, look.keys)
-        return q, replace(how, bias=partial(_scaled_rows, scores, self.scale))
+        turned, scores = self.position.relate(q, look.queries, look.keys)
+        if self.compares and "segments" in look.ctx.side:
+            assert isinstance(self.position, TransformerXLPosition)
+            scores = partial(_sum_rows, scores, self.position.compare(q, look.ctx.side["segments"]))
+        return turned, replace(how, bias=partial(_scaled_rows, scores, self.scale))
 
     def entries(self, x: Tensor, ctx: Context) -> dict[str, Tensor]:
         """What tokens x [B, T, D] at ctx.positions are looked at by: keys and values [B, G, T, K], and
@@ -467,6 +472,10 @@ class Attention(Mixer):
 def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     bias: Tensor = position.bias(q_pos[:, rows], k_pos[:, columns])  # type: ignore[operator]
     return bias
+
+
+def _sum_rows(first: Bias, second: Bias, rows: Tensor, columns: Tensor) -> Tensor:
+    return first(rows, columns) + second(rows, columns)
 
 
 def _scaled_rows(scores: Bias, scale: float, rows: Tensor, columns: Tensor) -> Tensor:

@@ -23,23 +23,24 @@ class LearnedPositionSettings(PositionSettings):
     oracle: ClassVar[str] = "tests/checkpoints/test_families.py: logits of transformers' GPT-2"
     sites: ClassVar[frozenset[str]] = frozenset({"embed"})
     deviation: float = Field(0.02, gt=0, description="standard deviation at the start")
+    offset: int = Field(0, ge=0, description="unused rows before that of position 0 (RoBERTa has 2)")
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> LearnedPosition:
-        return LearnedPosition(place.length, place.width, self.deviation)
+        return LearnedPosition(place.length, place.width, self.deviation, self.offset)
 
     def cost(self, place: Place, length: int, heads: int, kv_heads: int, head_width: int) -> Cost:
         return Cost(length * place.width)
 
 
 class LearnedPosition(Position):
-    """A table [context, D]."""
+    """A table [offset + context, D]."""
 
     sites = LearnedPositionSettings.sites
 
-    def __init__(self, length: int, width: int, deviation: float) -> None:
+    def __init__(self, length: int, width: int, deviation: float, offset: int = 0) -> None:
         super().__init__()
-        self.length = length
-        self.table = Embedding(length, width, role="position", deviation=deviation)
+        self.length, self.offset = length, offset
+        self.table = Embedding(offset + length, width, role="position", deviation=deviation)
 
     def embed(self, positions: Tensor) -> Tensor:
         if readable(positions):
@@ -49,4 +50,4 @@ class LearnedPosition(Position):
                     f"position {last} is beyond the {self.length} learned positions",
                     hint=f"shorten the input to {self.length} tokens, or train with a larger model.context",
                 )
-        return self.table(positions)  # type: ignore[no-any-return]
+        return self.table(positions + self.offset if self.offset else positions)  # type: ignore[no-any-return]

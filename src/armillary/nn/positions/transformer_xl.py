@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
@@ -32,13 +33,20 @@ class TransformerXLPositionSettings(PositionSettings):
         "gradients, and the paper's formula as loops"
     )
     sites: ClassVar[frozenset[str]] = frozenset({"relate"})
+    segments: bool = Field(
+        False, description="two more trained keys per head, for tokens of the same and of another segment (XLNet)"
+    )
 
     @classmethod
     def examples(cls) -> list[Example]:
         return [Example("causal", cls(), compiled=True), Example("both_sides", cls(), {"order": "bidirectional"})]
 
     def build(self, place: Place, heads: int = 1, head_width: int = 0) -> TransformerXLPosition:
-        return TransformerXLPosition(place, heads, head_width)
+        if self.segments and place.order != "bidirectional":
+            raise UnsupportedError(
+                "relative segments are known of whole sequences only", where=place.path, hint="use form: encoder"
+            )
+        return TransformerXLPosition(place, heads, head_width, self.segments)
 
     def cost(self, place: Place, length: int, heads: int, kv_heads: int, head_width: int) -> Cost:
         width, features = place.width, heads * head_width
@@ -49,11 +57,12 @@ class TransformerXLPositionSettings(PositionSettings):
 
 
 class TransformerXLPosition(Position):
-    """u, v [H, K] and W_R from sinusoids [D] to [H·K]."""
+    """u, v [H, K] and W_R from sinusoids [D] to [H·K]; with segments, w [H, K] and a key for each of same and
+    other [2, H, K], so that (q + w)·segment[other or not] joins the score (Yang et al. 2019, XLNet)."""
 
     sites = TransformerXLPositionSettings.sites
 
-    def __init__(self, place: Place, heads: int, head_width: int) -> None:
+    def __init__(self, place: Place, heads: int, head_width: int, segments: bool = False) -> None:
         super().__init__()
         if place.width % 2:
             raise UnsupportedError(
@@ -62,11 +71,16 @@ class TransformerXLPosition(Position):
         self.heads, self.head_width, self.pairs = heads, head_width, place.width // 2
         self.u = nn.Parameter(torch.empty(heads, head_width))
         self.v = nn.Parameter(torch.empty(heads, head_width))
+        self.w = nn.Parameter(torch.empty(heads, head_width)) if segments else None
+        self.segment = nn.Parameter(torch.empty(2, heads, head_width)) if segments else None
         self.r: Any = place.product(place.width, heads * head_width, "r")
 
     def reset(self, generator: torch.Generator | None) -> None:
         nn.init.zeros_(self.u)
         nn.init.zeros_(self.v)
+        if self.w is not None and self.segment is not None:
+            nn.init.zeros_(self.w)
+            nn.init.normal_(self.segment, std=0.02, generator=generator)
 
     def relate(self, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> tuple[Tensor, Scores]:
         near = q + self.v.to(q.dtype)
@@ -80,6 +94,12 @@ class TransformerXLPosition(Position):
         keys = torch.cat(self._angles(k_pos - base, q.dtype), -1)  # [B or 1, S, D]
         return q + self.u.to(q.dtype), partial(_scores, turned.transpose(1, 2), keys)
 
+    def compare(self, q: Tensor, segments: Tensor) -> Scores:
+        """Scores of queries q [B, T, H, K] for tokens of their own and of other segments [B, T]."""
+        assert self.w is not None and self.segment is not None
+        same, other = torch.einsum("bthk,shk->sbht", q + self.w.to(q.dtype), self.segment.to(q.dtype))
+        return partial(_compared, same, other, segments)
+
     def _matrix(self, like: Tensor) -> Tensor:
         """W_R [H·K, D]; a product of another kind than a plain matrix shows it on the identity."""
         if isinstance(self.r, Linear):
@@ -92,6 +112,11 @@ class TransformerXLPosition(Position):
         steps = torch.arange(self.pairs, device=positions.device, dtype=kind)
         angles = positions[..., None].to(kind) * 10000.0 ** (-steps / self.pairs)
         return angles.sin().to(dtype), angles.cos().to(dtype)
+
+
+def _compared(same: Tensor, other: Tensor, segments: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    apart = segments[:, rows, None] != segments[:, None, columns]
+    return torch.where(apart[:, None], other[:, :, rows, None], same[:, :, rows, None])
 
 
 def _scores(turned: Tensor, keys: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,301 @@
+"""Encoders and encoder–decoders against `transformers`, both ways, on tiny random models with asymmetric shapes.
+
+Run with ARMILLARY_MEASURE=1, in one process, it writes what it measured to encoders.json, from which
+`python tools/models.py` makes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import armillary as arm
+from armillary.base.errors import ArmillaryError
+from armillary.checkpoints import load, save_open
+from armillary.checkpoints.assemble import fill, wanted
+from armillary.checkpoints.facts import facts
+from armillary.checkpoints.table import families
+from armillary.checkpoints.tensors import stored
+from armillary.nn.network import Network, build
+from armillary.nn.taps import Taps
+from armillary.nn.two_stream import two_stream
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+MEASURED = Path(__file__).with_name("encoders.json")
+VOCABULARY, CONTEXT, TOKENS, CLOSE = 107, 48, 64, 1e-4
+FEW = [9, 17, 12]  # tokens of each row, the rest is padding
+
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,
+    "intermediate_size": 76,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+}
+ROBERTA = BERT | {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 40,
+    "d_kv": 12,
+    "d_ff": 76,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 12,
+    "relative_attention_max_distance": 20,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 3,
+}
+XLNET: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 40,
+    "d_inner": 76,
+    "n_layer": 3,
+    "n_head": 5,
+    "pad_token_id": 0,
+}
+# By family and variant: the class of `transformers`, and what its config says. "… in bf16": stored in that type.
+CASES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("bert", "masked language model"): ("BertForMaskedLM", BERT),
+    ("bert", "with all heads, relu, in bf16"): (
+        "BertForPreTraining",
+        BERT | {"hidden_act": "relu", "type_vocab_size": 3, "layer_norm_eps": 1e-3},
+    ),
+    ("bert", "bare body"): ("BertModel", BERT),
+    ("roberta", "masked language model"): ("RobertaForMaskedLM", ROBERTA),
+    ("roberta", "bare body in bf16"): ("RobertaModel", ROBERTA | {"pad_token_id": 4}),
+    ("xlm-roberta", "masked language model"): ("XLMRobertaForMaskedLM", ROBERTA),
+    ("t5", "tied, relu"): ("T5ForConditionalGeneration", T5),
+    ("t5", "a head of its own, gated, in bf16"): (
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    ("t5", "tied, not scaled, one block each"): (
+        "T5ForConditionalGeneration",
+        T5 | {"num_layers": 1, "num_decoder_layers": 1, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    ),
+    ("mt5", "a head of its own"): ("MT5ForConditionalGeneration", T5),
+    ("xlnet", "language model"): ("XLNetLMHeadModel", XLNET),
+    ("xlnet", "bare body, relu, in bf16"): ("XLNetModel", XLNET | {"ff_activation": "relu", "layer_norm_eps": 1e-3}),
+}
+OWN = "a head of its own"
+UNREAD = ("pooler.", "cls.seq_relationship.")
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[dict[str, dict[str, dict[str, float]]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    yield found
+    if os.environ.get("ARMILLARY_MEASURE"):
+        assert sum(map(len, found.values())) == len(CASES), "measure all cases in one process"
+        data = {"transformers": transformers.__version__, "families": found}
+        MEASURED.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES, ids=[f"{family}-{variant}" for family, variant in CASES])
+def test_in_and_out_against_transformers(
+    tmp_path: Path, family: str, variant: str, measured: dict[str, dict[str, dict[str, float]]]
+) -> None:
+    peer = _peer(family, variant)
+    half = variant.endswith("in bf16")
+    (peer.bfloat16() if half else peer).save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
+    loaded = load(tmp_path / "theirs", "cpu")
+    kept = network = loaded.network
+    if half:
+        assert {one.dtype for one in kept.parameters()} == {torch.bfloat16} and kept.dtype == torch.bfloat16
+        network, peer = load(tmp_path / "theirs", "cpu", "float32").network, _again(peer, tmp_path / "theirs")
+    network.check_ties()
+    result = dict(zip(("logits", "hidden"), _differences(network, peer), strict=True))
+    assert result["logits"] < 1e-4 and result["hidden"] < 1e-4
+    if network.settings.form == "encoder_decoder":
+        result["greedy"], result["close"] = _greedy(network, peer)
+
+    save_open(tmp_path / "ours", kept, family=family, max_shard=25_000)
+    again = _again(peer, tmp_path / "ours")
+    result["exported"] = _differences(network, again)[0]
+    assert result["exported"] < 1e-4
+    theirs, ours = _weights(tmp_path / "theirs"), _weights(tmp_path / "ours")
+    assert set(theirs) == set(ours)
+    assert all(theirs[key].dtype == ours[key].dtype and torch.equal(theirs[key], ours[key]) for key in theirs)
+    rewritten = load(tmp_path / "ours", "cpu")
+    assert facts(rewritten.network.settings) == facts(kept.settings)
+    measured.setdefault(family, {})[variant] = result
+
+
+def test_every_family_was_measured() -> None:
+    """encoders.json and parity.json are of these cases, this version and all families that there are."""
+    held = json.loads(MEASURED.read_text(encoding="utf-8"))["families"]
+    decoders = json.loads(MEASURED.with_name("parity.json").read_text(encoding="utf-8"))["families"]
+    assert held.keys() | decoders.keys() == set(families.names()) and not held.keys() & decoders.keys()
+    assert [(family, variant) for family, variants in held.items() for variant in variants] == list(CASES)
+
+
+def _peer(family: str, variant: str) -> Any:
+    name, settings = CASES[family, variant]
+    kind = getattr(transformers, name)
+    none = {"bos_token_id": None, "eos_token_id": None}
+    peer = kind(kind.config_class(**(none | settings), attn_implementation="eager"))
+    if OWN in variant:
+        peer.lm_head.weight = torch.nn.Parameter(peer.lm_head.weight.detach().clone())
+        peer.all_tied_weights_keys.pop("lm_head.weight")
+    generator = torch.Generator().manual_seed(7)
+    for parameter in peer.parameters():  # weights far from their start, so that every one of them counts
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        parameter.data = noise + (1 if parameter.dim() == 1 else 0)
+    return peer.eval()
+
+
+def _again(peer: Any, folder: Path) -> Any:
+    model = type(peer).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model.eval()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of a network's own: a body's names whole or bare, without what takes no part in it."""
+    found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    bare = {re.sub(r"^(bert|roberta|transformer)\.", "", name): tensor for name, tensor in found.items()}
+    return {name: tensor for name, tensor in bare.items() if not name.startswith(UNREAD)}
+
+
+def _ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class _Seen(Taps):
+    """The residual stream before every block, and what the last norm gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if name == "norm" or name.endswith(".residual.pre"):
+            self.found.append(value)
+        return value
+
+
+@torch.no_grad()
+def _differences(network: Network, peer: Any) -> tuple[float, float]:
+    """The largest difference of logits (hidden states of a bare body) and of hidden states, as a share of the
+    largest of their layer (if above 1), over the real tokens of padded rows."""
+    padding = torch.arange(max(FEW)) < torch.tensor(FEW)[:, None]
+    pad = peer.config.pad_token_id or 0
+    ids = _ids(len(FEW), max(FEW)).masked_fill(~padding, pad)
+    seen = _Seen()
+    kept = padding
+    if network.settings.form == "encoder_decoder":
+        answers = _ids(len(FEW), 14, seed=2)
+        out = network(answers, source=ids, source_padding=padding, taps=seen)
+        given = {"input_ids": ids, "attention_mask": padding.long(), "decoder_input_ids": answers}
+        theirs = peer(**given, output_hidden_states=True)
+        kept = torch.ones_like(answers, dtype=torch.bool)
+        hidden = [*theirs.encoder_hidden_states[:-1], *theirs.decoder_hidden_states]
+        masks = [padding] * (len(theirs.encoder_hidden_states) - 1) + [kept] * len(theirs.decoder_hidden_states)
+    else:
+        segments = (_ids(len(FEW), max(FEW), seed=3) % getattr(peer.config, "type_vocab_size", 2)) * padding
+        out = network(ids, padding=padding, segments=segments, taps=seen)
+        theirs = peer(ids, attention_mask=padding.long(), token_type_ids=segments, output_hidden_states=True)
+        hidden, masks = theirs.hidden_states, [padding] * len(theirs.hidden_states)
+    assert len(seen.found) == len(hidden)
+    pairs = [(a[mask], b[mask]) for a, b, mask in zip(seen.found, hidden, masks, strict=True)]
+    share = max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
+    logits = theirs.get("logits", theirs.get("prediction_logits"))
+    if logits is None:
+        return share, share
+    return float((out - logits)[kept].abs().max()), share
+
+
+@torch.no_grad()
+def _greedy(network: Network, peer: Any) -> tuple[int, int]:
+    """How many greedy tokens were the same, and 1 if two best logits that nearly tied ended the comparison."""
+    source, start = _ids(1, 11), network.settings.start
+    theirs = peer.generate(source, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
+    assert theirs[0] == start and len(theirs) == TOKENS + 1
+    state = network.init_state(1, TOKENS, source=source)
+    for step, token in enumerate(theirs[:-1]):
+        logits = network.extend(torch.tensor([[token]]), state, last=True)[0, -1]
+        best = logits.topk(2).values
+        if best[0] - best[1] < CLOSE:
+            return step, 1
+        assert int(logits.argmax()) == theirs[step + 1], f"token {step}"
+    return TOKENS, 0
+
+
+def test_two_streams() -> None:
+    """XLNet's second stream: scores of tokens that were not seen, in the order of a permutation."""
+    peer = _peer("xlnet", "language model")
+    family = families.get("xlnet")()
+    settings = family.settings(peer.config.to_dict() | {"architectures": ["XLNetLMHeadModel"]}, "config.json")
+    network = build(settings)
+    state = {name: stored(tensor) for name, tensor in peer.state_dict().items()}
+    bound = family.bind(settings, wanted(network))
+    pairs = (pair for one in bound for pair in one.imported(state).items())
+    fill(network, pairs, torch.device("cpu"), None)
+    ids, count = _ids(len(FEW), max(FEW)), max(FEW)
+    padding = torch.arange(count) < torch.tensor(FEW)[:, None]
+    segments = _ids(len(FEW), count, seed=3) % 2
+    generator = torch.Generator().manual_seed(4)
+    order = torch.stack([torch.randperm(count, generator=generator) for _ in FEW]).argsort(1)
+    seen = order[:, :, None] > order[:, None, :]
+    seen[:, :, 0] = True  # so that every query sees something
+    targets = torch.tensor([[3, 8, 1], [16, 2, 5], [7, 11, 4]])
+    mapping = torch.nn.functional.one_hot(targets, count).float()
+    with torch.no_grad():
+        theirs = peer(
+            ids,
+            attention_mask=padding.float(),
+            token_type_ids=segments,
+            perm_mask=(~seen).float(),
+            target_mapping=mapping,
+            output_hidden_states=True,
+        )
+        content, query = two_stream(network, ids, seen, targets, padding=padding, segments=segments)
+        assert (network.head(query) - theirs.logits).abs().max() < 1e-4
+        assert (content - theirs.hidden_states[-2])[padding].abs().max() < 1e-4
+        # what a query asks for takes no part in the answer, unless another token has seen it
+        alone = torch.zeros(1, count, count, dtype=torch.bool)
+        alone[..., :3] = True
+        first = two_stream(network, ids[:1], alone, targets[:1, :2])[1]
+        changed = ids[:1].clone()
+        changed[0, 3] += 1
+        assert torch.equal(first, two_stream(network, changed, alone, targets[:1, :2])[1])
+        with pytest.raises(ArmillaryError, match="encoder"):
+            two_stream(build(settings.derive(form="decoder", block=None, queries=False)), ids, seen, targets)
+
+
+def test_text_to_text(tmp_path: Path) -> None:
+    """The encoder reads the text and its end, and the answer starts from the decoder's own token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    names = ["<pad>", "</s>", "<unk>", "<start>", "▁", *(chr(ord("a") + index) for index in range(VOCABULARY - 5))]
+    inner = Tokenizer(models.Unigram([(name, -3.0) for name in names], unk_id=2))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    peer = _peer("t5", "a head of its own, gated, in bf16")
+    peer.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    model, texts = arm.load(tmp_path, device="cpu"), ["a cab", "feed a big dog in"]
+    out = model.generate(texts, max_new_tokens=9, temperature=0.0)
+    for text, answer in zip(texts, out, strict=True):
+        given = fast(text, return_tensors="pt")["input_ids"]
+        start, *theirs = peer.generate(given, max_new_tokens=9, do_sample=False)[0].tolist()
+        assert start == 3 and answer.ids == [i for i in theirs if i != 1]
+    assert model.generate("feed a big dog in", max_new_tokens=9, temperature=0.0).ids == out[1].ids

@@ -19,7 +19,7 @@ from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
 from armillary.engine.request import Answer, Finish, Piece, Request
-from armillary.engine.sampling import Choice, Chooser, choose, likeliest
+from armillary.engine.sampling import Choice, Chooser, Mark, choose, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
@@ -61,7 +61,8 @@ class Engine:
     for states, running and kept, by default what the slots can come to and half as much again; keep:
     whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
     than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
-    are then checked together.
+    are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
+    through the draw leaves greedy answers as they are).
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Engine:
         overcommit: float = 1.0,
         patience: float = 30.0,
         drafter: Drafter | None = None,
+        mark: Mark | None = None,
         taps: Taps | None = None,
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
+        self.mark = mark
         self.capacity = capacity or network.settings.context
         form = network.settings.form
         self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity)
@@ -147,7 +150,15 @@ class Engine:
             stops=self._stops(request),
             whole=prompt if self.network.settings.form == "prefix" else 0,
         )
-        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps)
+        mark = self.mark if request.mark is None else request.mark
+        if mark is not None and mark.draws and sampling.temperature == 0:
+            if request.mark is not None:
+                raise InputError(
+                    "this watermark acts through the draw, and at temperature 0 nothing is drawn",
+                    hint="give a temperature, or a watermark of kind 'kgw'",
+                )
+            mark = None
+        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
         return _Running(answer, progress, chooser, writer)

@@ -21,6 +21,7 @@ from armillary.engine.generate import Completion, Completions, Piece, generate, 
 from armillary.engine.sampling import Sampling
 from armillary.engine.watermark import Detection, Watermark, detect
 from armillary.nn import network as networks
+from armillary.nn.cache import Cache
 from armillary.nn.describe import Description, describe
 from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads, pooled
@@ -80,7 +81,8 @@ class Model(nn.Module):
         return self.network.hidden(ids, **self._tapped(inputs))
 
     def init_state(self, batch: int, capacity: int | None = None, **inputs: Any) -> NetworkState:
-        """An empty state for `batch` rows; an encoder–decoder takes source=ids and encodes it here."""
+        """An empty state for `batch` rows; an encoder–decoder takes source=ids and encodes it here. cache=…:
+        how keys and values are kept (see `nn.cache`)."""
         return self.network.init_state(batch, capacity, **inputs)
 
     def extend(self, ids: Tensor, state: NetworkState, **inputs: Any) -> Tensor:
@@ -100,6 +102,7 @@ class Model(nn.Module):
         stream: bool = False,
         side: Mapping[str, Tensor] | None = None,
         watermark: Watermark | None = None,
+        cache: Cache | None = None,
         **options: Any,
     ) -> Any:
         """Complete a prompt.
@@ -107,7 +110,7 @@ class Model(nn.Module):
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
         (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
         numbers that mechanisms take (`tasks`), [prompts] by name; watermark: marks the answers for whoever
-        holds its key (see `detect`).
+        holds its key (see `detect`); cache: how keys and values are kept, to save memory (see `nn.cache`).
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
 
@@ -116,13 +119,13 @@ class Model(nn.Module):
         Completions, the best first.
         """
         if options.get("beams") is not None:
-            if stream or watermark is not None:
-                what = "watermarked" if watermark is not None else "streamed"
-                raise UnsupportedError(f"a search with beams cannot be {what}", hint="leave beams out")
+            for given, what in ((stream, "be streamed"), (watermark, "be watermarked"), (cache, "take a cache")):
+                if given:
+                    raise UnsupportedError(f"a search with beams cannot {what}", hint="leave beams out")
             return self._searched(*self._prompts(prompt), Beams.of(options), side)
         sampling = Sampling.of({name: value for name, value in options.items() if name != "beams"})
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream, side, watermark)
+        return self._complete(starts, single, sampling, stream, side, watermark, cache)
 
     def chat(
         self,
@@ -288,12 +291,13 @@ class Model(nn.Module):
         streaming: bool,
         side: Mapping[str, Tensor] | None = None,
         mark: Watermark | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             # the decoder starts from the last token of the source, as in training
             sources, starts = starts, [ids[-1:] for ids in starts]
-        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark}
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark, "cache": cache}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces

@@ -90,7 +90,7 @@ def search(
         raise InputError("the prompt has no tokens", hint="give at least one token")
     device = network.device
     given = None if source is None else torch.tensor([list(source)], device=device)
-    state = network.init_state(1, len(prompt) + asked.max_new_tokens, **({} if given is None else {"source": given}))
+    state = network.init_state(1, len(prompt) + asked.max_new_tokens, source=given)
     numbers = {name: torch.tensor([value], device=device) for name, value in (side or {}).items()}
     if "prefix" in network.side_names:
         numbers["prefix"] = torch.tensor([len(prompt)], device=device)

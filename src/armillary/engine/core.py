@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
 from armillary.engine.writer import Writer
+from armillary.nn.cache import Cache, Int8
 from armillary.nn.network import Network
 from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.taps import Taps
@@ -62,7 +64,8 @@ class Engine:
     whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
     than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
     are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
-    through the draw leaves greedy answers as they are).
+    through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
+    drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`.
     """
 
     def __init__(
@@ -78,15 +81,24 @@ class Engine:
         patience: float = 30.0,
         drafter: Drafter | None = None,
         mark: Mark | None = None,
+        cache: Cache | None = None,
+        kv: Literal["int8"] | None = None,
         taps: Taps | None = None,
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
         self.mark = mark
         self.capacity = capacity or network.settings.context
         form = network.settings.form
-        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity)
+        if kv is not None:
+            if kv != "int8" or cache is not None:
+                raise InputError(f"kv is '{kv}'" + (" beside a cache" if cache is not None else ""), hint="int8, alone")
+            cache = Int8()
+        if drafter is not None and cache is not None and cache.lossy:
+            raise InputError("guesses cannot be taken back where tokens are dropped", hint="leave out the drafter")
+        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity, cache)
         # a prefix that sees itself both ways cannot be gone on from in the middle
-        self.keeps = keep and form == "decoder"
+        # nor from what was dropped
+        self.keeps = keep and form == "decoder" and not (cache is not None and cache.lossy)
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
             self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2

@@ -18,6 +18,7 @@ from armillary.engine.core import Engine
 from armillary.engine.request import Answer, GenerationError, Request
 from armillary.engine.request import Piece as Given
 from armillary.engine.sampling import Mark, Sampling
+from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
@@ -74,14 +75,15 @@ def generate(
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
     mark: Mark | None = None,
+    cache: Cache | None = None,
 ) -> Completions:
     """Complete every prompt (token ids).
 
     sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name;
-    mark: a watermark.
+    mark: a watermark; cache: how keys and values are kept (see `nn.cache`).
     """
     done = Completions(Completion() for _ in prompts)
-    more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark}
+    more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark, "cache": cache}
     for piece in stream(network, tokenizer, prompts, sampling, into=done, **more):
         done[piece.row].text += piece.text
     return done
@@ -98,6 +100,7 @@ def stream(
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
     mark: Mark | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
 
@@ -110,7 +113,8 @@ def stream(
             raise InputError(f"prompt {row} has no tokens", hint="give at least one token")
     done = into if into is not None else Completions(Completion() for _ in prompts)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps)
+    slots = min(MOST, len(prompts))
+    engine = Engine(network, tokenizer, slots=slots, capacity=longest, keep=False, cache=cache, taps=taps)
     given = _numbers(side or {}, len(prompts))
     answers = [
         engine.submit(

@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from armillary.base.words import amount
-from armillary.cli.shared import AsJson, Device, Dtype, Folder, emit, note, open_model, read_text, table, write
+from armillary.cli.shared import (
+    AsJson,
+    Device,
+    Dtype,
+    Folder,
+    KeyFile,
+    MarkKind,
+    emit,
+    note,
+    open_model,
+    read_text,
+    table,
+    watermark_of,
+    write,
+)
 
 if TYPE_CHECKING:
-    from armillary.engine.watermark import Watermark
     from armillary.evaluate import Evaluation
     from armillary.model import Model
 
@@ -26,10 +39,6 @@ Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the compl
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 Width = Annotated[int | None, typer.Option("--beams", help="Search for the likeliest text with so many beams.", min=1)]
 LengthPenalty = Annotated[float, typer.Option(help="Of the search: above 0 favours long texts.")]
-KeyFile = Annotated[Path | None, typer.Option("--watermark", help="A file with the key of a watermark.")]
-MarkKind = Annotated[
-    str, typer.Option("--watermark-kind", help="gumbel: every token as likely as without; kgw: stronger, by a bias.")
-]
 
 
 def evaluate(
@@ -160,7 +169,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": tuple(stop or ()),
         "seed": seed,
-        "watermark": None if watermark is None else _mark(watermark, watermark_kind),
+        "watermark": None if watermark is None else watermark_of(watermark, watermark_kind),
     }
     if beams is not None:  # what only draws know is refused where it was given
         defaults = {"temperature": 0.8, "repetition_penalty": 1.0, "seed": 0, "stop": ()}
@@ -200,18 +209,12 @@ def detect(
 
     from armillary.engine.watermark import detect as run
 
-    mark = _mark(watermark, watermark_kind)
+    mark = watermark_of(watermark, watermark_kind)
     found = run(read_text(text), mark, open_model(model, "cpu", "auto").tokenizer)
     if json:
         emit(asdict(found))
         return
     table([("z", f"{found.z:.2f}"), ("p", f"{found.p:.3g}"), ("counted", f"{found.counted} of {found.tokens} tokens")])
-
-
-def _mark(path: Path | None, kind: str) -> Watermark:
-    from armillary.engine.watermark import Watermark, read_key
-
-    return Watermark(read_key(path), kind)  # type: ignore[arg-type]
 
 
 def chat(

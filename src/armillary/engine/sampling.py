@@ -91,7 +91,10 @@ class Step(Protocol):
 class Mark(Protocol):
     """What watermarks answers: gives each a step of its own, which sees the scores that are drawn from."""
 
-    draws: bool  # whether it acts through the draw, so that a greedy answer cannot carry it
+    @property
+    def draws(self) -> bool:
+        """Whether it acts through the draw, so that a greedy answer cannot carry it."""
+        ...
 
     def begin(self) -> Step: ...
 

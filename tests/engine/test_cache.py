@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from armillary.base.errors import InputError
@@ -45,6 +47,16 @@ def test_what_is_dropped_does_not_depend_on_neighbours(network, policy) -> None:
             assert found == pytest.approx(expected, abs=1e-4)
         assert all(one.reused == 0 for one in together)
     assert engine.prefixes.nbytes == 0
+    hurried = Engine(network, TOKENIZER, slots=1, cache=policy)
+    hurried._budget = lambda: 3  # type: ignore[method-assign]
+    low = hurried.submit(REQUESTS[0])
+    for _ in range(5):
+        hurried.step()
+    high = hurried.submit(replace(REQUESTS[2], priority=1))
+    hurried.step()
+    assert hurried.scheduler.waiting, "nobody made way"
+    for found, expected in ((high, alone[2]), (low, alone[0])):
+        assert scores([found.wait()])[0] == pytest.approx(scores([expected])[0], abs=1e-4)
     whole = Engine(network, TOKENIZER).run(REQUESTS)
     assert any(
         abs(a - b) > 1e-4 for x, y in zip(scores(whole), scores(alone), strict=True) for a, b in zip(x, y, strict=True)

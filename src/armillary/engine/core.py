@@ -93,12 +93,13 @@ class Engine:
             if kv != "int8" or cache is not None:
                 raise InputError(f"kv is '{kv}'" + (" beside a cache" if cache is not None else ""), hint="int8, alone")
             cache = Int8()
-        if drafter is not None and cache is not None and cache.lossy:
+        self.lossy = cache is not None and cache.lossy
+        if drafter is not None and self.lossy:
             raise InputError("guesses cannot be taken back where tokens are dropped", hint="leave out the drafter")
         self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity, cache)
         # a prefix that sees itself both ways cannot be gone on from in the middle
         # nor from what was dropped
-        self.keeps = keep and form == "decoder" and not (cache is not None and cache.lossy)
+        self.keeps = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
             self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2
@@ -160,7 +161,8 @@ class Engine:
             priority=request.priority,
             deadline=None if request.timeout is None else answer.submitted + request.timeout,
             stops=self._stops(request),
-            whole=prompt if self.network.settings.form == "prefix" else 0,
+            # what is dropped depends on where chunks end, and that must not depend on the machine's load
+            whole=prompt if self.network.settings.form == "prefix" or self.lossy else 0,
         )
         mark = self.mark if request.mark is None else request.mark
         if mark is not None and mark.draws and sampling.temperature == 0:
@@ -237,6 +239,8 @@ class Engine:
             self._remember(run, progress.slot)
             progress.computed = progress.drafts = 0
             run.drafts = []
+            if self.lossy:  # tokens that came one by one come back one by one
+                progress.stops = tuple(range(run.chooser.begun, len(run.ids)))
         for progress in plan.admitted:
             run = self._runs[progress]
             self.slots.begin(progress.slot, run.match, run.answer.request.source)

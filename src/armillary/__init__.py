@@ -18,9 +18,11 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Model": "armillary.model",
+    "Watermark": "armillary.model",
     "build": "armillary.model",
     "load": "armillary.model",
     "save": "armillary.model",
+    "detect": "armillary.model",
     "mechanisms": "armillary.model",
     "Recipe": "armillary.recipe",
     "Run": "armillary.train",
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from armillary.base.errors import ArmillaryError
     from armillary.compare import compare
     from armillary.evaluate import evaluate
-    from armillary.model import Model, build, load, mechanisms, save
+    from armillary.model import Model, Watermark, build, detect, load, mechanisms, save
     from armillary.recipe import Recipe
     from armillary.train import Run, Trainer, resume, train
 
@@ -46,9 +48,11 @@ __all__ = [
     "Recipe",
     "Run",
     "Trainer",
+    "Watermark",
     "__version__",
     "build",
     "compare",
+    "detect",
     "evaluate",
     "load",
     "mechanisms",

@@ -16,10 +16,13 @@ from armillary.base.errors import InputError, UnsupportedError, nearest
 from armillary.base.settings import Choice, parse
 from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
+from armillary.engine.beam import Beams
 from armillary.engine.core import Engine
-from armillary.engine.generate import Completion, Completions, Piece, generate, stream
+from armillary.engine.generate import Completion, Completions, Piece, generate, generate_beams, stream
 from armillary.engine.sampling import Sampling
+from armillary.engine.watermark import Detection, Watermark, detect
 from armillary.nn import network as networks
+from armillary.nn.cache import Cache
 from armillary.nn.describe import Description, describe
 from armillary.nn.driver import drivers
 from armillary.nn.heads.base import heads, pooled
@@ -79,7 +82,8 @@ class Model(nn.Module):
         return self.network.hidden(ids, **self._tapped(inputs))
 
     def init_state(self, batch: int, capacity: int | None = None, **inputs: Any) -> NetworkState:
-        """An empty state for `batch` rows; an encoder–decoder takes source=ids and encodes it here."""
+        """An empty state for `batch` rows; an encoder–decoder takes source=ids and encodes it here. cache=…:
+        how keys and values are kept (see `nn.cache`)."""
         return self.network.init_state(batch, capacity, **inputs)
 
     def extend(self, ids: Tensor, state: NetworkState, **inputs: Any) -> Tensor:
@@ -93,24 +97,49 @@ class Model(nn.Module):
     @overload
     def generate(self, prompt: Sequence[str] | Sequence[int], *, stream: bool = False, **options: Any) -> Any: ...
     def generate(
-        self, prompt: Prompt, *, stream: bool = False, side: Mapping[str, Tensor] | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        stream: bool = False,
+        side: Mapping[str, Tensor] | None = None,
+        watermark: Watermark | None = None,
+        cache: Cache | None = None,
+        **options: Any,
     ) -> Any:
         """Complete a prompt.
 
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
         (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
-        numbers that mechanisms take (`tasks`), [prompts] by name.
+        numbers that mechanisms take (`tasks`), [prompts] by name; watermark: marks the answers for whoever
+        holds its key (see `detect`); cache: how keys and values are kept, to save memory (see `nn.cache`).
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
-        """
-        sampling = Sampling.of(options)
-        starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream, side)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> Any:
+        With beams=4 a beam search takes the place of the draws; it has the options of `Beams`
+        (length_penalty, early_stopping, …), and a Completion's .score. With returned above 1 each prompt has
+        Completions, the best first.
+        """
+        if options.get("beams") is not None:
+            for given, what in ((stream, "be streamed"), (watermark, "be watermarked"), (cache, "take a cache")):
+                if given:
+                    raise UnsupportedError(f"a search with beams cannot {what}", hint="leave beams out")
+            return self._searched(*self._prompts(prompt), Beams.of(options), side)
+        sampling = Sampling.of({name: value for name, value in options.items() if name != "beams"})
+        starts, single = self._prompts(prompt)
+        return self._complete(starts, single, sampling, stream, side, watermark, cache)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        stream: bool = False,
+        watermark: Watermark | None = None,
+        **options: Any,
+    ) -> Any:
         """Answer a conversation ([{"role": "user", "content": …}, …]) through the chat template."""
         sampling = Sampling.of(options)
-        return self._complete([self.tokenizer.encode_chat(list(messages))], True, sampling, stream)
+        starts = [self.tokenizer.encode_chat(list(messages))]
+        return self._complete(starts, True, sampling, stream, mark=watermark)
 
     def embed(self, texts: str | Sequence[str], *, pool: str = "mean", normalise: bool = False) -> Tensor:
         """One vector per text, [N, D] float32 ([D] for one text): the pooled last hidden states.
@@ -274,18 +303,33 @@ class Model(nn.Module):
         sampling: Sampling,
         streaming: bool,
         side: Mapping[str, Tensor] | None = None,
+        mark: Watermark | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
-            # from the last token of the source, as in our training, where the model does not say it
-            start = self.settings.start
-            sources, starts = starts, [ids[-1:] if start is None else [start] for ids in starts]
-        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
+            sources, starts = starts, self._begins(starts)
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark, "cache": cache}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces
         done = generate(self.network, self.tokenizer, starts, sampling, **more)
         return done[0] if single else done
+
+    def _begins(self, sources: list[list[int]]) -> list[list[int]]:
+        """Where a decoder starts: at the last token of its source, as in our training, if the model does not say."""
+        start = self.settings.start
+        return [ids[-1:] if start is None else [start] for ids in sources]
+
+    def _searched(self, starts: list[list[int]], single: bool, asked: Beams, side: Mapping[str, Tensor] | None) -> Any:
+        taps, sources = self._tapped({}).get("taps"), None
+        if self.settings.form == "encoder_decoder":
+            sources, starts = starts, self._begins(starts)
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
+        done = generate_beams(self.network, self.tokenizer, starts, asked, **more)
+        if asked.returned > 1:
+            return done[0] if single else done
+        return done[0][0] if single else Completions(one[0] for one in done)
 
     def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         many = [texts] if isinstance(texts, str) else list(texts)
@@ -350,4 +394,16 @@ def mechanisms(role: str) -> dict[str, type[Choice]]:
     return dict(known[role])
 
 
-__all__ = ["Completion", "Completions", "Model", "Piece", "build", "load", "mechanisms", "save"]
+__all__ = [
+    "Completion",
+    "Completions",
+    "Detection",
+    "Model",
+    "Piece",
+    "Watermark",
+    "build",
+    "detect",
+    "load",
+    "mechanisms",
+    "save",
+]

@@ -255,6 +255,10 @@ def test_generate_repeats_itself_for_a_seed(armillary: Armillary, trained: Path)
     done = arm.load(trained).generate("import", max_new_tokens=6, seed=3, temperature=0.9)
     assert (facts["ids"], facts["text"], facts["prompt"]) == (list(done.ids), done.text, "import")
     assert armillary(*words).out == f"import{done.text}\n"
+    searched = json.loads(armillary("generate", str(trained), "import", "-n", "4", "--beams", "3", "--json").out)
+    assert searched["ids"] == arm.load(trained).generate("import", max_new_tokens=4, beams=3).ids
+    refused = armillary(*words, "--beams", "3")
+    assert refused.status == 2 and "no argument 'temperature'" in refused.err
 
 
 def test_export_and_import(armillary: Armillary, trained: Path, tmp_path: Path) -> None:
@@ -513,3 +517,22 @@ def test_a_run_without_held_out_text(armillary: Armillary, trained: Path, tmp_pa
     armillary("export", str(trained), str(tmp_path / "open"))
     shown = armillary("evaluate", str(tmp_path / "open"))
     assert shown.status == 2 and "--data" in shown.err
+
+
+def test_watermarks_are_written_and_found(armillary: Armillary, trained: Path, tmp_path: Path) -> None:
+    import armillary as arm
+
+    place = tmp_path / "key.txt"
+    place.write_text("a long enough secret\n")
+    words = ("--watermark", str(place))
+    model, mark = arm.load(trained), arm.Watermark(b"a long enough secret")
+    found = json.loads(armillary("generate", str(trained), "import", "--tokens", "6", *words, "--json").out)
+    assert found["ids"] == model.generate("import", max_new_tokens=6, watermark=mark).ids
+    letters = {model.tokenizer.encode(letter)[0]: 100.0 for letter in "abcdefghij"}  # a text that is read as written
+    text = model.generate("import", max_new_tokens=60, watermark=mark, logit_bias=letters).text
+    facts = json.loads(armillary("detect", str(trained), text, *words, "--json").out)
+    other = json.loads(armillary("detect", str(trained), text, *words, "--watermark-kind", "kgw", "--json").out)
+    assert facts["p"] < 1e-5 < other["p"]
+    assert facts["z"] == arm.detect(text, mark, model.tokenizer).z
+    shown = armillary("detect", str(trained), "text", "--watermark", str(tmp_path / "none"))
+    assert shown.status == 2 and "cannot be read" in shown.err

@@ -193,6 +193,8 @@ def test_the_command_serves_and_ends_politely(tmp_path) -> None:
     armillary.save(Model(one.network, one.tokenizer), tmp_path / "tiny")
     environment = os.environ | {"ARMILLARY_API_KEYS": "a:secret-of-a"}
     command = [sys.executable, "-m", "armillary", "serve", str(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
+    (tmp_path / "key").write_text("a secret for watermarks")
+    command += ["--kv", "int8", "--watermark", str(tmp_path / "key")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""Commands about models: evaluate, generate, chat, embed, classify, export, import."""
+"""Commands about models: evaluate, generate, detect, chat, embed, classify, export, import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from armillary.base.words import amount
-from armillary.cli.shared import AsJson, Device, Dtype, Folder, emit, note, open_model, read_text, table, write
+from armillary.cli.shared import (
+    AsJson,
+    Device,
+    Dtype,
+    Folder,
+    KeyFile,
+    MarkKind,
+    emit,
+    note,
+    open_model,
+    read_text,
+    table,
+    watermark_of,
+    write,
+)
 
 if TYPE_CHECKING:
     from armillary.evaluate import Evaluation
@@ -23,6 +37,8 @@ MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this shar
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+Width = Annotated[int | None, typer.Option("--beams", help="Search for the likeliest text with so many beams.", min=1)]
+LengthPenalty = Annotated[float, typer.Option(help="Of the search: above 0 favours long texts.")]
 
 
 def evaluate(
@@ -130,6 +146,10 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    beams: Width = None,
+    length_penalty: LengthPenalty = 1.0,
+    watermark: KeyFile = None,
+    watermark_kind: MarkKind = "gumbel",
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: AsJson = False,
@@ -149,9 +169,19 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": tuple(stop or ()),
         "seed": seed,
+        "watermark": None if watermark is None else watermark_of(watermark, watermark_kind),
     }
-    if json:
+    if beams is not None:  # what only draws know is refused where it was given
+        defaults = {"temperature": 0.8, "repetition_penalty": 1.0, "seed": 0, "stop": ()}
+        options = {name: value for name, value in options.items() if value not in (None, defaults.get(name))}
+        options |= {"beams": beams, "length_penalty": length_penalty}
+    if json or beams is not None:
         done = opened.generate(text, **options)
+    if beams is not None and not json:
+        write(text + done.text)
+        print()
+        return
+    if json:
         fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": done.finish}
         emit({"prompt": text, **fields})
         return
@@ -159,6 +189,32 @@ def generate(
     for piece in opened.generate(text, stream=True, **options):
         write(piece)
     print()
+
+
+def detect(
+    model: Folder,
+    text: Annotated[str | None, typer.Argument(help="The text in question; - or nothing reads a pipe.")] = None,
+    watermark: KeyFile = None,
+    watermark_kind: MarkKind = "gumbel",
+    json: AsJson = False,
+) -> None:
+    """Whether a text carries a watermark: z and p (how probable as many marks are by chance).
+
+    The model is the one whose tokens the text was written in; the key is in the file, or in the
+    environment's ARMILLARY_WATERMARK_KEY.
+
+    Example: armillary detect runs/demo "a text" --watermark key.txt
+    """
+    from dataclasses import asdict
+
+    from armillary.engine.watermark import detect as run
+
+    mark = watermark_of(watermark, watermark_kind)
+    found = run(read_text(text), mark, open_model(model, "cpu", "auto").tokenizer)
+    if json:
+        emit(asdict(found))
+        return
+    table([("z", f"{found.z:.2f}"), ("p", f"{found.p:.3g}"), ("counted", f"{found.counted} of {found.tokens} tokens")])
 
 
 def chat(
@@ -275,6 +331,7 @@ def _rewrite(model: str, folder: Path, layout: str, force: bool, dtype: str, rev
 COMMANDS = {
     "evaluate": evaluate,
     "generate": generate,
+    "detect": detect,
     "chat": chat,
     "embed": embed,
     "classify": classify,

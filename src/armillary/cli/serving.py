@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from armillary.cli.shared import Device, Dtype, note
+from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, note
 
 KEYS = "ARMILLARY_API_KEYS"
 
@@ -30,6 +30,9 @@ def serve(
     guess: Annotated[
         bool, typer.Option(help="Guess tokens from what was said before, and check them together.")
     ] = False,
+    kv: Annotated[str | None, typer.Option(help="int8: keys and values in 8 bits, for longer or more answers.")] = None,
+    watermark: KeyFile = None,
+    watermark_kind: MarkKind = "gumbel",
     rpm: Annotated[float | None, typer.Option(help="Requests per minute of a key.", min=0)] = None,
     tpm: Annotated[float | None, typer.Option(help="Tokens per minute of a key.", min=0)] = None,
     drain: Annotated[
@@ -55,13 +58,14 @@ def serve(
     import logging
     import sys
 
-    from armillary.cli.shared import open_model
+    from armillary.cli.shared import open_model, watermark_of
     from armillary.engine.core import Engine
     from armillary.engine.drafts import PromptLookup
     from armillary.server import Door, Hosted, Lines, Load, Server, check_address, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
+    mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
     for given in models:
         name, _, folder = given.rpartition("=")
@@ -79,6 +83,8 @@ def serve(
                 capacity=capacity,
                 memory=None if memory is None else int(memory * 2**30),
                 drafter=PromptLookup() if guess else None,
+                mark=mark,
+                kv=kv,  # type: ignore[arg-type]  # the engine says what it takes
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
     handler = logging.StreamHandler(sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from armillary.base.words import printable
 
 if TYPE_CHECKING:
+    from armillary.engine.watermark import Watermark
     from armillary.model import Model
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -21,6 +23,10 @@ Overrides = Annotated[
 Folder = Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.", metavar="MODEL")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bf16, float16.")]
+KeyFile = Annotated[Path | None, typer.Option("--watermark", help="A file with the key of a watermark.")]
+MarkKind = Annotated[
+    str, typer.Option("--watermark-kind", help="gumbel: every token as likely as without; kgw: stronger, by a bias.")
+]
 
 
 def emit(data: Any) -> None:
@@ -54,6 +60,13 @@ def open_model(name: str, device: str, dtype: str, revision: str | None = None) 
     from armillary.model import load
 
     return load(name, device=device, dtype=dtype, revision=revision)
+
+
+def watermark_of(path: Path | None, kind: str) -> Watermark:
+    """The watermark whose key is in a file, or in the environment."""
+    from armillary.engine.watermark import Watermark, read_key
+
+    return Watermark(read_key(path), kind)  # type: ignore[arg-type]  # it says itself what kinds there are
 
 
 def read_text(argument: str | None) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
 from armillary.engine.request import Answer, Finish, Piece, Request
-from armillary.engine.sampling import Choice, Chooser, choose, likeliest
+from armillary.engine.sampling import Choice, Chooser, Mark, choose, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
 from armillary.engine.writer import Writer
+from armillary.nn.cache import Cache, Int8
 from armillary.nn.network import Network
 from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.taps import Taps
@@ -61,7 +63,9 @@ class Engine:
     for states, running and kept, by default what the slots can come to and half as much again; keep:
     whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
     than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
-    are then checked together.
+    are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
+    through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
+    drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`.
     """
 
     def __init__(
@@ -76,14 +80,26 @@ class Engine:
         overcommit: float = 1.0,
         patience: float = 30.0,
         drafter: Drafter | None = None,
+        mark: Mark | None = None,
+        cache: Cache | None = None,
+        kv: Literal["int8"] | None = None,
         taps: Taps | None = None,
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
+        self.mark = mark
         self.capacity = capacity or network.settings.context
         form = network.settings.form
-        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity)
+        if kv is not None:
+            if kv != "int8" or cache is not None:
+                raise InputError(f"kv is '{kv}'" + (" beside a cache" if cache is not None else ""), hint="int8, alone")
+            cache = Int8()
+        self.lossy = cache is not None and cache.lossy
+        if drafter is not None and self.lossy:
+            raise InputError("guesses cannot be taken back where tokens are dropped", hint="leave out the drafter")
+        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity, cache)
         # a prefix that sees itself both ways cannot be gone on from in the middle
-        self.keeps = keep and form == "decoder"
+        # nor from what was dropped
+        self.keeps = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
             self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2
@@ -145,9 +161,18 @@ class Engine:
             priority=request.priority,
             deadline=None if request.timeout is None else answer.submitted + request.timeout,
             stops=self._stops(request),
-            whole=prompt if self.network.settings.form == "prefix" else 0,
+            # what is dropped depends on where chunks end, and that must not depend on the machine's load
+            whole=prompt if self.network.settings.form == "prefix" or self.lossy else 0,
         )
-        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps)
+        mark = self.mark if request.mark is None else request.mark
+        if mark is not None and mark.draws and sampling.temperature == 0:
+            if request.mark is not None:
+                raise InputError(
+                    "this watermark acts through the draw, and at temperature 0 nothing is drawn",
+                    hint="give a temperature, or a watermark of kind 'kgw'",
+                )
+            mark = None
+        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
         return _Running(answer, progress, chooser, writer)
@@ -214,6 +239,8 @@ class Engine:
             self._remember(run, progress.slot)
             progress.computed = progress.drafts = 0
             run.drafts = []
+            if self.lossy:  # tokens that came one by one come back one by one
+                progress.stops = tuple(range(run.chooser.begun, len(run.ids)))
         for progress in plan.admitted:
             run = self._runs[progress]
             self.slots.begin(progress.slot, run.match, run.answer.request.source)

@@ -1,21 +1,24 @@
 """Completions of prompts, on an engine made for them.
 
-`stream` yields pieces of text as they are certain; `generate` gathers them.
+`stream` yields pieces of text as they are certain; `generate` gathers them; `generate_beams` searches for the
+likeliest ones instead of drawing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from armillary.base.errors import InputError
+from armillary.engine.beam import Beams, search
 from armillary.engine.core import Engine
 from armillary.engine.request import Answer, GenerationError, Request
 from armillary.engine.request import Piece as Given
-from armillary.engine.sampling import Sampling
+from armillary.engine.sampling import Mark, Sampling
+from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
@@ -27,12 +30,14 @@ MOST = 64  # prompts under way at a time
 @dataclass
 class Completion:
     """text: what was generated; ids: its tokens; logprobs: the log-probability of each, in nats, under
-    the network's own distribution; finish: why it ended (a stop text, the end token, the length)."""
+    the network's own distribution; finish: why it ended (a stop text, the end token, the length); score:
+    of a search with beams, what it was ranked by."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish = "length"
+    score: float | None = None
 
 
 class Completions(list[Completion]):
@@ -69,13 +74,17 @@ def generate(
     sources: Sequence[Sequence[int]] | None = None,
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
+    mark: Mark | None = None,
+    cache: Cache | None = None,
 ) -> Completions:
     """Complete every prompt (token ids).
 
-    sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name.
+    sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name;
+    mark: a watermark; cache: how keys and values are kept (see `nn.cache`).
     """
     done = Completions(Completion() for _ in prompts)
-    for piece in stream(network, tokenizer, prompts, sampling, into=done, sources=sources, side=side, taps=taps):
+    more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark, "cache": cache}
+    for piece in stream(network, tokenizer, prompts, sampling, into=done, **more):
         done[piece.row].text += piece.text
     return done
 
@@ -90,6 +99,8 @@ def stream(
     sources: Sequence[Sequence[int]] | None = None,
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
+    mark: Mark | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
 
@@ -102,7 +113,8 @@ def stream(
             raise InputError(f"prompt {row} has no tokens", hint="give at least one token")
     done = into if into is not None else Completions(Completion() for _ in prompts)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps)
+    slots = min(MOST, len(prompts))
+    engine = Engine(network, tokenizer, slots=slots, capacity=longest, keep=False, cache=cache, taps=taps)
     given = _numbers(side or {}, len(prompts))
     answers = [
         engine.submit(
@@ -112,6 +124,7 @@ def stream(
                 source=None if sources is None else tuple(sources[row]),
                 side={name: numbers[row] for name, numbers in given.items()},
                 stream=row,
+                mark=mark,
             )
         )
         for row, prompt in enumerate(prompts)
@@ -129,6 +142,44 @@ def stream(
                     done[row].finish = piece.finish
                 if piece.text or piece.finish is not None:
                     yield Piece(row, piece.text, done[row].finish if piece.finish is not None else None)
+
+
+def generate_beams(
+    network: Network,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    asked: Beams,
+    *,
+    sources: Sequence[Sequence[int]] | None = None,
+    side: Mapping[str, Tensor] | None = None,
+    taps: Taps | None = None,
+) -> list[Completions]:
+    """The best `asked.returned` completions of every prompt, the best first."""
+    given = _numbers(side or {}, len(prompts))
+    done = []
+    for row, prompt in enumerate(prompts):
+        found = search(
+            network,
+            prompt,
+            asked,
+            end=tokenizer.eos,
+            source=None if sources is None else sources[row],
+            side={name: numbers[row] for name, numbers in given.items()},
+            taps=taps,
+        )
+        done.append(
+            Completions(
+                Completion(
+                    tokenizer.decode(list(one.ids)),
+                    list(one.ids),
+                    list(one.logprobs),
+                    "end" if one.ended else "length",
+                    one.score,
+                )
+                for one in found
+            )
+        )
+    return done
 
 
 def _new(answer: Answer) -> Iterator[Given]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from armillary.base.errors import ArmillaryError
-from armillary.engine.sampling import Choice, Sampling, Step
+from armillary.engine.sampling import Choice, Mark, Sampling, Step
 
 Finish = Literal["stop", "end", "length", "cancelled", "deadline", "error"]
 
@@ -27,7 +27,8 @@ class Request:
     space is never seen from another); priority: higher goes first; timeout: seconds from submission;
     boundaries: numbers of prompt tokens after which a message ends: other conversations may go on from
     there; side: named numbers that the network's mechanisms ask for; stream: keeps the draws of answers
-    with the same seed apart; steps: constraints and the like; prompt_logprobs: give those of the prompt.
+    with the same seed apart; steps: constraints; mark: a watermark, by default the engine's;
+    prompt_logprobs: give those of the prompt.
     """
 
     ids: tuple[int, ...]
@@ -41,6 +42,7 @@ class Request:
     side: Mapping[str, int] = field(default_factory=dict)
     stream: int = 0
     steps: tuple[Step, ...] = ()
+    mark: Mark | None = None
     prompt_logprobs: bool = False
 
 

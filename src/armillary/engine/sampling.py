@@ -1,8 +1,8 @@
 """How the next token is chosen from its scores: what is asked for, and the choice itself.
 
-Order: biases, penalties and bounds of length; what else steps in (constraints, watermarks); temperature,
-top-k, top-p, min-p; draw. Every sequence draws from its own generator, once per token, so its tokens do
-not depend on its neighbours in the batch, nor on whether they were guessed beforehand.
+Order: constraints; biases, penalties and bounds of length; temperature, top-k, top-p, min-p; watermark;
+draw. Every sequence draws from its own generator, once per token, so its tokens do not depend on its
+neighbours in the batch, nor on whether they were guessed beforehand.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Sampling(Settings):
 
 
 class Step(Protocol):
-    """Something that changes the scores of one sequence: a constraint, a watermark."""
+    """Something that changes the scores of one sequence: a constraint before anything else, a watermark
+    after everything else."""
 
     def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
         """Scores [V] float32 after the tokens `ids` → new scores; may change them in place."""
@@ -85,6 +86,17 @@ class Step(Protocol):
     def accept(self, token: int) -> None:
         """The token that was chosen."""
         ...
+
+
+class Mark(Protocol):
+    """What watermarks answers: gives each a step of its own, which sees the scores that are drawn from."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether it acts through the draw, so that a greedy answer cannot carry it."""
+        ...
+
+    def begin(self) -> Step: ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Chooser:
     """Chooses the tokens of one sequence.
 
     prompt: its tokens; end: the id that ends an answer, or None; stream: keeps the draws of sequences
-    with one seed apart; steps: what else has a say.
+    with one seed apart; steps: constraints; mark: a watermark.
     """
 
     def __init__(
@@ -112,13 +124,15 @@ class Chooser:
         end: int | None = None,
         stream: int = 0,
         steps: Sequence[Step] = (),
+        mark: Mark | None = None,
     ) -> None:
         self.sampling, self.end, self.steps = sampling, end, tuple(steps)
+        self.mark = None if mark is None else mark.begin()
         # A fixed odd multiplier keeps the streams of neighbouring sequences and seeds apart.
         self.generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
         self.ids = list(prompt)
         self.begun = len(self.ids)
-        self.plain = sampling.plain and not self.steps
+        self.plain = sampling.plain and not self.steps and mark is None
         self._seen = set(self.ids)
         self._counts: dict[int, int] = {}
 
@@ -127,9 +141,11 @@ class Chooser:
         return len(self.ids) - self.begun
 
     def shaped(self, scores: Tensor) -> Tensor:
-        """Scores [V] float32 with biases, penalties, bounds and steps applied."""
+        """Scores [V] float32 with constraints, biases, penalties and bounds applied."""
         sampling = self.sampling
         scores = scores.clone()
+        for step in self.steps:
+            scores = step.apply(scores, self.ids)
         for token, bias in sampling.logit_bias.items():
             if not 0 <= token < len(scores):
                 raise InputError(f"logit_bias names the token {token}; the vocabulary has {len(scores)}")
@@ -144,12 +160,13 @@ class Chooser:
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if self.end is not None:
             if self.generated < sampling.min_new_tokens:
+                kept = scores[self.end].clone()
                 scores[self.end] = -torch.inf
+                if self.steps and not bool(torch.isfinite(scores).any()):
+                    scores[self.end] = kept  # a constraint that allows nothing but the end stands above a bound
             elif sampling.target_new_tokens is not None:
                 done = self.generated / sampling.target_new_tokens
                 scores[self.end] += 10 * max(-1.0, min(1.0, 2 * (done - 1)))
-        for step in self.steps:
-            scores = step.apply(scores, self.ids)
         return scores
 
     def accept(self, token: int) -> None:
@@ -157,7 +174,7 @@ class Chooser:
         if not self.plain:
             self._seen.add(token)
             self._counts[token] = self._counts.get(token, 0) + 1
-            for step in self.steps:
+            for step in (*self.steps, *([] if self.mark is None else [self.mark])):
                 step.accept(token)
 
 
@@ -177,11 +194,12 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
         groups.setdefault(() if greedy else (asked.temperature, asked.top_k, asked.top_p, asked.min_p), []).append(row)
     for kind, rows in groups.items():
         some = scores if len(rows) == len(choosers) else scores[rows]
-        if not kind:
-            tokens[rows] = some.argmax(-1)
-        else:
-            asked = choosers[rows[0]].sampling
-            tokens[rows] = _draw(filtered(some / asked.temperature, asked), [choosers[row].generator for row in rows])
+        asked = choosers[rows[0]].sampling
+        if kind:
+            some = filtered(some / asked.temperature, asked)
+        if any(choosers[row].mark is not None for row in rows):
+            some = torch.stack([_marked(one, choosers[row]) for one, row in zip(some, rows, strict=True)])
+        tokens[rows] = _draw(some, [choosers[row].generator for row in rows]) if kind else some.argmax(-1)
     logprobs = own.gather(1, tokens[:, None])[:, 0].tolist()
     found = []
     for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
@@ -197,6 +215,10 @@ def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` likeliest tokens of [V], the first first."""
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def _marked(scores: Tensor, chooser: Chooser) -> Tensor:
+    return scores if chooser.mark is None else chooser.mark.apply(scores, chooser.ids)
 
 
 def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

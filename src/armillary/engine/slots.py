@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from armillary.engine.prefix import Entries, Match, Snapshot
+from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.state import SpanState, State
@@ -20,12 +21,12 @@ from armillary.nn.taps import Taps
 
 
 class Slots:
-    """`count` rows of at most `capacity` tokens each."""
+    """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept."""
 
-    def __init__(self, network: Network, count: int, capacity: int) -> None:
+    def __init__(self, network: Network, count: int, capacity: int, cache: Cache | None = None) -> None:
         self.network, self.count, self.capacity = network, count, capacity
-        self.state = network.init_state(count, capacity)
-        self.blank = network.init_state(1, 1)
+        self.state = network.init_state(count, capacity, cache=cache)
+        self.blank = network.init_state(1, 1, cache=cache)
         spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
         self.each = -(-spans // (count * capacity))  # bytes per token
         self.fixed = -(-(self.state.nbytes - spans) // count)  # bytes per row
@@ -126,10 +127,10 @@ class Apart(Slots):
     """Slots of an encoder–decoder: every sequence looks at a source of its own length, so each has a state
     of its own and is computed by itself; nothing is kept of it."""
 
-    def __init__(self, network: Network, count: int, capacity: int) -> None:
-        self.network, self.count, self.capacity = network, count, capacity
+    def __init__(self, network: Network, count: int, capacity: int, cache: Cache | None = None) -> None:
+        self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         source = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
-        one = network.init_state(1, 1, source=source)
+        one = network.init_state(1, 1, source=source, cache=cache)
         kinds = [state for _, _, state in one.each()]
         looks = sum(state.nbytes for state in kinds if state.kind == "fixed")
         self.each = sum(state.nbytes for state in kinds if state.divisible)
@@ -159,7 +160,7 @@ class Apart(Slots):
     def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
         assert source is not None and not match.length
         given = torch.tensor([list(source)], dtype=torch.int64, device=self.network.device)
-        self.rows[row] = self.network.init_state(1, self.capacity, source=given)
+        self.rows[row] = self.network.init_state(1, self.capacity, source=given, cache=self.cache)
 
     def snapshot(self, row: int) -> Snapshot:
         return {(index, name): state.snapshot() for index, name, state in self.rows[row].each()}

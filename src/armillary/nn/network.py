@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.nn.block import Block
+from armillary.nn.cache import Cache, cached
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
 from armillary.nn.driver import DriverSettings
@@ -330,10 +331,12 @@ class Network(nn.Module):
         *,
         source: Tensor | None = None,
         source_padding: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> NetworkState:
         """An empty state for `batch` rows with room for `capacity` tokens (it grows beyond that).
 
-        An encoder–decoder encodes its source here, once.
+        An encoder–decoder encodes its source here, once. cache: how keys and values are kept (see
+        `nn.cache`), by default all of them as they are.
         """
         if self.settings.form == "encoder":
             raise UnsupportedError("an encoder sees whole sequences: it has no state", hint="call the model instead")
@@ -341,7 +344,11 @@ class Network(nn.Module):
         room = capacity if capacity is not None else 64
         if self.driver is None:
             blocks = self.blocks.init_state(batch, room, self.dtype, self.device, memory)
+            if cache is not None:
+                cached(cache, self.blocks, blocks)
         else:
+            if cache is not None:
+                raise UnsupportedError("a driver keeps states of its own", hint="cache=None")
             blocks = self.driver.init_state(self.blocks, batch, room, self.dtype, self.device)
         return NetworkState(blocks, torch.zeros(batch, dtype=torch.int64, device=self.device), memory)
 

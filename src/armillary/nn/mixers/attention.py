@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
+from armillary.nn.cache import Kept, KeptState, Later
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
@@ -315,17 +316,50 @@ class Attention(Mixer):
             held, mask = state.see(parts, self._kept(x, parts, ctx) if state.detached else None, ctx.lengths)
             look = Look(0, positions, held["positions"][:, 0] if self.tracks else None, ctx=ctx)
         else:
-            assert isinstance(state, (SpanState, WindowState))
+            assert isinstance(state, (SpanState, WindowState, KeptState))
             start, uniform = state.lengths, state.uniform
-            if isinstance(state, WindowState):
+            if isinstance(state, KeptState):
+                held, kept = state.append(parts, ctx.lengths, ctx.taps is not None)
+            elif isinstance(state, WindowState):
                 held, index = state.append(parts, ctx.lengths)
             else:
                 held = state.append(parts, ctx.lengths)
             before: int | Tensor = start if uniform is None or state.uniform is None else uniform
             look = Look(before, positions, held["positions"][:, 0] if self.tracks else None, index, ctx)
-            mask = self.narrow(self._extend_mask(look, ctx, x), look)
+            if isinstance(state, KeptState):
+                mask = Kept(kept, before, self.heads, state.policy)
+            else:
+                mask = self.narrow(self._extend_mask(look, ctx, x), look)
         q, scoring = self._related(q, self._scoring(mask, look), look)
-        return self._mixed(q, held["k"], held["v"], scoring, x, ctx)
+        y = self._mixed(q, held["k"], held["v"], scoring, x, ctx)
+        if isinstance(state, KeptState):
+            state.settle(partial(self._mass, q, held["k"], held["v"], scoring), x.shape[1], ctx.lengths is not None)
+        return y
+
+    @property
+    def evicts(self) -> bool:
+        """Whether single tokens can be dropped from its state: their scores depend on no other token."""
+        own = ("extend", "init_state", "narrow", "modify", "_attend", "_mixed", "_scoring", "_related", "_extend_mask")
+        plain = all(getattr(type(self), name) is getattr(Attention, name) for name in own)
+        return plain and self.diagonal and self.window is None and not self.cross and self.order == "causal"
+
+    def _mass(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring, valid: Tensor | None, first: int) -> Tensor:
+        """The attention that every key gets from valid queries [B, T] from `first` on, [B, H, S]."""
+        assert how.mask is not None
+        bias = None if how.bias is None else partial(_later_rows, how.bias, first)
+        _, mass = attend(
+            q.transpose(1, 2)[:, :, first:],
+            k,
+            v[..., :1],
+            mask=Later(how.mask, first, valid),
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            want_mass=True,
+        )
+        assert mass is not None
+        return mass
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
         """The order's mask, narrowed to what this kind of attention looks at."""
@@ -476,6 +510,10 @@ def _bias_rows(position: nn.Module, q_pos: Tensor, k_pos: Tensor, rows: Tensor, 
 
 def _sum_rows(first: Bias, second: Bias, rows: Tensor, columns: Tensor) -> Tensor:
     return first(rows, columns) + second(rows, columns)
+
+
+def _later_rows(bias: Bias, first: int, rows: Tensor, columns: Tensor) -> Tensor:
+    return bias(rows + first, columns)
 
 
 def _scaled_rows(scores: Bias, scale: float, rows: Tensor, columns: Tensor) -> Tensor:

@@ -16,13 +16,39 @@ from armillary.server import Hosted, Load, Server
 from armillary.text import TokenizerSettings, train_tokenizer
 
 KEYS = {"secret-of-a": "a", "secret-of-b": "b"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "How the weather will be",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "maxLength": 4},
+                    "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+ASK_TOOLS = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "will it rain?"}],
+    "tools": TOOLS,
+    "temperature": 1.5,
+    "max_tokens": 700,
+}
 BLOCKS = {
     "look": {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"},
     "state": {"mixer": "retention", "channel": "gated"},
 }
 
 
-def hosted(slots: int = 4, most: int = 16, context: int = 256) -> Hosted:
+def hosted(slots: int = 4, most: int = 16, context: int = 2048) -> Hosted:
     tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
     settings = ModelSettings(
         width=16, depth=2, vocabulary=tokenizer.size, context=context, blocks=BLOCKS, pattern=["look", "state"]

@@ -77,7 +77,8 @@ def _named(error: ValidationError) -> HTTPError:
         return HTTPError(400, f"unknown parameter '{path}'", param=path, code="unknown_parameter")
     if problem["type"] == "missing":
         return HTTPError(400, f"'{path}' is missing", param=path, code="missing_parameter")
-    return HTTPError(400, f"'{path}': {problem['msg']}", param=path, code="invalid_value")
+    what = problem["msg"].removeprefix("Value error, ")
+    return HTTPError(400, f"'{path}': {what}" if path else what, param=path or None, code="invalid_value")
 
 
 def _of_union(part: int | str) -> bool:

@@ -50,7 +50,8 @@ class Job:
 
 class Answered(Response):
     """A response that computes. whole(answers) gives the JSON; or first(), piece(place, piece, answer) and
-    last(answers) the events of a stream; place: number of the answer."""
+    last(answers) the events of a stream; place: number of the answer. failed(problem): the events of an answer
+    that failed in a stream; done: whether a stream ends with a mark of its own."""
 
     def __init__(
         self,
@@ -61,9 +62,12 @@ class Answered(Response):
         first: Callable[[], list[Any]] | None = None,
         piece: Callable[[int, Piece, Answer], list[Any]] | None = None,
         last: Callable[[list[Answer]], list[Any]] | None = None,
+        failed: Callable[[HTTPError], list[Any]] = lambda problem: [problem.body()],
+        done: bool = True,
         headers: dict[str, str] | None = None,
     ) -> None:
         self.context, self.job = context, job
+        self.failed, self.done = failed, done
         self.whole, self.first, self.piece, self.last = whole, first, piece, last
         self.given = headers or {}
         self.status_code, self.background = 200, None
@@ -141,22 +145,27 @@ class Answered(Response):
                 open_ -= piece.finish is not None
                 if piece.finish == "error":
                     problem = HTTPError(500, answers[place].error or "the engine failed", code="generation_failed")
-                    events.append(problem.body())
+                    events += self.failed(problem)
                 else:
                     events += self.piece(place, piece, answers[place])
             await self._event(send, events)
         await self._event(send, self.last(answers))
-        await _sent(send, {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        end = b"data: [DONE]\n\n" if self.done else b""
+        await _sent(send, {"type": "http.response.body", "body": end, "more_body": False})
 
     async def _event(self, send: Send, events: Sequence[Any]) -> None:
         if events:
-            body = "".join(
-                f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events
-            )
+            body = "".join(map(written, events))
             await _sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
 
     def _marks(self) -> dict[str, str]:
         return self.given | self.job.client.headers()
+
+
+def written(event: Any) -> str:
+    """An event as it stands in a stream, named by its type where it has one."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:

@@ -23,11 +23,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from armillary.server import chat, completions
+from armillary.server import chat, completions, responses
 from armillary.server.answering import Context
 from armillary.server.body import read
 from armillary.server.errors import HTTPError, explained
 from armillary.server.hosted import Hosted
+from armillary.server.items import Kept, ResponsesRequest
 from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
 from armillary.server.openapi import document
@@ -50,24 +51,29 @@ class Server:
     def __init__(self, models: Sequence[Hosted], door: Door | None = None) -> None:
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
-        self.context = Context(self.door, self.metrics)
+        self.context, self.kept = Context(self.door, self.metrics), Kept()
         self.draining = False
         posts: list[tuple[str, type[BaseModel], Any]] = [
             ("/v1/chat/completions", ChatRequest, self._chat),
+            ("/v1/responses", ResponsesRequest, self._responses),
             ("/v1/completions", CompletionRequest, self._completions),
             ("/v1/embeddings", EmbeddingRequest, self._embeddings),
             ("/tokenize", TokenizeRequest, self._tokenize),
             ("/detokenize", DetokenizeRequest, self._detokenize),
         ]
-        gets = [
-            ("/v1/models", self._list),
-            ("/v1/models/{name:path}", self._model),
-            ("/metrics", self._metrics),
-            ("/openapi.json", self._openapi),
+        others = [
+            ("GET", "/v1/models", self._list),
+            ("GET", "/v1/models/{name:path}", self._model),
+            ("GET", "/v1/responses/{id}", self._response),
+            ("DELETE", "/v1/responses/{id}", self._forget),
+            ("GET", "/metrics", self._metrics),
+            ("GET", "/openapi.json", self._openapi),
         ]
-        self.document = document([(path, form) for path, form, _ in posts], [path for path, _ in gets])
+        self.document = document(
+            [(path, form) for path, form, _ in posts], [(method, path) for method, path, _ in others]
+        )
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
-        routes += [Route(path, self._get(path, call), methods=["GET"]) for path, call in gets]
+        routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
         routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
         self.app = Starlette(
             routes=routes,
@@ -86,9 +92,9 @@ class Server:
 
         return self._guarded(path, handle)
 
-    def _get(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
+    def _plain(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
-            response: Response = call(request)
+            response: Response = call(request, client)
             return response
 
         return self._guarded(path, handle)
@@ -163,6 +169,21 @@ class Server:
     def _chat(self, asked: ChatRequest, client: Client, marks: dict[str, str]) -> Response:
         return chat.answer(self.context, self._hosted(asked.model), client, asked, marks)
 
+    def _responses(self, asked: ResponsesRequest, client: Client, marks: dict[str, str]) -> Response:
+        return responses.answer(self.context, self._hosted(asked.model), client, asked, self.kept, marks)
+
+    def _response(self, request: Request, client: Client) -> Response:
+        found = self.kept.get(client.name, request.path_params["id"])
+        if found is None:
+            raise _no_response()
+        return JSONResponse(found[0], headers=self._marks(request))
+
+    def _forget(self, request: Request, client: Client) -> Response:
+        id = request.path_params["id"]
+        if not self.kept.forget(client.name, id):
+            raise _no_response()
+        return JSONResponse({"id": id, "object": "response", "deleted": True}, headers=self._marks(request))
+
     def _completions(self, asked: CompletionRequest, client: Client, marks: dict[str, str]) -> Response:
         return completions.answer(self.context, self._hosted(asked.model), client, asked, marks)
 
@@ -211,14 +232,14 @@ class Server:
             raise HTTPError(400, f"an id is outside the vocabulary of {hosted.tokenizer.size}", param="ids")
         return JSONResponse({"text": hosted.tokenizer.decode(asked.ids)}, headers=marks)
 
-    def _list(self, request: Request) -> Response:
+    def _list(self, request: Request, client: Client) -> Response:
         data = [_described(hosted) for hosted in self.models.values()]
         return JSONResponse({"object": "list", "data": data}, headers=self._marks(request))
 
-    def _model(self, request: Request) -> Response:
+    def _model(self, request: Request, client: Client) -> Response:
         return JSONResponse(_described(self._hosted(request.path_params["name"])), headers=self._marks(request))
 
-    def _metrics(self, request: Request) -> Response:
+    def _metrics(self, request: Request, client: Client) -> Response:
         for name, hosted in self.models.items():
             if hosted.generates:
                 engine = hosted.engine
@@ -228,7 +249,7 @@ class Server:
                     self.metrics.state.labels(name, kind).set(getattr(engine.memory, kind))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _openapi(self, request: Request) -> Response:
+    def _openapi(self, request: Request, client: Client) -> Response:
         return JSONResponse(self.document)
 
     # -- health
@@ -269,6 +290,10 @@ class Server:
         yield
         for hosted in self.models.values():
             await asyncio.to_thread(hosted.close)
+
+
+def _no_response() -> HTTPError:
+    return HTTPError(404, "there is no such response", param="id", code="response_not_found")
 
 
 def _described(hosted: Hosted) -> dict[str, Any]:

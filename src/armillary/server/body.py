@@ -70,8 +70,9 @@ def _named(error: ValidationError) -> HTTPError:
     """The first mistake, with the path of its field; the parts that pydantic adds to a path for a union's
     members are left out."""
     problems = error.errors(include_url=False, include_context=False)
+    kinds = [problem for problem in problems if problem["loc"][-1:] == ("type",)]  # explains all else
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
+    problem = (kinds or unknown or problems)[0]
     path = ".".join(str(part) for part in problem["loc"] if not _of_union(part))
     if problem["type"] == "extra_forbidden":
         return HTTPError(400, f"unknown parameter '{path}'", param=path, code="unknown_parameter")

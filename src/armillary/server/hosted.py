@@ -127,6 +127,7 @@ class Hosted:
         prompt_logprobs: bool = False,
         constraint: Constrained | None = None,
         field: str = "max_tokens",
+        prompt_field: str | None = None,
     ) -> list[Request]:
         """The engine's requests for the copies of one answer. Raises HTTPError naming the field."""
         room = self.engine.capacity - len(ids)
@@ -134,7 +135,7 @@ class Hosted:
             raise HTTPError(
                 400,
                 f"the prompt has {len(ids)} tokens, and {self.engine.capacity} is the most, answer included",
-                param="messages" if boundaries else "prompt",
+                param=prompt_field or ("messages" if boundaries else "prompt"),
                 code="context_length_exceeded",
             )
         if most is not None and most > room:

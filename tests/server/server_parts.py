@@ -13,6 +13,7 @@ import uvicorn
 from armillary.engine.core import Engine
 from armillary.nn.network import ModelSettings, build
 from armillary.server import Hosted, Load, Server
+from armillary.server.run import config
 from armillary.text import TokenizerSettings, train_tokenizer
 
 KEYS = {"secret-of-a": "a", "secret-of-b": "b"}
@@ -60,13 +61,15 @@ def hosted(slots: int = 4, most: int = 16, context: int = 2048) -> Hosted:
 class Served:
     """A server on a thread of its own."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, buffer: int | None = None) -> None:
         self.server = server
         self.listening = socket.socket()
+        if buffer is not None:  # of each connection, for what is to be read
+            self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.listening.bind(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.inner = uvicorn.Server(uvicorn.Config(server.app, log_config=None, lifespan="on"))
+        self.inner = uvicorn.Server(config(server))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.inner.serve([self.listening])), daemon=True)
         self.thread.start()
         while not self.inner.started:

@@ -134,7 +134,8 @@ class Answered(Response):
         open_ = len(answers)
         while open_:
             try:
-                batch = [await asyncio.wait_for(pieces.get(), ALIVE)]
+                async with asyncio.timeout(ALIVE):  # wait_for would lose a cancellation that meets a piece
+                    batch = [await pieces.get()]
             except TimeoutError:
                 await _sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
                 continue

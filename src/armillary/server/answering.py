@@ -89,12 +89,12 @@ class Answered(Response):
             for group in job.groups:
                 places = range(len(answers), len(answers) + len(group))
                 answers += engine.submit_copies(group, [_listener(loop, pieces, place) for place in places])
-            gone = asyncio.create_task(_gone(receive))
+            leaving = asyncio.create_task(gone(receive))
             work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
-            done, _ = await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (gone, work):
+            done, _ = await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (leaving, work):
                 task.cancel()
-            await asyncio.gather(gone, work, return_exceptions=True)
+            await asyncio.gather(leaving, work, return_exceptions=True)
             if work in done:
                 work.result()
         except Exception as error:
@@ -129,7 +129,7 @@ class Answered(Response):
         head = [(name.encode(), value.encode()) for name, value in self._marks().items()]
         head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._started = True
-        await _sent(send, {"type": "http.response.start", "status": 200, "headers": head})
+        await sent(send, {"type": "http.response.start", "status": 200, "headers": head})
         await self._event(send, self.first())
         open_ = len(answers)
         while open_:
@@ -137,7 +137,7 @@ class Answered(Response):
                 async with asyncio.timeout(ALIVE):  # wait_for would lose a cancellation that meets a piece
                     batch = [await pieces.get()]
             except TimeoutError:
-                await _sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
+                await sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
                 continue
             while not pieces.empty():
                 batch.append(pieces.get_nowait())
@@ -152,12 +152,12 @@ class Answered(Response):
             await self._event(send, events)
         await self._event(send, self.last(answers))
         end = b"data: [DONE]\n\n" if self.done else b""
-        await _sent(send, {"type": "http.response.body", "body": end, "more_body": False})
+        await sent(send, {"type": "http.response.body", "body": end, "more_body": False})
 
     async def _event(self, send: Send, events: Sequence[Any]) -> None:
         if events:
             body = "".join(map(written, events))
-            await _sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+            await sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
 
     def _marks(self) -> dict[str, str]:
         return self.given | self.job.client.headers()
@@ -177,13 +177,14 @@ def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place
     return heard
 
 
-async def _sent(send: Send, message: Message) -> None:
+async def sent(send: Send, message: Message) -> None:
     """A client that does not read is given up."""
     async with asyncio.timeout(READS):
         await send(message)
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

@@ -14,7 +14,7 @@ import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -25,11 +25,11 @@ from starlette.routing import Route
 
 from armillary.server import chat, completions, responses
 from armillary.server.answering import Context
-from armillary.server.body import read
+from armillary.server.body import read, read_as_it_is
 from armillary.server.errors import HTTPError, explained
 from armillary.server.hosted import Hosted
 from armillary.server.items import Kept, ResponsesRequest
-from armillary.server.limits import Client, Door
+from armillary.server.limits import Client, Door, Load
 from armillary.server.metrics import Metrics
 from armillary.server.openapi import document
 from armillary.server.protocol import (
@@ -40,15 +40,19 @@ from armillary.server.protocol import (
     TokenizeRequest,
 )
 
+if TYPE_CHECKING:
+    from armillary.server.upstream import Upstream
+
 log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
 
 
 class Server:
-    """models: what is served, the first also under any name when it is the only one; door: keys and rates."""
+    """models: what is served; door: keys and rates; upstream: another server that answers in their place."""
 
-    def __init__(self, models: Sequence[Hosted], door: Door | None = None) -> None:
+    def __init__(self, models: Sequence[Hosted], door: Door | None = None, upstream: Upstream | None = None) -> None:
+        self.upstream = upstream
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
         self.context, self.kept = Context(self.door, self.metrics), Kept()
@@ -61,6 +65,9 @@ class Server:
             ("/tokenize", TokenizeRequest, self._tokenize),
             ("/detokenize", DetokenizeRequest, self._detokenize),
         ]
+        if upstream is not None:  # what it is sure to have; and a response goes on from another only at its place
+            passed = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+            posts = [(path, form, call) for path, form, call in posts if path in passed]
         others = [
             ("GET", "/v1/models", self._list),
             ("GET", "/v1/models/{name:path}", self._model),
@@ -69,6 +76,8 @@ class Server:
             ("GET", "/metrics", self._metrics),
             ("GET", "/openapi.json", self._openapi),
         ]
+        if upstream is not None:
+            others = [one for one in others if "responses" not in one[1]]
         self.document = document(
             [(path, form) for path, form, _ in posts], [(method, path) for method, path, _ in others]
         )
@@ -85,6 +94,9 @@ class Server:
 
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
+            if self.upstream is not None:
+                given = await read_as_it_is(request, form)
+                return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
             asked = await read(request, form)
             # templates, tokenizers and grammars take their time: others are not to wait for it
             response: Response = await asyncio.to_thread(call, asked, client, self._marks(request))
@@ -94,6 +106,9 @@ class Server:
 
     def _plain(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
+            if self.upstream is not None and path.startswith("/v1/"):
+                asked = request.scope["path"].removeprefix("/v1")
+                return await self.upstream.get(asked, self._marks(request))
             response: Response = call(request, client)
             return response
 
@@ -271,25 +286,34 @@ class Server:
 
     async def _ready(self, request: Request) -> Response:
         problem = "shutting down" if self.draining else self._stuck()
+        if problem is None and self.upstream is not None:
+            problem = await self.upstream.problem()
         return JSONResponse({"ready": problem is None, "problem": problem}, 200 if problem is None else 503)
 
     # -- life
 
     @property
     def under_way(self) -> int:
-        return sum(hosted.load.answers for hosted in self.models.values())
+        return sum(load.answers for load in self._loads)
+
+    @property
+    def _loads(self) -> list[Load]:
+        loads = [hosted.load for hosted in self.models.values()]
+        return loads if self.upstream is None else [*loads, self.upstream.load]
 
     def drain(self) -> None:
         """Take no more requests."""
         self.draining = True
-        for hosted in self.models.values():
-            hosted.load.draining = True
+        for load in self._loads:
+            load.draining = True
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
         for hosted in self.models.values():
             await asyncio.to_thread(hosted.close)
+        if self.upstream is not None:
+            await self.upstream.close()
 
 
 def _no_response() -> HTTPError:

@@ -20,10 +20,21 @@ B = TypeVar("B", bound=BaseModel)
 
 async def read(request: Request, form: type[B]) -> B:
     """The body as a request of this form. Raises HTTPError naming the field that is wrong."""
+    return checked(await _json(request), form)
+
+
+async def read_as_it_is(request: Request, form: type[BaseModel]) -> Any:
+    """The body as it was sent, once it is checked as a request of this form."""
+    found = await _json(request)
+    checked(found, form)
+    return found
+
+
+async def _json(request: Request) -> Any:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPError(415, f"the body is '{kind[:100]}'", hint="send application/json")
-    return checked(parse(await _bytes(request)), form)
+    return parse(await _bytes(request))
 
 
 async def _bytes(request: Request) -> bytes:

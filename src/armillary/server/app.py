@@ -81,6 +81,9 @@ class Server:
         self.document = document(
             [(path, form) for path, form, _ in posts], [(method, path) for method, path, _ in others]
         )
+        self._methods: dict[str, set[str]] = {}
+        for method, path in [("POST", path) for path, _, _ in posts] + [(method, path) for method, path, _ in others]:
+            self._methods.setdefault(path, set()).update({method} | ({"HEAD"} if method == "GET" else set()))
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
         routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
         routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
@@ -170,6 +173,9 @@ class Server:
         problem = HTTPError(error.status_code, what.get(error.status_code, str(error.detail)))
         response = self._problem(problem, request)
         response.headers.update(error.headers or {})
+        route = request.scope.get("route")
+        if error.status_code == 405 and route is not None:  # all methods of the path, not of one route alone
+            response.headers["allow"] = ", ".join(sorted(self._methods.get(route.path, route.methods)))
         return response
 
     def _hosted(self, name: str) -> Hosted:

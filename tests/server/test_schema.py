@@ -21,7 +21,7 @@ HEADERS = {"authorization": "Bearer secret-of-a"}
 
 @API.parametrize()
 @settings(
-    max_examples=12,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

@@ -146,7 +146,7 @@ def test_isolation_in_time(served) -> None:
     """A prompt that one key sent is as slow for another as a new one, and quick for its own."""
     engine = served.server.models["tiny"].engine
     text = "what only a knows " * 20
-    ask = {"model": "tiny", "prompt": text, "max_tokens": 1, "temperature": 0}
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0}
 
     def tokens(key: str) -> int:
         computed = []
@@ -158,7 +158,7 @@ def test_isolation_in_time(served) -> None:
 
         engine.slots.extend = counted
         try:
-            served.client(key).completions.create(**ask)
+            served.client(key).chat.completions.create(**ask)
         finally:
             del engine.slots.extend
         return sum(computed)

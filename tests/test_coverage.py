@@ -1,4 +1,4 @@
-"""docs/coverage.md and docs/performance.md say what the code and the results say, and notice when they do not."""
+"""docs/coverage.md, models.md and performance.md say what code and results say, and notice when they do not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _tool(name: str) -> ModuleType:
 def tools() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(TOOLS))
     try:
-        yield {name: _tool(name) for name in ("results", "coverage", "performance")}
+        yield {name: _tool(name) for name in ("results", "coverage", "models", "performance")}
     finally:
         sys.path.remove(str(TOOLS))
         sys.modules.pop("results", None)
@@ -94,6 +94,15 @@ def test_the_performance_page_holds_the_figures(tools: dict[str, ModuleType], tm
         if page == performance.page(results.latest(file)):
             return
     pytest.fail("docs/performance.md is not what was measured: run python tools/performance.py")
+
+
+def test_the_page_of_models_is_what_was_measured(tools: dict[str, ModuleType]) -> None:
+    """Which cases and families those are is the business of tests/checkpoints/test_parity.py."""
+    models = tools["models"]
+    measured = json.loads(models.MEASURED.read_text(encoding="utf-8"))
+    assert models.PAGE.read_text(encoding="utf-8") == models.page(measured), "run python tools/models.py"
+    figures = [found for variants in measured["families"].values() for found in variants.values()]
+    assert max(max(found["logits"], found["exported"], found["hidden"]) for found in figures) < 1e-4
 
 
 def test_a_missed_goal_is_said_and_a_remark_stands_below(

@@ -161,3 +161,20 @@ def test_rooms_named_like_functions_can_be_called() -> None:
     assert callable(arm.train) and callable(arm.evaluate) and callable(arm.compare)
     with pytest.raises(arm.ArmillaryError, match="there is no recipe"):
         armillary.train(arm.Recipe.load("no-such-recipe"))
+
+
+def test_neighbours_are_the_nearest_embeddings() -> None:
+    """Against cosines of the table, one by one."""
+    shape = {"width": 16, "depth": 0, "vocabulary": 300, "norm": None}  # more entries than the tokenizer has
+    model = Model(arm.build(shape, seed=1).network, TOKENIZER)
+    (given,) = model.tokenizer.encode("k")
+    table = model.network.embed.weight.detach()
+    ordinary = [i for i in range(model.tokenizer.size) if i not in {given, *model.tokenizer.special.values()}]
+    cosine = {i: float(torch.cosine_similarity(table[i], table[given], 0)) for i in ordinary}
+    wanted = sorted(ordinary, key=lambda i: -cosine[i])[:3]
+    found = model.neighbours("k", 3)
+    assert [token for token, _ in found] == [model.tokenizer.decode([i]) for i in wanted]
+    assert [value for _, value in found] == pytest.approx([cosine[i] for i in wanted], abs=1e-5)
+    assert len(model.neighbours("kind", 10_000)) == len(ordinary) + 1 - len(set("kind"))
+    with pytest.raises(InputError, match="need a text"):
+        model.neighbours("")

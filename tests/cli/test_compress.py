@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return 0
 
 
-def test_a_run_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_pruned_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text"
     text.mkdir()
@@ -56,3 +59,19 @@ def test_a_run_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "already there" in capsys.readouterr().err
     assert run(monkeypatch, "compress", "small", "again", "--prune-attention", "0.5", "--data", "text/1.txt") == 2
     assert "no dense attention" in capsys.readouterr().err
+
+    words = ("compress", "run", "experts", "--experts", "4")
+    assert run(monkeypatch, *words, "--top", "2", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    found = facts["bits_per_byte_by_experts"]
+    assert list(found) == ["100%", "75%", "50%", "25%"]
+    assert found["100%"] == pytest.approx(facts["bits_per_byte_before"], rel=1e-4) and found["25%"] != found["100%"]
+    channel = load("experts").network.get_submodule("blocks.0.channel.inner")
+    assert (channel.top, channel.settings.experts) == (2, 4)
+    for wrong in (
+        words[:3],
+        (*words, "--scope", "head"),
+        ("compress", "run", "x", "--prune-attention", "0", "--top", "1"),
+    ):
+        assert run(monkeypatch, *wrong) == 2
+        assert re.search("what is to be done|no part in this", capsys.readouterr().err)

@@ -22,7 +22,9 @@ from armillary.compare.conclusion import conclusion
 from armillary.compare.drawing import Curve, Row, Spot, curves, front, intervals, marker
 from armillary.compare.results import equal_loss
 from armillary.compare.results import front as on_front
+from armillary.data.corpus import Corpus
 from armillary.evaluate import evaluate
+from armillary.evaluate.baselines import ByteNgram
 from armillary.model import load
 from armillary.recipe import Recipe
 from armillary.train import Event, Stepped
@@ -51,6 +53,20 @@ def test_every_run_is_there_and_was_measured(done: Comparison) -> None:
             ).resolve()
             value = evaluate(load(folder), folder).bits_per_byte.value
             assert row(done, name)["bits_per_byte"]["runs"][str(seed)] == pytest.approx(value, rel=1e-6)
+
+
+def test_counting_stands_beside_the_models(done: Comparison) -> None:
+    """A Kneser-Ney model of the same training text, on the same held-out documents."""
+    corpus = Corpus.open(done.folder / "data")
+    heldout = [
+        corpus.tokenizer.decode(corpus.heldout.document(i).tolist()).encode() for i in range(len(corpus.heldout))
+    ]
+    train = [corpus.tokenizer.decode(corpus.train.document(i).tolist()).encode() for i in range(len(corpus.train))]
+    expected = sum(map(ByteNgram(5).fit(train).bits, heldout)) / sum(map(len, heldout))
+    baseline = done.data["baseline"]
+    assert baseline == {"name": "byte 5-gram, modified Kneser-Ney", "bits_per_byte": pytest.approx(expected)}
+    said = done.report.read_text(encoding="utf-8")
+    assert baseline["name"] in said and f"{expected:.4f}" in said
 
 
 def test_runs_of_one_seed_are_paired(done: Comparison) -> None:
@@ -241,7 +257,7 @@ def test_equal_time(recipe: Make, tmp_path: Path) -> None:
 # -- words and fronts, from figures made up for the purpose
 
 
-def made_up(values: dict[str, list[float]], *, equal: bool = False) -> dict[str, Any]:
+def made_up(values: dict[str, list[float]], *, equal: bool = False, counted: float | None = None) -> dict[str, Any]:
     """Results in which every variant's runs have these bits per byte on forty equal documents."""
     sizes = [100] * 40
     wobble = 0.01 * np.random.default_rng(0).standard_normal(40)
@@ -278,6 +294,9 @@ def made_up(values: dict[str, list[float]], *, equal: bool = False) -> dict[str,
         def measures(self, variant: Any) -> None:
             return None
 
+        def baseline(self) -> dict[str, Any] | None:
+            return None if counted is None else {"name": "byte 5-gram", "bits_per_byte": counted}
+
     seeds = tuple(range(max(map(len, values.values()))))
     plan = runs.Plan("made up", runs.Budget(5, "steps"), seeds, tuple(found), "none", equal)
     data = runs.results(plan, Held())  # type: ignore[arg-type]
@@ -295,6 +314,13 @@ def test_a_clear_difference_is_called_one() -> None:
     said = conclusion(made_up({"base": BASE, "new": shifted(-0.1)}))[0]
     assert said.startswith("new is better than base by 0.09") and "bits per byte" in said and "of base's 1.99" in said
     assert "is worse than base by" in conclusion(made_up({"base": BASE, "new": shifted(0.1)}))[0]
+
+
+def test_models_that_counting_beats_are_called_so() -> None:
+    values = {"base": BASE, "new": shifted(-0.1)}
+    assert conclusion(made_up(values, counted=1.5))[-1].startswith("None of them predicts the text better than a byte")
+    for counted in (1.95, None):
+        assert not any("None of them" in sentence for sentence in conclusion(made_up(values, counted=counted)))
 
 
 def test_no_difference_is_bounded() -> None:

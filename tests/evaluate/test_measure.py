@@ -20,7 +20,7 @@ from armillary.base.settings import parse
 from armillary.data.corpus import Corpus
 from armillary.data.prepare import prepare
 from armillary.data.settings import DataSettings, SourceSettings
-from armillary.evaluate import baselines, evaluate
+from armillary.evaluate import baselines, evaluate, kneser_ney
 from armillary.evaluate.throughput import throughput
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.recipe import Recipe
@@ -111,8 +111,12 @@ def test_baselines_see_the_same_documents(trained: Model, corpus: Corpus) -> Non
     direct = baselines([text.encode() for text in train], [text.encode() for text in held])
     assert [b.name for b in found.baselines] == [b.name for b in direct]
     assert [b.bits_per_byte for b in found.baselines] == pytest.approx([b.bits_per_byte for b in direct])
-    again = evaluate(trained, held, baselines=corpus)
-    assert again.baselines[1].bits_per_byte == pytest.approx(direct[1].bits_per_byte)
+    again = evaluate(trained, held, baselines=corpus, order=3)
+    third = kneser_ney([text.encode() for text in train], [text.encode() for text in held], 3)
+    assert again.baselines[1].bits_per_byte == pytest.approx(third.bits_per_byte) != direct[1].bits_per_byte
+    assert again.baselines[1].name == "byte 3-gram, modified Kneser-Ney"
+    with pytest.raises(InputError, match="order 9"):
+        evaluate(trained, held, baselines=corpus, order=9)
     with pytest.raises(InputError, match="learn from training text"):
         evaluate(trained, held, baselines=True)
 

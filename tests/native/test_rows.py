@@ -144,12 +144,14 @@ def test_few_rows_attend_against_pytorch(dtype: torch.dtype, queries: int) -> No
 
 
 @needs_library
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_few_rows_rmsnorm_against_pytorch(dtype: torch.dtype) -> None:
+def test_few_rows_rmsnorm_against_pytorch(dtype: torch.dtype, offset: float) -> None:
     generator = torch.Generator().manual_seed(7)
     x, weight = torch.randn(3, 50, generator=generator).to(dtype), torch.randn(50, generator=generator).to(dtype)
-    expected = torch.nn.functional.rms_norm(x.float(), (50,), weight.float(), 1e-5)
-    assert torch.allclose(rows.few_rows_rmsnorm(x, weight, 1e-5).float(), expected, rtol=CLOSE[dtype], atol=1e-5)
+    expected = torch.nn.functional.rms_norm(x.float(), (50,), weight.float() + offset, 1e-5)
+    found = rows.few_rows_rmsnorm(x, weight, 1e-5, offset)
+    assert torch.allclose(found.float(), expected, rtol=CLOSE[dtype], atol=1e-5)
 
 
 def test_without_a_compiler_the_plain_form_runs_and_says_so(tmp_path) -> None:

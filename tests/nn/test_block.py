@@ -102,6 +102,31 @@ def test_sandwich_norm_is_gemma2s(agree: Any, load: Any, shake: Any) -> None:
     compare(ours, theirs, expected, x, table | norms, agree)
 
 
+def test_norm_after_is_olmo2s(agree: Any, load: Any, shake: Any) -> None:
+    from transformers import Olmo2Config
+    from transformers.models.olmo2 import modeling_olmo2 as olmo
+
+    config = Olmo2Config(
+        hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"
+    )
+    theirs = olmo.Olmo2DecoderLayer(config, 0)
+    shake(theirs)
+    mixer = {"kind": "attention", "heads": 4, "kv_heads": 2, "position": "rope", "norm": "rmsnorm", "norm_over": "all"}
+    ours = build({"mixer": mixer, "channel": {"kind": "gated", "hidden": 40}, "norm_at": "after"}, 32)
+    table = {f"mixer.inner.{n}.weight": theirs.self_attn.get_submodule(f"{n}_proj").weight for n in "qkvo"}
+    table |= {f"mixer.inner.{n}_norm.weight": theirs.self_attn.get_submodule(f"{n}_norm").weight for n in "qk"}
+    table |= {f"channel.inner.{n}.weight": theirs.mlp.get_submodule(f"{n}_proj").weight for n in ("gate", "up", "down")}
+    table["mixer.norm.weight"] = theirs.post_attention_layernorm.weight
+    table["channel.norm.weight"] = theirs.post_feedforward_layernorm.weight
+    load(ours, table)
+    x = torch.randn(2, T, 32, requires_grad=True)
+    where = olmo.Olmo2RotaryEmbedding(config)(x, torch.arange(T)[None])
+    mask = torch.full((T, T), -torch.inf).triu(1)[None, None]
+    expected = theirs(x, attention_mask=mask, position_embeddings=where)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    compare(ours, theirs, expected, x, table, agree)
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_parallel_residual_is_gpt_neoxs(parallel: bool, agree: Any, load: Any, shake: Any) -> None:
     from transformers import GPTNeoXConfig

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from armillary.base.errors import UnsupportedError
 from armillary.base.settings import parse
-from armillary.nn.linear import DenseSettings, Embedding, ExpertLinear, Linear, LinearSettings
+from armillary.nn.cost import count
+from armillary.nn.linear import DenseSettings, Embedding, ExpertLinear, Linear, LinearSettings, LowRank, LowRankSettings
 from armillary.nn.mechanism import Place
 from armillary.nn.network import ModelSettings, build
 
@@ -117,3 +118,64 @@ def test_a_kind_of_product_that_experts_cannot_hold_says_so() -> None:
 
     with pytest.raises(UnsupportedError, match="'other' products cannot be held by experts"):
         Place(16, linear={"q": Other()}).experts(4, 16, 16, "q")
+
+
+def test_low_rank_at_full_rank_is_any_dense_product(agree: Any) -> None:
+    """From the singular value decomposition; at less, the error is that of the values left out."""
+    dense, x = product(24, 17), torch.randn(5, 24)
+    whole = LowRankSettings(rank=17).build(24, 17, role="q", bias=True, depth=1)
+    whole.resemble(dense.weight, dense.bias)
+    agree(whole(x), dense(x))
+    part = LowRankSettings(rank=5).build(24, 17, role="q", bias=False, depth=1)
+    part.resemble(dense.weight)
+    values = torch.linalg.svdvals(dense.weight.detach())
+    left = (dense.weight - part.widen.weight @ part.narrow.weight).detach().norm()
+    assert float(left) == pytest.approx(float(values[5:].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (512, 256), (512, 1408), (24, 17)])
+@pytest.mark.parametrize("ratio", [1.0, 2.64, 5.0])
+def test_the_rank_is_the_largest_that_the_ratio_allows(shape: tuple[int, int], ratio: float) -> None:
+    inputs, outputs = shape
+    made = LowRankSettings(ratio=ratio).build(inputs, outputs, role="q", bias=False, depth=1)
+    count = sum(p.numel() for p in made.parameters())
+    assert count == made.rank * (inputs + outputs)
+    assert inputs * outputs / count >= ratio > inputs * outputs / (count + inputs + outputs)
+
+
+def test_low_rank_products_start_with_the_variance_of_dense_ones() -> None:
+    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    for role, depth, expected in (("q", 8, 1.0), ("down", 2, 0.5)):
+        made = LowRankSettings().build(256, 128, role=role, bias=True, depth=depth)
+        generator = torch.Generator().manual_seed(1)
+        for part in made.children():
+            part.reset(generator)
+        assert float(made(x).detach().std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_recipe_makes_every_product_of_low_rank_but_head_and_routers() -> None:
+    """Parameters and FLOPs are those that were counted, with an encoder and a memory too."""
+    block = {"mixer": {"kind": "attention", "heads": 2}, "channel": "gated"}
+    model = {"width": 32, "depth": 2, "vocabulary": 50, "block": block, "linear": {"all": {"kind": "low_rank"}}}
+    pair = {"form": "encoder_decoder", "block": block | {"cross": block["mixer"]}, "encoder": {"block": block}}
+    for settings in (parse(ModelSettings, model), parse(ModelSettings, model | pair)):
+        network = build(settings)
+        kinds = {name.rpartition(".")[2] for name, part in network.named_modules() if isinstance(part, LowRank)}
+        assert kinds == {"q", "k", "v", "o", "gate", "up", "down"}
+        assert type(network.head.product) is Linear
+        ids = torch.randint(0, 50, (1, 12))
+        given = {"source": ids} if settings.encoder is not None else {}
+        counted = count(lambda network=network, ids=ids, given=given: network(ids, **given))
+        assert settings.cost(settings.place(), 12).flops == pytest.approx(counted, rel=0.01)
+    chosen = Place(16, linear={"all": LowRankSettings(), "down": DenseSettings()})
+    assert type(chosen.product(16, 64, "up")) is LowRank
+    assert type(chosen.product(64, 16, "down")) is type(chosen.product(16, 4, "router")) is Linear
+
+
+def test_what_cannot_be_of_low_rank_says_why() -> None:
+    with pytest.raises(UnsupportedError, match="has no rank of 20"):
+        LowRankSettings(rank=20).build(24, 17, role="q", bias=False, depth=1)
+    with pytest.raises(UnsupportedError, match="head cannot be of low rank"):
+        Place(16, linear={"head": LowRankSettings()}).product(16, 50, "head")
+    with pytest.raises(UnsupportedError, match="'low_rank' products cannot be held by experts"):
+        Place(16, linear={"all": LowRankSettings()}).experts(4, 16, 16, "q")

@@ -330,3 +330,36 @@ def test_calls_of_an_update_share_its_loss_and_draw_apart(monkeypatch: pytest.Mo
     assert told[0] == told[1]
     assert [share for _, share in told[0]] == pytest.approx([0.25] * 4)
     assert len({seed for seed, _ in told[0]}) == 4
+
+
+# -- side tensors
+
+
+def test_rows_bring_their_own_graphs() -> None:
+    """Tied tokens are equal: a hidden one can be guessed by those who are told of the edges, and by nobody else."""
+    generator = torch.Generator().manual_seed(4)
+    settings = parse(
+        ModelSettings,
+        {
+            "form": "encoder",
+            "width": 24,
+            "depth": 1,
+            "vocabulary": 9,
+            "block": {"mixer": {"kind": "focal_graph", "heads": 2, "focal": 2, "hops": 1}, "channel": "gated"},
+        },
+    )
+    how = {"objective": {"kind": "masked", "replaced": 1.0, "random": 0.0}, "context": 12, "batch": 32, "steps": 41}
+    how |= {"micro_batch": 16, "optimiser": {"learning_rate": 0.01}, "schedule": {"kind": "constant", "warmup": 0}}
+    losses = {}
+    for told, steps in ((True, 40), (False, 8)):
+        trainer = Trainer(build(settings, seed=1), training(**how), vocabulary=Vocabulary(9, mask=8, special=(8,)))
+        for _ in range(steps):
+            pairs = torch.stack([torch.randperm(12, generator=generator) for _ in range(32)]).view(32, 6, 2)
+            ids = torch.empty(32, 12, dtype=torch.int64)
+            colours = torch.randint(8, (32, 6), generator=generator)
+            ids.scatter_(1, pairs.flatten(1), colours.repeat_interleave(2, 1))
+            edges = pairs if told else torch.full_like(pairs, -1)
+            losses[told] = trainer.step(Batch(ids, side={"edges": edges}))
+    assert losses[True] < 1.0 < 1.8 < losses[False]
+    with pytest.raises(InputError, match="the side tensor 'edges' has shape"):
+        trainer.step(Batch(ids, side={"edges": edges[:3]}))

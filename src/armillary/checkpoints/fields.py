@@ -7,6 +7,7 @@ the computation alone, is an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from armillary.base.errors import CheckpointError, UnsupportedError
 from armillary.checkpoints.facts import Facts
 
 Data = dict[str, Any]
+
+# More than any model has; beyond, a wrong number would fill the memory before it is noticed.
+LARGEST = 2**31 - 1
+MOST = {"depth": 10_000, "width": 2**20, "mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -27,10 +32,15 @@ ACTIVATIONS = {
 
 
 class Config:
-    """The keys of a config.json and which of them have been read; null is the same as not there."""
+    """The keys of a config.json and which of them have been read.
+
+    null is the same as not there, but for the few keys whose absence means something else: `nulls`
+    has those that were given as null.
+    """
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.data = {key: value for key, value in data.items() if value is not None}
+        self.nulls = frozenset(data) - frozenset(self.data)
         self.where = where
         self.unread = set(self.data)
 
@@ -40,8 +50,10 @@ class Config:
 
     def number(self, key: str, value: Any, kind: type) -> Any:
         """`value` as a whole number (kind int) or any number (float)."""
-        if type(value) is int or (kind is float and type(value) is float):
+        if type(value) is int and abs(value) <= LARGEST:
             return kind(value)
+        if kind is float and type(value) is float and math.isfinite(value):
+            return value
         raise self.wrong(key, value, "a whole number" if kind is int else "a number")
 
     def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
@@ -67,39 +79,65 @@ class Field:
 class Same(Field):
     """A number or flag with the same meaning on both sides.
 
-    kind: int, float or bool; default: what a missing key means, None for our own default; needed:
-    whether the key must be there.
+    kind: int, float or bool; default: what a missing key means, None for our own default; null: what
+    one that is null means, by default the same; needed: whether the key must be there; older: other
+    names that the key has had.
     """
 
-    def __init__(self, key: str, *paths: str, kind: type = int, default: Any = None, needed: bool = False) -> None:
-        self.keys, self.paths = (key,), paths
+    def __init__(
+        self,
+        key: str,
+        *paths: str,
+        kind: type = int,
+        default: Any = None,
+        null: Any = ...,
+        needed: bool = False,
+        older: tuple[str, ...] = (),
+    ) -> None:
+        self.keys, self.paths = (key, *older), paths
         self.kind, self.default, self.needed = kind, default, needed
+        self.null = default if null is ... else null
 
     def read(self, config: Config, data: Data) -> None:
-        (key,) = self.keys
-        value = config.take(key)
+        given = [(name, value) for name in self.keys if (value := config.take(name)) is not None]
+        key, value = given[0] if given else (self.keys[0], None)
+        for name, other in given[1:]:
+            if other != value:
+                raise config.clash(f"'{key}': {value!r}", f"'{name}': {other!r}")
         if value is None:
             if self.needed:
                 raise CheckpointError(f"'{key}' is missing", where=config.where)
-            value = self.default
+            value = self.null if key in config.nulls else self.default
         elif self.kind is bool:
             if type(value) is not bool:
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
+            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in self.paths)
+            if value > most:
+                raise config.wrong(key, value, f"at most {most}")
         if value is not None:
             for path in self.paths:
                 put(data, path, value)
 
     def write(self, facts: Facts, config: Data) -> None:
-        config[self.keys[0]] = facts[first(self.paths[0])]
+        path = held(self.paths, facts)
+        if path is None:
+            return  # no block is of the kind that it is about
+        value = facts[path]
+        if self.kind is int and isinstance(value, float):
+            if not value.is_integer():
+                raise UnsupportedError(f"model.{path}: {value:g} is no whole number, as '{self.keys[0]}' has to be")
+            value = int(value)
+        config[self.keys[0]] = value
 
 
 class Word(Field):
     """A name that is another name on our side; the first of several that mean the same is written."""
 
-    def __init__(self, key: str, path: str, names: Mapping[str, str], default: str) -> None:
-        self.keys, self.paths, self.names, self.default = (key,), (path,), names, default
+    def __init__(self, key: str, path: str | tuple[str, ...], names: Mapping[str, str], default: str) -> None:
+        self.paths = (path,) if isinstance(path, str) else path
+        self.keys, self.names, self.default = (key,), names, default
 
     def read(self, config: Config, data: Data) -> None:
         value = config.take(self.keys[0], self.default)
@@ -109,13 +147,16 @@ class Word(Field):
                 where=config.where,
                 hint=f"known: {', '.join(self.names)}",
             )
-        put(data, self.paths[0], self.names[value])
+        for path in self.paths:
+            put(data, path, self.names[value])
 
     def write(self, facts: Facts, config: Data) -> None:
-        (path,) = self.paths
-        name = next((name for name, meaning in self.names.items() if meaning == facts[first(path)]), None)
+        path = held(self.paths, facts)
+        if path is None:
+            return
+        name = next((name for name, meaning in self.names.items() if meaning == facts[path]), None)
         if name is None:
-            raise UnsupportedError(f"model.{first(path)}: {facts[first(path)]!r} has no name for '{self.keys[0]}'")
+            raise UnsupportedError(f"model.{path}: {facts[path]!r} has no name for '{self.keys[0]}'")
         config[self.keys[0]] = name
 
 
@@ -187,3 +228,8 @@ def put(data: Data, path: str, value: Any) -> None:
 def first(path: str) -> str:
     """The fact that a setting of every block is read from."""
     return f"blocks.0.{path.removeprefix('block.')}" if path.startswith("block.") else path
+
+
+def held(paths: tuple[str, ...], facts: Facts) -> str | None:
+    """The first fact that there is of those that these settings are read from."""
+    return next((name for name in map(first, paths) if name in facts), None)

@@ -31,7 +31,7 @@ from armillary.checkpoints.tensors import (
     read_tensors,
     write_tensors,
 )
-from armillary.nn.network import Network
+from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
 
 CONFIG = "config.json"
@@ -82,18 +82,18 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     root = Path(folder)
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
-    network = blank(settings)
+    found = _whole_names(family, read_tensors(root))
+    network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
-    bound = family.bind(settings, ours)
+    bound = family.bind(settings, ours, found)
     left_out = ours.keys() - {name for one in bound for name in one.ours}
     assert not left_out, f"the table of '{family.kind}' has no entry for {', '.join(sorted(left_out))}"
-    found = _whole_names(family, read_tensors(root))
     second = _second(family, network, bound)
     raise_for(
         fit(
             {name: tensor for name, tensor in found.items() if name not in second},
-            {one.theirs: one.stages[0][0] for one in bound},
-            {one.theirs: one.sizes for one in bound},
+            {name: like for one in bound for name, like in zip(one.theirs, one.stages[0], strict=True)},
+            {name: one.sizes for one in bound for name in one.theirs},
         ),
         root,
         hint=f"{CONFIG} and the weights must be of one model",
@@ -137,7 +137,8 @@ def save_open(
     with new_folder(Path(folder)) as temporary:
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
-        write_tensors(temporary, {one.theirs: one.exported(ours) for one in bound}, max_shard=max_shard)
+        theirs = {name: tensor for one in bound for name, tensor in one.exported(ours).items()}
+        write_tensors(temporary, theirs, max_shard=max_shard)
         if tokenizer is not None:
             tokenizer.save(temporary)
             if tokenizer.chat_template is not None:  # ours goes unsaid in our own folders
@@ -148,16 +149,19 @@ def save_open(
 def _expressed(network: Network, name: str | None) -> tuple[Family, dict[str, Any]]:
     if name is not None and name not in families.names():
         raise UnsupportedError(f"there is no family '{name}'", hint=nearest(name, families.names()))
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for family in each():
         if name in (None, family.kind):
             try:
                 return family, family.config(network.settings)
             except UnsupportedError as error:
-                reasons.append(error.what)
-    raise UnsupportedError(
-        f"no open layout can hold this model: {'; '.join(reasons)}", hint="the native layout holds every model"
+                what, _, _ = error.what.partition(" has no counterpart")
+                reasons.setdefault(what, []).append(family.kind)
+    said = "; ".join(
+        f"{what} has no counterpart in the {', '.join(map(repr, kinds))} layout{'s' * (len(kinds) > 1)}"
+        for what, kinds in reasons.items()
     )
+    raise UnsupportedError(f"no open layout can hold this model: {said}", hint="the native layout holds every model")
 
 
 def _family(root: Path) -> Family:
@@ -174,11 +178,27 @@ def _family(root: Path) -> Family:
     return families.get(kind)()
 
 
+def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> Network:
+    """The network without storage, when its sizes go together and can be those of `count` tensors."""
+    if settings.depth > count:
+        (key, *_) = family.behind(("depth",))
+        raise CheckpointError(f"'{key}' is {settings.depth}, but there are only {count} tensors", where=where)
+    try:
+        return blank(settings)
+    except UnsupportedError as error:
+        keys = family.behind((), error.what) or [
+            key for path in ("width", "block.mixer.heads", "block.mixer.head_width") for key in family.behind((path,))
+        ]
+        raise CheckpointError(f"{error.what} (from {', '.join(keys)})", where=where, hint=error.hint) from None
+    except RuntimeError as error:  # PyTorch's, on shapes beyond its numbers
+        raise CheckpointError(f"these sizes make no tensors ({error})", where=where) from None
+
+
 def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
     """Their tensors under the names of a whole model, without those that carry no weights."""
     bare = not any(name.startswith(family.prefix) for name in found)
     named = {
-        f"{family.prefix}{name}" if bare and not name.startswith("lm_head.") else name: tensor
+        f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name: tensor
         for name, tensor in found.items()
     }
     unread = family.leftovers
@@ -191,15 +211,15 @@ def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Store
 
 def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     for one in bound:
-        yield from one.imported(found[one.theirs].read()).items()
+        yield from one.imported(found).items()
 
 
 def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:
     """Names on disk that would repeat another tensor → that tensor's name (both are plain renames)."""
-    names = {one.ours: one.theirs for one in bound}
+    names = {one.ours: one.theirs[0] for one in bound}
     parameters = dict(network.named_parameters(remove_duplicate=False))
     tied = {name: parameters[name] for name in network.tied_names()}
-    return {one.theirs: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
+    return {one.theirs[0]: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
 
 
 def _tokenizer(root: Path) -> Tokenizer | None:

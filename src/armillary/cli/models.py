@@ -32,6 +32,7 @@ def evaluate(
     model: Folder,
     data: Annotated[str | None, typer.Option(help="Text to measure on; by default the run's held-out files.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Measure the simple baselines beside it.")] = False,
+    order: Annotated[int, typer.Option(help="Order of the n-gram model (Kneser-Ney) among the baselines.")] = 5,
     limit: Annotated[int | None, typer.Option(help="At most this many documents.")] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Other context lengths to measure at instead, for example 128,512,2048.")
@@ -58,7 +59,7 @@ def evaluate(
             raise InputError("baselines have no context length", hint="leave out --baselines or --lengths")
         _lengths(opened, data or model, lengths, limit, json)
         return
-    found = measure(opened, data or model, baselines=baselines, limit=limit)
+    found = measure(opened, data or model, baselines=baselines, order=order, limit=limit)
     if json:
         emit(found.to_data())
         return

@@ -176,15 +176,27 @@ def demo(
 
 def _finish(run: Run, json: bool) -> None:
     """Measure a finished run and say where its things are."""
+    from armillary.base.errors import UnsupportedError
+    from armillary.evaluate import write_card, write_report
+
     _stopped(run)
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes the first one measures
     note("measuring on the held-out files")
-    _, found = _measured(run)
+    try:
+        found = _measured(run)[1]
+    except UnsupportedError as error:  # an encoder, say: the run is none the worse for it
+        note(f"not measured: {error.what}")
+        found = None
+        write_report(run.folder)
+        write_card(run.folder)
     if json:
-        emit({"run": str(run.folder), "evaluation": found.to_data()})
+        emit({"run": str(run.folder), "evaluation": None if found is None else found.to_data()})
         return
     print()
+    if found is None:
+        print(f"report: {run.folder / 'report.html'}")
+        return
     show_evaluation(found)
     print(f'\nreport: {run.folder / "report.html"}\nnext:   armillary generate {run.folder} "…"')
 

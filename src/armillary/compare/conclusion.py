@@ -29,7 +29,19 @@ def conclusion(found: dict[str, Any]) -> list[str]:
         said += _equal(found)
     for row in others:
         said += _speed(row, reference)
-    return said
+    return said + _counting(found)
+
+
+def _counting(found: dict[str, Any]) -> list[str]:
+    """A warning where counting alone does as well."""
+    baseline, rows = found.get("baseline"), [row for row in found["variants"] if row["role"] != "control"]
+    best = min((row["bits_per_byte"]["value"] for row in rows if row["bits_per_byte"]), default=None)
+    if baseline is None or best is None or best < baseline["bits_per_byte"]:
+        return []
+    return [
+        f"None of them predicts the text better than a {baseline['name']} model of it "
+        f"({baseline['bits_per_byte']:.3f} bits per byte): at this budget they have not learnt what counting tells."
+    ]
 
 
 def _quality(row: dict[str, Any], reference: dict[str, Any]) -> str:

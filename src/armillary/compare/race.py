@@ -29,13 +29,16 @@ from armillary.compare.plan import DATA, Job, Plan
 from armillary.compare.vary import Variant
 from armillary.data.corpus import Corpus
 from armillary.data.prepare import prepare
-from armillary.evaluate import write_card, write_report
+from armillary.evaluate import kneser_ney, write_card, write_report
+from armillary.evaluate.heldout import held_out, training_texts
 from armillary.evaluate.measure import evaluate
 from armillary.model import load
 from armillary.recipe import Recipe
 from armillary.train import Event, Preparing, Run, Stepped, resume, train
 
 SCORES, FAILURE, MEASURES, PROBES = "scores.json", "failure.json", "measures.json", "probes"
+BASELINE = "baseline.json"
+MOST_COUNTED = 2**28  # bytes of training text, beyond which counting n-grams takes too much memory
 
 
 class Stopped(Exception):
@@ -102,6 +105,7 @@ class Race:
         self._clock.expect("run", [job for job in self.jobs if not self._settled(job)], self._weight)
         self._clock.expect("measure", [v for v in self.plan.variants if not self.measures(v)])
         self._clock.expect("probe", [unit for unit in probes if self.probe(unit) is None])
+        self._baseline()
         for variant in self.plan.variants:
             self._measure(variant)
         for seed in self.plan.seeds:
@@ -127,6 +131,9 @@ class Race:
     def probe(self, unit: skills.Unit) -> dict[str, Any] | None:
         return _read(self._probe_path(unit))
 
+    def baseline(self) -> dict[str, Any] | None:
+        return _read(self.folder / BASELINE)
+
     def _probe_path(self, unit: skills.Unit) -> Path:
         return self.folder / PROBES / f"{unit.task}-{unit.pattern}-{unit.key}.json"
 
@@ -134,6 +141,18 @@ class Race:
         return self.scores(job) is not None or self.failure(job) is not None
 
     # -- one piece of work each
+
+    def _baseline(self) -> None:
+        """What counting alone makes of the same text: an n-gram model on the same held-out documents."""
+        size = int(self.corpus.train.document_bytes.sum())
+        if self.baseline() is not None or not 0 < size <= MOST_COUNTED:
+            return
+        self._progress(Preparing("counting n-grams", 0.0))
+        held = held_out(self.corpus, self.corpus.tokenizer)
+        texts = [held.text(number) for number in held.first(self.plan.limit)[0]]
+        if any(texts):
+            found = kneser_ney(training_texts(self.corpus), texts)
+            _write(self.folder / BASELINE, {"name": found.name, "bits_per_byte": found.bits_per_byte})
 
     def _job(self, job: Job) -> None:
         if self._settled(job):

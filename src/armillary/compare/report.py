@@ -83,6 +83,9 @@ def _quality(found: Found, tones: dict[str, int]) -> str:
     ]
     if not rows:
         return ""
+    if found["baseline"]:
+        count_alone = "counts of all the training text, read once"
+        lines.append([found["baseline"]["name"], f"{found['baseline']['bits_per_byte']:.4f}", "", "", "", count_alone])
     note = (
         "Thick bars are over seeds and documents together; the thin lines below them are over seeds alone (upper) "
         "and over documents alone (dotted). Much of what documents and seeds have in common drops out of the paired "

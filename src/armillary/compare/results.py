@@ -50,6 +50,7 @@ def results(plan: Plan, race: Race) -> dict[str, Any]:
         "bytes": sum(sizes) if sizes else None,
         "corpus": plan.corpus,
         "variants": rows,
+        "baseline": race.baseline(),
         "probes": probes,
         "fronts": {name: front(rows, key, more) for name, (key, more) in FRONTS.items()},
         "environment": next((s["environment"] for s in scores.values()), None),

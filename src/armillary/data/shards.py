@@ -28,6 +28,7 @@ Width = Literal["uint16", "uint32"]
 
 INDEX = np.dtype("<i8")
 INDEX_ROW = 2 * INDEX.itemsize
+COUNTED = 2**24  # tokens counted at a time
 OPEN_MAPS = 128  # shards mapped at a time by one store; each map holds a file descriptor
 
 
@@ -192,6 +193,13 @@ class TokenStore:
             parts.append(self._tokens_of(shard)[start - base : end - base])
             start, shard = end, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def counts(self, size: int) -> NDArray[np.int64]:
+        """How often each of `size` ids occurs."""
+        found = np.zeros(size, np.int64)
+        for start in range(0, self.tokens, COUNTED):
+            found += np.bincount(self.read(start, min(self.tokens, start + COUNTED)), minlength=size)
+        return found
 
     def documents_of(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start] number of the document that each token of the stream belongs to."""

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from armillary.base.modules import callable_as
 
 # not lazy: these functions bear their module's name, and whoever imports the module would hide them
-from armillary.evaluate.baselines import Baseline, baselines
+from armillary.evaluate.baselines import Baseline, baselines, kneser_ney
 from armillary.evaluate.environment import environment, peak_memory
 
 if TYPE_CHECKING:
     from armillary.evaluate.card import write_card
+    from armillary.evaluate.experts import ExpertLoad, expert_load
     from armillary.evaluate.heldout import corpus_folder
     from armillary.evaluate.intervals import Interval
     from armillary.evaluate.lengths import LengthScore, evaluate_lengths
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "DocumentScore": "perplexity",
     "Evaluation": "measure",
+    "ExpertLoad": "experts",
     "Interval": "intervals",
     "LengthScore": "lengths",
     "Throughput": "throughput",
     "corpus_folder": "heldout",
     "evaluate": "measure",
     "evaluate_lengths": "lengths",
+    "expert_load": "experts",
     "score_documents": "perplexity",
     "write_card": "card",
     "write_report": "report",
@@ -48,6 +51,7 @@ __all__ = [
     "Baseline",
     "DocumentScore",
     "Evaluation",
+    "ExpertLoad",
     "Interval",
     "LengthScore",
     "Throughput",
@@ -56,6 +60,8 @@ __all__ = [
     "environment",
     "evaluate",
     "evaluate_lengths",
+    "expert_load",
+    "kneser_ney",
     "peak_memory",
     "score_documents",
     "write_card",

@@ -27,6 +27,7 @@ BYTES = 256
 SYMBOL_BITS = 9  # 256 bytes and one start symbol
 SYMBOL_SHIFT = np.uint64(SYMBOL_BITS)
 MAX_ORDER = 64 // SYMBOL_BITS
+ORDER = 5
 START = 0  # pads the beginning of a document; byte b is symbol b + 1
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 LZMA_MAX_DICTIONARY = 3 << 29  # limit of the format
@@ -85,7 +86,7 @@ class ByteNgram:
     (little text, or bytes alone, of which few are rare), 0.5, 1 and 1.5 are used.
     """
 
-    def __init__(self, order: int = 5) -> None:
+    def __init__(self, order: int = ORDER) -> None:
         if not 1 <= order <= MAX_ORDER:
             raise ValueError(f"order must be from 1 to {MAX_ORDER}, not {order}")
         self.order = order
@@ -209,31 +210,45 @@ def primed_lzma(train: Sequence[bytes], heldout: Sequence[bytes]) -> float:
     return 8 * (after - before) / len(text)
 
 
-def baselines(
-    train: Sequence[bytes], heldout: Sequence[bytes], progress: Callable[[str], None] | None = None
-) -> list[Baseline]:
-    """All baselines on `heldout`, whose documents count with their bytes; `progress` hears of each."""
+def kneser_ney(train: Iterable[bytes], heldout: Sequence[bytes], order: int = ORDER) -> Baseline:
+    """A `ByteNgram` of the order on `heldout`, whose documents count with their bytes."""
     size = sum(map(len, heldout))
     if size == 0:
         raise ValueError("the held-out text is empty: bits per byte need at least one byte")
-    if not any(train):
-        raise ValueError("the training text is empty: the baselines need at least one byte")
 
-    def ngram() -> float:
-        model = ByteNgram().fit(train)
+    def bits() -> float:
+        model = ByteNgram(order).fit(train)
         return sum(model.bits(text) for text in heldout) / size
 
-    rows: tuple[tuple[str, Callable[[], float]], ...] = (
-        ("uniform", uniform),
-        ("byte 5-gram, modified Kneser-Ney", ngram),
-        ("lzma primed with the training text", lambda: primed_lzma(train, heldout)),
+    return _timed(f"byte {order}-gram, modified Kneser-Ney", bits)
+
+
+def baselines(
+    train: Sequence[bytes],
+    heldout: Sequence[bytes],
+    progress: Callable[[str], None] | None = None,
+    *,
+    order: int = ORDER,
+) -> list[Baseline]:
+    """All baselines on `heldout`, whose documents count with their bytes; `progress` hears of each."""
+    if not any(heldout):
+        raise ValueError("the held-out text is empty: bits per byte need at least one byte")
+    if not any(train):
+        raise ValueError("the training text is empty: the baselines need at least one byte")
+    rows: tuple[Callable[[], Baseline], ...] = (
+        lambda: _timed("uniform", uniform),
+        lambda: kneser_ney(train, heldout, order),
+        lambda: _timed("lzma primed with the training text", lambda: primed_lzma(train, heldout)),
     )
     results: list[Baseline] = []
-    for name, measure in rows:
-        begin = time.perf_counter()
-        value = measure()
-        result = Baseline(name, value, time.perf_counter() - begin)
-        results.append(result)
+    for measure in rows:
+        results.append(measure())
         if progress is not None:
-            progress(f"{name}: {value:.3f} bits per byte ({result.seconds:.1f} s)")
+            progress(f"{results[-1].name}: {results[-1].bits_per_byte:.3f} bits per byte ({results[-1].seconds:.1f} s)")
     return results
+
+
+def _timed(name: str, measure: Callable[[], float]) -> Baseline:
+    begin = time.perf_counter()
+    value = measure()
+    return Baseline(name, value, time.perf_counter() - begin)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from armillary.base.errors import DataError, InputError, UnsupportedError
 from armillary.base.files import write_atomic
 from armillary.data.corpus import Corpus
-from armillary.evaluate.baselines import Baseline, baselines
+from armillary.evaluate.baselines import MAX_ORDER, ORDER, Baseline, baselines
 from armillary.evaluate.environment import environment, peak_memory
 from armillary.evaluate.heldout import HeldOut, held_out, training_texts
 from armillary.evaluate.intervals import Interval, bits_per_byte, difference, perplexity
@@ -104,6 +104,7 @@ def evaluate(
     context: int | None = None,
     batch: int = 8,
     baselines: bool | Corpus = False,
+    order: int = ORDER,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -112,8 +113,9 @@ def evaluate(
     data: a run folder or a prepared corpus (its held-out documents), a file or folder of text, a list
     of texts, or an opened Corpus; context: tokens in a window (by default that of the training, else
     the model's, at most 2048); batch: windows at once; baselines: also score the baselines on the same
-    documents, trained on the training text of the corpus (or of another one given here); limit: score at
-    most this many documents, drawn at random but always the same.
+    documents, trained on the training text of the corpus (or of another one given here); order: of the n-gram
+    model among them, which sees order - 1 bytes; limit: score at most this many documents, drawn at random
+    but always the same.
 
     A corpus of another tokenizer is decoded and encoded again, so that its bytes stay the same.
 
@@ -124,6 +126,8 @@ def evaluate(
     network, tokenizer = model.network, model.tokenizer
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}", hint="give at least 1 document, or leave it out")
+    if not 1 <= order <= MAX_ORDER:
+        raise InputError(f"an n-gram model of order {order} cannot be had", hint=f"give an order from 1 to {MAX_ORDER}")
     context = context or default_context(network, model.recipe)
     held = held_out(data, tokenizer)
     chosen, truncated = held.first(limit)
@@ -151,7 +155,7 @@ def evaluate(
     compared: list[Baseline] = []
     if baselines is not False:
         corpus = baselines if isinstance(baselines, Corpus) else held.corpus
-        compared = _baselines(corpus, [held.text(i) for i in chosen], report)
+        compared = _baselines(corpus, [held.text(i) for i in chosen], order, report)
     nats = [score.nats for score in scores]
     return Evaluation(
         bits_per_byte=bits_per_byte(nats, sizes),
@@ -187,7 +191,7 @@ def default_context(network: Network, recipe: Recipe | None) -> int:
 # -- parts
 
 
-def _baselines(corpus: Corpus | None, heldout: list[bytes], report: Progress) -> list[Baseline]:
+def _baselines(corpus: Corpus | None, heldout: list[bytes], order: int, report: Progress) -> list[Baseline]:
     if corpus is None:
         raise InputError(
             "baselines learn from training text, and here is none",
@@ -202,7 +206,7 @@ def _baselines(corpus: Corpus | None, heldout: list[bytes], report: Progress) ->
         report(f"baselines: {line}", min(1.0, done / 3))
 
     try:
-        return baselines(list(training_texts(corpus)), heldout, told)
+        return baselines(list(training_texts(corpus)), heldout, told, order=order)
     except ValueError as error:
         raise InputError(f"the baselines cannot be computed: {error}", where=str(corpus.folder)) from error
 

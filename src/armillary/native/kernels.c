@@ -3,43 +3,7 @@
  * bf16 is passed as uint16_t. Every function splits its rows over OpenMP threads. Each has a plain
  * PyTorch form beside its operator (see rows.py), against which it is tested.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-static inline float from_bf16(uint16_t x) {
-    union { uint32_t u; float f; } v;
-    v.u = (uint32_t)x << 16;
-    return v.f;
-}
-
-/* Round to nearest, ties to even. NaN stays NaN: its payload is kept from rounding up to infinity. */
-static inline uint16_t to_bf16(float x) {
-    union { float f; uint32_t u; } v;
-    v.f = x;
-    uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
-    uint32_t nan = (v.u >> 16) | 0x40u;
-    return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-}
-
-/* e^x for x <= 0, about 1e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Written out so that
- * the compiler vectorises it. */
-static inline float exp_down(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { uint32_t u; float f; } two;
-    two.u = (uint32_t)((int32_t)n + 127) << 23;
-    return p * two.f;
-}
+#include "numbers.h"
 
 #define ROW_KERNELS(NAME, T, LOAD, STORE)                                                              \
     /* scores [rows, cols] -> softmax(scores * scale) in place. Rows come in groups of `size`; row r of \
@@ -178,13 +142,14 @@ static inline float exp_down(float x) {
     }                                                                                                  \
     /* y [rows, cols] = x / rms(x) * w for few rows */                                                 \
     void few_rows_rmsnorm_##NAME(const T *x, const T *w, T *y, int64_t rows, int64_t cols,             \
-                                 float epsilon) {                                                      \
+                                 float epsilon, float offset) {                                        \
         for (int64_t r = 0; r < rows; r++) {                                                           \
             const T *in = x + r * cols;                                                                \
             float sum = 0.0f;                                                                          \
             for (int64_t c = 0; c < cols; c++) sum += LOAD(in[c]) * LOAD(in[c]);                       \
             float factor = 1.0f / sqrtf(sum / (float)cols + epsilon);                                  \
-            for (int64_t c = 0; c < cols; c++) y[r * cols + c] = STORE(LOAD(in[c]) * factor * LOAD(w[c])); \
+            for (int64_t c = 0; c < cols; c++)                                                         \
+                y[r * cols + c] = STORE(LOAD(in[c]) * factor * (offset + LOAD(w[c])));                 \
         }                                                                                              \
     }
 

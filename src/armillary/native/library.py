@@ -1,6 +1,6 @@
 """Builds the C library on the machine it runs on, and loads it through ctypes.
 
-It is compiled once per source, compiler and processor, in about a second, into the user's cache
+It is compiled once per set of sources, compiler and processor, in about a second, into the user's cache
 (ARMILLARY_CACHE, else XDG_CACHE_HOME/armillary), for exactly this processor. Set
 ARMILLARY_NATIVE=0 to do without.
 """
@@ -19,7 +19,8 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c"))
 # Sums may be reordered, which vectorising needs. Not -ffast-math: linking with it would make the whole
 # process flush subnormal numbers to zero.
 MATHEMATICS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
@@ -75,7 +76,7 @@ def _cache() -> Path:
 
 def _key(chosen: str) -> str:
     """Changes with the source, the flags, the compiler and the processor's abilities."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, *sorted(FOLDER.glob("*.h")))))
     digest.update(" ".join((chosen, *FLAGS, platform.machine(), *_openmp())).encode())
     processor = Path("/proc/cpuinfo")
     if processor.exists():
@@ -100,7 +101,7 @@ def _build(chosen: str, target: Path) -> str | None:
     """Compile into place; returns what went wrong, or None."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "kernels.so"
-        command = [*chosen.split(), *FLAGS, str(SOURCE), "-o", str(made), *_openmp(), "-lm"]
+        command = [*chosen.split(), *FLAGS, *map(str, SOURCES), "-o", str(made), *_openmp(), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -21,7 +21,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "cross_entropy_rows": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
     "few_rows_product": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
     "few_rows_attend": [c_void_p] * 5 + [c_int64] * 8 + [c_float],
-    "few_rows_rmsnorm": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float],
+    "few_rows_rmsnorm": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float],
 }
 _functions: dict[tuple[str, torch.dtype], Any] = {}
 
@@ -161,13 +161,13 @@ def attendable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def few_rows_rmsnorm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., D] / rms(x) · w for few rows, x and w of one dtype."""
+def few_rows_rmsnorm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """x [..., D] / rms(x) · (offset + w) for few rows, x and w of one dtype."""
     columns = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)
     call = _function("few_rows_rmsnorm", x.dtype)
-    call(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns, epsilon)
+    call(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns, epsilon, offset)
     return out
 
 

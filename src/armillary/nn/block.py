@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from armillary.base.settings import Settings
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
+from armillary.nn.linear import spared
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Mixer, MixerSettings, NormSettings, Place
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.state import State
 
-Placement = Literal["pre", "post", "sandwich"]
+Placement = Literal["pre", "post", "sandwich", "after"]
 BlockState = dict[str, State]
 
 
@@ -34,7 +35,9 @@ class BranchSettings(Settings):
     channel: ChannelSettings | None = Field(None, description="a channel mixer")
     look: Literal["self", "memory"] = Field("self", description="memory: keys and values come from the encoder")
     norm: NormSettings = Field(RMSNormSettings(), description="norm of the branch")
-    norm_at: Placement = Field("pre", description="pre: before f; post: after the sum; sandwich: before and after f")
+    norm_at: Placement = Field(
+        "pre", description="pre: before f; post: after the sum; sandwich: before and after f; after: f only"
+    )
     scale: float = Field(1.0, description="factor on the branch's result")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the result dropped in training")
     beside: bool = Field(
@@ -52,12 +55,22 @@ class BranchSettings(Settings):
             raise ValueError(f"'{self.name}' cannot name a branch: use a word of letters, digits and _ that is free")
         return self
 
+    def build(self, place: Place) -> Mixer | ChannelMixer:
+        """What the branch does, at the place of its block."""
+        chosen = self.mixer or self.channel
+        assert chosen is not None
+        return chosen.build(dataclasses.replace(place.at(self.name), cross=self.look == "memory"))
+
     def cost(self, place: Place, length: int, itemsize: int) -> Cost:
         width = place.width
         inner = self.mixer.cost(place, length, itemsize) if self.mixer else None
         if inner is None:
             assert self.channel is not None
             inner = self.channel.cost(place, length, itemsize)
+        if any(settings.kind != "dense" for settings in place.linear.values()):
+            # Mechanisms declare what they take with dense products, each of which sees every token once.
+            with torch.device("meta"):
+                inner = inner + Cost(-spared(self.build(place)) * length)
         norms = 2 if self.norm_at == "sandwich" else 1
         around = norms * self.norm.flops(width, length) + length * width * (1 if self.scale == 1.0 else 2)
         return inner + Cost(around)
@@ -70,7 +83,7 @@ class BlockSettings(Settings):
     cross: MixerSettings | None = Field(None, description="short form: a mixer over the encoder's output")
     channel: ChannelSettings | None = Field(None, description="short form: the channel mixer")
     norm: NormSettings = Field(RMSNormSettings(), description="short form: norm of every branch")
-    norm_at: Placement = Field("pre", description="short form: pre, post or sandwich")
+    norm_at: Placement = Field("pre", description="short form: pre, post, sandwich or after")
     dropout: float = Field(0.0, ge=0, lt=1, description="short form: dropout of every branch")
     branches: tuple[BranchSettings, ...] | None = Field(None, description="long form: the branches in order")
     parallel: bool = Field(False, description="all branches read the block's input and are summed")
@@ -133,18 +146,16 @@ class Branch(nn.Module):
         super().__init__()
         self.name, self.path = settings.name, f"{place.path}.{settings.name}"
         self.norm_at, self.scale, self.dropout = settings.norm_at, settings.scale, settings.dropout
+        self.norm_first = settings.norm_at in ("pre", "sandwich")
         self.looks_back = settings.look == "memory"
         self.beside = settings.beside
-        inner = dataclasses.replace(place.at(settings.name), cross=self.looks_back)
-        chosen = settings.mixer or settings.channel
-        assert chosen is not None
-        self.inner: Mixer | ChannelMixer = chosen.build(inner)
+        self.inner = settings.build(place)
         self.norm = settings.norm.build(place.width)
         self.norm_after = settings.norm.build(place.width) if settings.norm_at == "sandwich" else None
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None, extending: bool = False) -> Tensor:
         """The branch's contribution, before it is added to the residual stream."""
-        h = x if self.norm_at == "post" else self.norm(x)
+        h = self.norm(x) if self.norm_first else x
         if ctx.taps is not None:
             h = ctx.taps(f"{self.path}.in", h)
         if not self.looks_back and ctx.memory is not None:
@@ -154,6 +165,8 @@ class Branch(nn.Module):
         h = self.inner.extend(h, state, ctx) if extending else self.inner(h, ctx)
         if self.norm_after is not None:
             h = self.norm_after(h)
+        elif self.norm_at == "after":
+            h = self.norm(h)
         if self.scale != 1.0:
             h = h * self.scale
         if self.dropout and self.training:

@@ -68,10 +68,11 @@ def _idle(settings: ModelSettings, network: Network) -> int:
     idle = 0
     for block, module in zip(settings.layers(), network.blocks, strict=True):
         for branch in block.all():
-            part = branch.mixer or branch.channel
-            if part is not None:
-                held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
-                idle += held - part.active(held)
+            held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
+            if branch.mixer is not None:
+                idle += held - branch.mixer.active(held)
+            elif branch.channel is not None:
+                idle += held - branch.channel.active(held, settings.width)
     return idle
 
 
@@ -92,7 +93,7 @@ def _activations(settings: ModelSettings, length: int, batch: int, bf16: bool, r
 
         ids = torch.zeros(batch, length, dtype=torch.int64)
         source = ids if settings.form == "encoder_decoder" else None
-        side = {"prefix": torch.zeros(batch, dtype=torch.int64)} if settings.form == "prefix" else None
+        side = network.blank_side(batch, length)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network.hidden(ids, source=source, side=side)
     return sum(size for _, size in seen.values())

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
@@ -18,7 +19,7 @@ from armillary.base.registry import Registry
 from armillary.base.settings import Choice
 from armillary.native.rows import few_rows_product, fits
 from armillary.nn.ops import plain
-from armillary.nn.ops.experts import expert_product
+from armillary.nn.ops.experts import Groups, expert_product, grouped_product
 
 linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
 
@@ -30,6 +31,7 @@ class LinearSettings(Choice):
     """How one product is represented; the role (q, k, v, o, up, gate, down, head) picks the settings."""
 
     choices: ClassVar[Registry[LinearSettings]] = linears
+    leaves: ClassVar[frozenset[str]] = frozenset()  # roles that stay dense when the kind is given for `all`
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> nn.Module:
         raise NotImplementedError
@@ -46,6 +48,7 @@ class DenseSettings(LinearSettings):
     """A plain weight matrix."""
 
     kind: ClassVar[str] = "dense"
+    oracle: ClassVar[str] = "tests/nn/test_linear.py: PyTorch's linear"
 
     def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> Linear:
         return Linear(inputs, outputs, role=role, bias=bias, depth=depth)
@@ -54,6 +57,43 @@ class DenseSettings(LinearSettings):
         self, experts: int, inputs: int, outputs: int, *, role: str, bias: bool, depth: int
     ) -> ExpertLinear:
         return ExpertLinear(experts, inputs, outputs, role=role, bias=bias, depth=depth)
+
+
+@linears.register
+class LowRankSettings(LinearSettings):
+    """W = U V with U [outputs, r] and V [r, inputs], trained as such from the start.
+
+    The rank is the same for all products of the role, or follows from `ratio`: the largest with which U
+    and V hold at most 1/ratio of the parameters of W (at least 1). The paper does not say how ranks were
+    chosen. Given for `all`, the head, routers and the small products of single heads (`part`) stay dense; a
+    head cannot be factorised.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    source: ClassVar[str] = (
+        "Liu et al. 2024, FinGPT-HPC: Efficient Pretraining and Finetuning Large Language Models for Financial "
+        "Applications with High-Performance Computing"
+    )
+    oracle: ClassVar[str] = "tests/nn/test_linear.py: the dense product of U V; of any matrix at full rank"
+    leaves: ClassVar[frozenset[str]] = frozenset({"head", "router", "part"})
+    ratio: float = Field(2.64, ge=1, description="how many times fewer parameters than a dense product, at least")
+    rank: int | None = Field(None, gt=0, description="the rank itself, in place of a ratio")
+
+    def of(self, inputs: int, outputs: int) -> int:
+        """The rank of a product of this shape."""
+        if self.rank is None:
+            return max(1, int(inputs * outputs / (self.ratio * (inputs + outputs))))
+        if self.rank > min(inputs, outputs):
+            raise UnsupportedError(
+                f"a product of {inputs} by {outputs} has no rank of {self.rank}",
+                hint=f"at most {min(inputs, outputs)}, or a ratio in place of a rank",
+            )
+        return self.rank
+
+    def build(self, inputs: int, outputs: int, *, role: str, bias: bool, depth: int) -> LowRank:
+        if role == "head":
+            raise UnsupportedError("the head cannot be of low rank", hint="name other roles, or all of the rest: all")
+        return LowRank(inputs, outputs, self.of(inputs, outputs), role=role, bias=bias, depth=depth)
 
 
 class Linear(nn.Module):
@@ -101,6 +141,47 @@ class Linear(nn.Module):
         return f"{self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"
 
 
+class LowRank(nn.Module):
+    """y = U (V x) + b for x [..., inputs]; `narrow` holds V [r, inputs], `widen` U [outputs, r] and b.
+
+    V x starts with the variance of x and U as a dense product of r inputs does, so that y starts with
+    the variance of a dense product's, in every role.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, role: str, bias: bool = False, depth: int = 1) -> None:
+        super().__init__()
+        self.role = role
+        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+        self.narrow = Linear(inputs, rank, role="narrow")
+        self.widen = Linear(rank, outputs, role=role, bias=bias, depth=depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.widen(self.narrow(x))  # type: ignore[no-any-return]
+
+    def resemble(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Become the product of this rank that is nearest to a dense one: weight [outputs, inputs], bias
+        [outputs] (Eckart & Young 1936); the singular values are shared evenly."""
+        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        with torch.no_grad():
+            self.widen.weight.copy_(u[:, : self.rank] * root)
+            self.narrow.weight.copy_(root[:, None] * v[: self.rank])
+            if self.widen.bias is not None:
+                self.widen.bias.copy_(torch.zeros_like(self.widen.bias) if bias is None else bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs} → {self.rank} → {self.outputs}, role={self.role}"
+
+
+def spared(module: nn.Module) -> float:
+    """FLOPs for each token by which the products in `module` take less than dense ones."""
+    less = 0.0
+    for part in module.modules():
+        if isinstance(part, LowRank):
+            less += 2.0 * (part.inputs * part.outputs - part.rank * (part.inputs + part.outputs))
+    return less
+
+
 class ExpertLinear(nn.Module):
     """y = x W_eᵀ + b_e for the experts e that each row chose; W [E, outputs, inputs].
 
@@ -130,6 +211,21 @@ class ExpertLinear(nn.Module):
         chosen = experts.reshape(-1, 1) if own else experts.reshape(-1, experts.shape[-1])
         y = expert_product(x.reshape(-1, self.inputs), self.weight, chosen).view(*experts.shape, self.outputs)
         return y if self.bias is None else y + self.bias.to(x.dtype)[experts]
+
+    def grouped(self, rows: Tensor, groups: Groups) -> Tensor:
+        """The same for rows [M, inputs] that stand sorted by their experts → [M, outputs]."""
+        y = grouped_product(rows, self.weight, groups)
+        return y if self.bias is None else y + self.bias.to(rows.dtype)[groups.owners]
+
+    def single(self, row: Tensor, expert: int) -> Tensor:
+        """[1, inputs] through one expert, where `reads_once` says that it can be."""
+        y = few_rows_product(row, self.weight[expert])
+        return y if self.bias is None else y + self.bias[expert].to(row.dtype)
+
+    def stacked(self, rows: Tensor) -> Tensor:
+        """As many rows for every expert: [E, M, inputs] → [E, M, outputs]."""
+        y = torch.bmm(rows, self.weight.to(rows.dtype).transpose(1, 2))
+        return y if self.bias is None else y + self.bias.to(rows.dtype)[:, None]
 
     def extra_repr(self) -> str:
         return f"{self.experts} × {self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"

@@ -6,8 +6,7 @@ exist. Parameters keep their own dtype; activations flow in `dtype`, set by `com
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import InputError, SettingsError, UnsupportedError
-from armillary.nn.block import Block, BlockState
+from armillary.nn.block import Block
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
 from armillary.nn.driver import DriverSettings
@@ -23,12 +22,14 @@ from armillary.nn.heads.base import HeadSettings
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.linear import Embedding, LinearSettings
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.mechanism import ChannelMixer, Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.network_state import NetworkState
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
+from armillary.nn.scaling import ScalingSettings, scale
+from armillary.nn.side import SideSettings
 from armillary.nn.stack import Stack, StackSettings, share
-from armillary.nn.state import State
 from armillary.nn.taps import Taps
 from armillary.nn.training import Training
 
@@ -56,6 +57,12 @@ class ModelSettings(StackSettings):
     head: HeadSettings = Field(LanguageModelHeadSettings(), description="what is read off the last hidden states")
     encoder: StackSettings | None = Field(None, description="the encoder of an encoder_decoder")
     linear: dict[str, LinearSettings] = Field({}, description="kind of product by role (q, k, v, o, up, …, or all)")
+    side: dict[str, SideSettings] = Field(
+        {}, description="what makes side tensors (edges, coordinates, channels) from the ids, by name"
+    )
+    scaling: ScalingSettings | None = Field(
+        None, description="base sizes from which starting values and learning rates scale"
+    )
     driver: DriverSettings | None = Field(
         None, description="recurrence over segments: transformer_xl, memory_tokens, feedback"
     )
@@ -82,6 +89,10 @@ class ModelSettings(StackSettings):
             width=self.width, depth=self.depth, order=_ORDER[self.form], length=self.context, linear=self.linear
         )
 
+    def source_place(self) -> Place:
+        """Where the encoder of an encoder–decoder is built."""
+        return Place(width=self.width, order="bidirectional", length=self.context, linear=self.linear, path="encoder")
+
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         """Forward FLOPs of one row of `length` tokens (for an encoder–decoder, on both sides) and the
         bytes of its state."""
@@ -98,108 +109,8 @@ class ModelSettings(StackSettings):
             around += self.position.cost(place, length, 0, 0, 0).flops
         around += self.head.flops(self.width, self.vocabulary or 0, length)
         if self.encoder is not None:
-            around += self.encoder.cost(place, length, itemsize).flops
+            around += self.encoder.cost(self.source_place(), length, itemsize).flops
         return total + Cost(around)
-
-
-class NetworkState:
-    """The states of all blocks (last, of a driver), and how many tokens each row has seen."""
-
-    def __init__(self, blocks: list[BlockState], lengths: Tensor, memory: Memory | None = None) -> None:
-        self.blocks, self.lengths, self.memory = blocks, lengths, memory
-        self.positions = lengths.clone()  # the next position of each row
-
-    @property
-    def batch(self) -> int:
-        return int(self.lengths.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for _, _, state in self.each())
-
-    def select(self, rows: Tensor) -> NetworkState:
-        memory = self.memory
-        if memory is not None:
-            memory = Memory(memory.hidden[rows], None if memory.padding is None else memory.padding[rows])
-        return self._map(lambda state: state.select(rows), self.lengths[rows], self.positions[rows], memory)
-
-    @classmethod
-    def join(cls, states: Sequence[NetworkState]) -> NetworkState:
-        first = states[0]
-        other = copy.copy(first)
-        other.blocks = [
-            {name: type(held).join([s.blocks[i][name] for s in states]) for name, held in block.items()}
-            for i, block in enumerate(first.blocks)
-        ]
-        other.lengths = torch.cat([s.lengths for s in states])
-        other.positions = torch.cat([s.positions for s in states])
-        memories = [s.memory for s in states if s.memory is not None]
-        if memories:
-            paddings = [m.padding for m in memories if m.padding is not None]
-            padding = torch.cat(paddings) if len(paddings) == len(memories) else None
-            other.memory = Memory(torch.cat([m.hidden for m in memories]), padding)
-        return other
-
-    def rows(self, first: int, count: int) -> NetworkState:
-        """The state of `count` rows from `first` on, over the same storage; give it back to `absorb` after
-        every chunk."""
-        memory, part = self.memory, slice(first, first + count)
-        if memory is not None:
-            memory = Memory(memory.hidden[part], None if memory.padding is None else memory.padding[part])
-        return self._map(
-            lambda s: s.rows(first, count), self.lengths[part].clone(), self.positions[part].clone(), memory
-        )
-
-    def absorb(self, first: int, part: NetworkState) -> None:
-        """Make the rows from `first` on those of `part`: what `rows` gave, or a state of its own."""
-        for index, name, state in self.each():
-            state.absorb(first, part.blocks[index][name])
-        place = slice(first, first + part.batch)
-        self.lengths, self.positions = self.lengths.clone(), self.positions.clone()
-        self.lengths[place], self.positions[place] = part.lengths, part.positions
-
-    def snapshot(self) -> NetworkState:
-        return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone(), self.memory)
-
-    def restore(self, snapshot: NetworkState) -> None:
-        for index, name, state in self.each():
-            state.restore(snapshot.blocks[index][name])
-        self.lengths, self.positions = snapshot.lengths.clone(), snapshot.positions.clone()
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget the tokens from lengths[b] on; raises, with nothing changed, where a state cannot."""
-        for _, _, state in self.each():
-            if state.kind not in ("span", "fixed") or (state.kind == "fixed" and not _constant(state)):
-                state.truncate(lengths)
-        kept = torch.minimum(self.lengths, lengths.to(self.lengths))
-        for _, _, state in self.each():
-            if state.kind == "span":
-                state.truncate(kept)
-        self.positions = self.positions - (self.lengths - kept)
-        self.lengths = kept
-
-    def to(self, device: torch.device | str) -> NetworkState:
-        memory = self.memory
-        if memory is not None:
-            memory = Memory(memory.hidden.to(device), None if memory.padding is None else memory.padding.to(device))
-        return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device), memory)
-
-    def each(self) -> Iterator[tuple[int, str, State]]:
-        """(index of the block, name of the branch, its state), of every state."""
-        for index, block in enumerate(self.blocks):
-            for name, state in block.items():
-                yield index, name, state
-
-    def _map(self, change: Any, lengths: Tensor, positions: Tensor, memory: Memory | None) -> NetworkState:
-        other = copy.copy(self)
-        other.blocks = [{name: change(state) for name, state in block.items()} for block in self.blocks]
-        other.lengths, other.positions, other.memory = lengths, positions, memory
-        return other
-
-
-def _constant(state: State) -> bool:
-    """An encoder's keys and values do not change with the tokens, so cutting them back is nothing."""
-    return "k" in state.tensors and "v" in state.tensors
 
 
 class Network(nn.Module):
@@ -224,11 +135,15 @@ class Network(nn.Module):
         self.segment = Embedding(settings.segments, settings.width, role="segment") if settings.segments else None
         self.embed_norm = settings.embed_norm.build(settings.width) if settings.embed_norm else None
         if settings.encoder is not None:
-            inner = Place(
-                width=place.width, order="bidirectional", length=place.length, linear=place.linear, path="encoder"
-            )
-            self.encoder = Stack(settings.encoder, inner)
+            self.encoder = Stack(settings.encoder, settings.source_place())
             self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
+            for part in self.encoder.modules():
+                if isinstance(part, Mixer) and part.capabilities.side:
+                    raise UnsupportedError(
+                        f"'{part.kind}' needs side tensors, which a source does not bring",
+                        where=part.path,
+                        hint="use it in form: encoder, or in the decoder",
+                    )
             self.blocks = Stack(settings, place.at("decoder"))
         else:
             self.blocks = Stack(settings, place)
@@ -238,6 +153,11 @@ class Network(nn.Module):
         self._shared = share(self, settings.share)
         self.tie()
         self._side = self._needed_side()
+        self.takes = frozenset(name for part in self._parts() for name in part.capabilities.takes)
+        for name in settings.side:
+            if name not in self._side:
+                raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
+        self.rates = scale(self)  # factors on the learning rate, by the parameter's name
 
     # -- parameters
 
@@ -289,8 +209,9 @@ class Network(nn.Module):
 
     @property
     def side_names(self) -> frozenset[str]:
-        """The side tensors that have to be given."""
-        return self._side
+        """The side tensors that have to be given: all but those that the model makes by itself (`takes`: those
+        that may be given)."""
+        return self._side - set(self.settings.side)
 
     @property
     def device(self) -> torch.device:
@@ -303,8 +224,7 @@ class Network(nn.Module):
         names = _Names()
         ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         source = ids if self.settings.form == "encoder_decoder" else None
-        side = {name: torch.zeros(1, dtype=torch.int64, device="meta") for name in self._side}
-        twin(ids, source=source, side=side, taps=names)
+        twin(ids, source=source, side=twin.blank_side(1, 2), taps=names)
         return names.found
 
     # -- whole sequences
@@ -336,13 +256,12 @@ class Network(nn.Module):
         ids: [B, T] int64; source, source_padding: [B, S], the encoder's input; padding: [B, T] bool,
         True for real tokens; documents: [B, T] ids of packed documents; positions: [B, T], by
         default counted from 0 in each document; segments: [B, T]; side: named tensors that the
-        mechanisms ask for; mask: a predicate from the objective; training: the update that this call
-        belongs to, which brings noise and auxiliary losses. Raises InputError or UnsupportedError for
-        what the network cannot honour.
+        mechanisms ask for and `model.side` does not make; mask: a predicate from the objective;
+        training: the update that this call belongs to, which brings noise and auxiliary losses.
+        Raises InputError or UnsupportedError for what the network cannot honour.
         """
         self._check_ids(ids, "ids")
-        side = dict(side or {})
-        self._check_side(side)
+        side = self._completed(side, ids, padding)
         if positions is None and (documents is not None or padding is not None):
             positions = _counted(ids, documents, padding)
         if documents is not None and self.settings.encoder is not None:
@@ -368,25 +287,25 @@ class Network(nn.Module):
 
         hidden: [B, T, D]; targets: [B, T] int64; weights: [B, T] or None = ones.
         """
-        product, softcap = self._scores()
+        head = self._scores()
         return linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            product.weight,
+            head.scaled(hidden).reshape(-1, hidden.shape[-1]),
+            head.product.weight,
             targets.reshape(-1),
             weights=None if weights is None else weights.reshape(-1),
-            bias=product.bias,
-            softcap=softcap,
+            bias=head.product.bias,
+            softcap=head.softcap,
         )
 
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target in nats, [B, T] float32, without gradients."""
-        product, softcap = self._scores()
+        head = self._scores()
         flat = token_nll(
-            hidden.reshape(-1, hidden.shape[-1]),
-            product.weight,
+            head.scaled(hidden).reshape(-1, hidden.shape[-1]),
+            head.product.weight,
             targets.reshape(-1),
-            bias=product.bias,
-            softcap=softcap,
+            bias=head.product.bias,
+            softcap=head.softcap,
         )
         return flat.view(targets.shape)
 
@@ -504,10 +423,10 @@ class Network(nn.Module):
         x = self.encoder(self._embedded(source, None, ctx, None), ctx)
         return Memory(x if self.encoder_norm is None else self.encoder_norm(x), padding)
 
-    def _scores(self) -> tuple[Any, float | None]:
+    def _scores(self) -> LanguageModelHead:
         if not isinstance(self.head, LanguageModelHead):
             raise UnsupportedError("this network has no language-model head", hint="set model.head: language_model")
-        return self.head.product, self.head.softcap
+        return self.head
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
         if ids.dim() != 2 or ids.dtype != torch.int64:
@@ -532,17 +451,38 @@ class Network(nn.Module):
             )
         return lengths.to(ids.device, torch.int64)
 
+    def blank_side(self, batch: int, length: int) -> dict[str, Tensor]:
+        """The side tensors of a call whose numbers do not matter, with nothing in them."""
+        found = {"prefix": torch.zeros(batch, dtype=torch.int64, device=self.device)} if "prefix" in self._side else {}
+        for mixer in self.mixers():
+            for name in mixer.capabilities.side:
+                found[name] = mixer.blank(name, batch, length, self.device)
+        return found
+
+    def _completed(self, side: Mapping[str, Tensor] | None, ids: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+        """What the call gives, and the rest from `model.side`."""
+        given = dict(side or {})
+        for name, made in self.settings.side.items():
+            if name not in given:
+                given[name] = made.make(ids, padding)
+        self._check_side(given)
+        return given
+
+    def _parts(self) -> list[Mixer | ChannelMixer]:
+        return [module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer))]
+
     def _needed_side(self) -> frozenset[str]:
-        needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
+        needed = {name for part in self._parts() for name in part.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
 
     def _check_side(self, side: Mapping[str, Tensor]) -> None:
         for name in side:
-            if name not in self._side:
+            if name not in self._side and name not in self.takes:
                 raise InputError(f"no mechanism here needs the side tensor '{name}'")
         for name in self._side:
             if name not in side:
-                raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=f'pass side={{"{name}": …}}')
+                hint = f'pass side={{"{name}": …}}' + (f", or set model.side.{name}" if name != "prefix" else "")
+                raise InputError(f"a mechanism here needs the side tensor '{name}'", hint=hint)
 
 
 class _Names(Taps):

@@ -32,7 +32,7 @@ DEFAULT_BLOCK = BlockSettings(mixer=AttentionSettings(position=RopeSettings()), 
 class StackSettings(Settings):
     """Which blocks, how many, in which order."""
 
-    depth: int = Field(6, gt=0, description="number of blocks")
+    depth: int = Field(6, ge=0, description="number of blocks; 0: the embedding alone")
     block: BlockSettings | None = Field(None, description="the one kind of block, or")
     blocks: dict[str, BlockSettings] | None = Field(None, description="several kinds by name, and")
     pattern: tuple[str, ...] | None = Field(None, description="their order, cycled to the depth")
@@ -114,7 +114,7 @@ class Stack(nn.Module):
         pass the compiler's limit on graphs of one function and fall back to eager without a word, so
         the limit grows with the kinds and graphs are counted for this stack alone.
         """
-        limits = {"recompile_limit": GRAPHS * self.kinds, "isolate_recompiles": True}
+        limits = {"recompile_limit": GRAPHS * max(1, self.kinds), "isolate_recompiles": True}
         known = inspect.signature(torch.compile).parameters
         limits = {name: value for name, value in limits.items() if name in known}
         target: Callable[..., Tensor] = reversible.contribution if self.reversible else _called

@@ -122,6 +122,37 @@ class FixedState(State):
 
     kind: ClassVar[str] = "fixed"
 
+    @classmethod
+    def zeros(
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        wide: Sequence[str] = (),
+    ) -> Self:
+        """Zeros of these shapes for each row; those named in `wide`, which sum over all tokens, in float32
+        at least."""
+        kinds = {name: torch.promote_types(dtype, torch.float32) if name in wide else dtype for name in shapes}
+        return cls({n: torch.zeros(batch, *shape, dtype=kinds[n], device=device) for n, shape in shapes.items()})
+
+    def expect(self, shapes: Mapping[str, Sequence[int]], batch: int, where: str, settings: str) -> None:
+        """Raise UnsupportedError unless this holds tensors of these shapes for `batch` rows; settings: the
+        names of those that the shapes follow from."""
+        for name, shape in shapes.items():
+            held = self.tensors.get(name)
+            if held is None or held.shape[1:] != torch.Size(shape):
+                found = "none" if held is None else str(tuple(held.shape[1:]))
+                raise UnsupportedError(
+                    f"the state's '{name}' should be {tuple(shape)} for each row; there is {found}",
+                    where=where,
+                    hint=f"a state fits mixers of the same {settings} only",
+                )
+            if held.shape[0] != batch:
+                raise UnsupportedError(
+                    f"a state of {held.shape[0]} rows was given {batch}", where=where, hint="select or join rows first"
+                )
+
 
 class CountedState(State):
     """A state that knows how many tokens each row has seen.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,17 +20,19 @@ objectives: Registry[ObjectiveSettings] = Registry("objective", "armillary.objec
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What an objective must know of the tokenizer: its size and the ids it may not use or may insert."""
+    """What an objective must know of the tokenizer and its text: how many ids there are, those it may
+    not use or may insert, and how often each occurs in the training text [size] (None: not known)."""
 
     size: int
     mask: int | None = None
     special: tuple[int, ...] = ()
+    counts: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """ids: [B, T] inputs; inputs: the other arguments of `network.hidden`; targets: [B, T] int64;
-    weights: [B, T] float32, 0 where nothing is asked."""
+    """ids: [B, T] inputs; inputs: the other arguments of `network.hidden`; targets: [B, T] int64 (or as
+    the objective says, the batch first); weights: [B, T] float32, 0 where nothing is asked."""
 
     ids: Tensor
     targets: Tensor
@@ -64,6 +67,10 @@ class Objective:
     def tokens(self, context: int) -> int:
         """How many tokens a window needs so that the network sees `context` of them."""
         return context
+
+    def blank(self, vocabulary: int) -> float:
+        """The mean loss in nats of who knows nothing: a guess among all entries."""
+        return math.log(vocabulary)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Prepared:
         """Inputs, targets and weights from a batch of windows; randomness from `generator` only."""

@@ -217,7 +217,8 @@ def poison(case: Case) -> None:
 
 
 def determinism(case: Case) -> None:
-    """Parameters follow from the seed alone; a call repeats bit for bit and leaves the generators alone."""
+    """Parameters follow from the seed alone, those that their module calls `undrawn` not even from that; a
+    call repeats bit for bit and leaves the generators alone."""
     torch.manual_seed(11)
     one = case.build(fresh=True, seed=3).state_dict()
     torch.manual_seed(12)
@@ -225,10 +226,14 @@ def determinism(case: Case) -> None:
     for name, value in one.items():
         same(two[name], value, f"{name} from the same seed")
     numbers = {name: value for name, value in one.items() if value.is_floating_point() and value.numel() > 1}
-    drawn = [name for name, value in numbers.items() if float(value.std()) > 0]
-    for name in drawn:
-        require(not torch.equal(other[name], one[name]), f"{name} is the same from another seed")
     trial = Trial(case)
+    modules = dict(trial.module.named_modules())
+    for name in (name for name, value in numbers.items() if float(value.std()) > 0):
+        path, _, short = name.rpartition(".")
+        undrawn = short in getattr(modules[path], "undrawn", ())
+        require(
+            torch.equal(other[name], one[name]) == undrawn, f"{name} is {'not ' * undrawn}the same from another seed"
+        )
     before = torch.get_rng_state()
     same(trial.whole(), trial.whole(), "the same call twice")
     require(torch.equal(torch.get_rng_state(), before), "a call draws from the global generator")
@@ -240,7 +245,7 @@ def noise(case: Case) -> None:
     one, again, other = (_run(trial, training=Training.of(seed)) for seed in (1, 1, 2))
     for a, b in zip(one, again, strict=True):
         same(a, b, "the same seed twice")
-    drawn = case.mixes and case.can.noise
+    drawn = case.can.noise
     if drawn:
         require(not torch.equal(one[0], other[0]), "noise is declared, yet another seed changes nothing")
     else:

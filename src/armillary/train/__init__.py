@@ -1,6 +1,8 @@
-"""Training: one update (`Trainer`), a whole run in a folder (`train`, `resume`), and what a run tells."""
+"""Training: one update (`Trainer`), a whole run in a folder (`train`, `resume`), and what a run tells; a layer
+whose training provably ends at the optimum (`convex_attention`)."""
 
 from armillary.base.modules import callable_as
+from armillary.train.convex import ConvexAttention, convex_attention
 from armillary.train.ledger import Ledger
 from armillary.train.progress import (
     Evaluated,
@@ -19,6 +21,7 @@ from armillary.train.run import Run, resume, train
 from armillary.train.trainer import Trainer, Update
 
 __all__ = [
+    "ConvexAttention",
     "Event",
     "Evaluated",
     "Finished",
@@ -34,6 +37,7 @@ __all__ = [
     "Stepped",
     "Trainer",
     "Update",
+    "convex_attention",
     "resume",
     "train",
 ]

@@ -26,10 +26,12 @@ def parameter_groups(
 
     scales: factor on the learning rate by shell-style name pattern (`blocks.*.mixer.*`); the first
     that matches counts. A module may list names of its own parameters in `undecayed`. Each group
-    holds `params`, `names`, `weight_decay` and `scale`. Raises InputError for a pattern that
+    holds `params`, `names`, `weight_decay` and `scale`. What the network's `rates` (model.scaling) take
+    from a learning rate does not slow its decay. Raises InputError for a pattern that
     matches nothing, and when no parameter is trained.
     """
     scales = dict(scales or {})
+    rates: Mapping[str, float] = getattr(network, "rates", {})
     found: dict[tuple[float, float], dict[str, Any]] = {}
     used: set[str] = set()
     for name, parameter, decayed in _parameters(network):
@@ -37,7 +39,8 @@ def parameter_groups(
         scale = 1.0 if pattern is None else scales[pattern]
         if pattern is not None:
             used.add(pattern)
-        decay = settings.weight_decay if decayed else 0.0
+        rate = rates.get(name, 1.0)
+        scale, decay = scale * rate, settings.weight_decay / rate if decayed else 0.0
         group = found.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -185,11 +185,11 @@ class Session:
             network = load_native(found[0], "cpu", verify=False).network
         network.to(device)
         network.tie()
-        special = tuple(sorted(self.tokenizer.special.values()))
+        special, size = tuple(sorted(self.tokenizer.special.values())), recipe.model.vocabulary or 0
         self.trainer = Trainer(
             network,
             training.derive(device="auto"),
-            vocabulary=Vocabulary(recipe.model.vocabulary or 0, self.tokenizer.mask, special),
+            vocabulary=Vocabulary(size, self.tokenizer.mask, special, self._counted),
             seed=recipe.seed,
             world=self.world,
             notice=self._warn,
@@ -206,6 +206,7 @@ class Session:
             tokens=training.evaluate_tokens,
             isolate=recipe.data.isolate,
             seed=recipe.seed,
+            tasks=self.corpus.heldout_tasks(recipe.data),
         )
         causal = training.objective.kind == "causal"  # others do not ask for every token
         self.tokens_per_byte = _tokens_per_byte(self.corpus, recipe) if causal else None
@@ -235,6 +236,10 @@ class Session:
             self._warn("this processor does not compute in bf16; training.precision=float32 may be faster")
         if self.heldout is None:
             self._warn("there is too little held-out text to measure; see data.heldout")
+
+    def _counted(self) -> torch.Tensor:
+        """How often each id occurs in the training text."""
+        return torch.from_numpy(self.corpus.train.counts(self.recipe.model.vocabulary or self.tokenizer.size))
 
     def _complete(self) -> Recipe:
         """The recipe with the vocabulary that the tokenizer has."""
@@ -351,6 +356,7 @@ class Session:
             "memory": _peak_memory(self.trainer.network.device),
         }
         line |= {name: value for name, value in update.metrics.items() if name not in ("nats", *line)}
+        line |= self.trainer.observe()
         if course.skipped:
             line["skipped"] = course.skipped
         if self._heldout_now is not None and self.heldout is not None:

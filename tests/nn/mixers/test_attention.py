@@ -86,6 +86,40 @@ def test_query_and_key_norms_are_qwen3s(agree: Any, load: Any, shake: Any) -> No
     compare(ours(x, Context()), expected, x, pairs, agree)
 
 
+def test_cut_products_are_olmos(agree: Any, load: Any, shake: Any) -> None:
+    from transformers import OlmoConfig
+    from transformers.models.olmo import modeling_olmo as olmo
+
+    config = OlmoConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, clip_qkv=0.4, attn_implementation="eager"
+    )
+    theirs = olmo.OlmoAttention(config, 0)
+    shake(theirs)
+    ours = AttentionSettings(heads=4, kv_heads=2, position=RopeSettings(), clip=0.4).build(Place(32))
+    load(ours, {name: theirs.get_submodule(other).weight for name, other in PRODUCTS.items()})
+    x = inputs(32)
+    expected = theirs(x, rotary(olmo.OlmoRotaryEmbedding, config), causal())[0]
+    pairs = [(ours.get_parameter(n), theirs.get_submodule(o).weight) for n, o in PRODUCTS.items()]
+    compare(ours(x, Context()), expected, x, pairs, agree)
+
+
+def test_norms_over_all_heads_are_olmo2s(agree: Any, load: Any, shake: Any) -> None:
+    from transformers import Olmo2Config
+    from transformers.models.olmo2 import modeling_olmo2 as olmo
+
+    config = Olmo2Config(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager")
+    theirs = olmo.Olmo2Attention(config, 0)
+    shake(theirs)
+    rms = RMSNormSettings()
+    ours = AttentionSettings(heads=4, kv_heads=2, position=RopeSettings(), norm=rms, norm_over="all").build(Place(32))
+    table = {**PRODUCTS, "q_norm.weight": "q_norm", "k_norm.weight": "k_norm"}
+    load(ours, {name: theirs.get_submodule(other).weight for name, other in table.items()})
+    x = inputs(32)
+    expected = theirs(x, rotary(olmo.Olmo2RotaryEmbedding, config), causal())[0]
+    pairs = [(ours.get_parameter(n), theirs.get_submodule(o).weight) for n, o in table.items()]
+    compare(ours(x, Context()), expected, x, pairs, agree)
+
+
 def test_capped_scores_are_gemma2s(agree: Any, load: Any, shake: Any) -> None:
     from transformers import Gemma2Config
     from transformers.models.gemma2 import modeling_gemma2 as gemma

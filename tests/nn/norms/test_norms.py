@@ -14,16 +14,21 @@ from armillary.nn.norms.rmsnorm import RMSNormSettings
 
 
 def expected(kind: str, x: Tensor, module: Any) -> Tensor:
-    if kind == "rmsnorm":
-        return F.rms_norm(x, (x.shape[-1],), module.weight.to(x.dtype), 1e-3)
+    weight = None if module.weight is None else module.weight.to(x.dtype)
+    if kind == "unit_offset":
+        weight = weight + 1
+    if kind in ("rmsnorm", "unit_offset"):
+        return F.rms_norm(x, (x.shape[-1],), weight, 1e-3)
     bias = None if module.bias is None else module.bias.to(x.dtype)
-    return F.layer_norm(x, (x.shape[-1],), module.weight.to(x.dtype), bias, 1e-3)
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, 1e-3)
 
 
 SETTINGS = {
     "rmsnorm": RMSNormSettings(epsilon=1e-3),
     "layernorm": LayerNormSettings(epsilon=1e-3),
     "unbiased": LayerNormSettings(epsilon=1e-3, bias=False),
+    "bare": LayerNormSettings(epsilon=1e-3, weight=False, bias=False),
+    "unit_offset": RMSNormSettings(epsilon=1e-3, unit_offset=True),
 }
 
 

@@ -26,6 +26,7 @@ class GPT2(Family):
     """GPT-2 in all sizes."""
 
     kind: ClassVar[str] = "gpt2"
+    source: ClassVar[str] = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners"
     architectures: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel", "GPT2Model")
     prefix: ClassVar[str] = "transformer."
     template: ClassVar[Mapping[str, Any]] = {

@@ -195,7 +195,7 @@ class Feedback(Segmented):
         for branch, mixer in _readers(block):
             state = held[branch.name]
             assert isinstance(state, FeedbackState)
-            h = rows if branch.norm_at == "post" else branch.norm(rows)
+            h = branch.norm(rows) if branch.norm_first else rows
             state.look_back(mixer.entries(h, Context(positions=positions)), which)
 
 

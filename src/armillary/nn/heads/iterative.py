@@ -21,6 +21,7 @@ from armillary.nn.example import Example
 from armillary.nn.heads.base import heads
 from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.mechanism import Place
+from armillary.nn.ops.recurrent import gru_step
 
 
 @heads.register
@@ -97,17 +98,10 @@ class IterativeHead(nn.Module):
             weights = torch.softmax(scores, -1)
             looks.append(weights)
             r = (weights.to(h.dtype)[:, None] @ rows)[:, 0]
-            state = self._updated(r, state)
+            state = gru_step(self.found(r), self.held(state), state)
             if self.recursive and step + 1 < self.steps:
                 z = r + torch.sigmoid(self.gate(r)) * (torch.relu(self.summary(r)) - r)
                 rows, keys = torch.cat([rows, z[:, None]], 1), torch.cat([keys, self.k(z)[:, None]], 1)
                 if padding is not None:
                     padding = torch.cat([padding, torch.ones_like(padding[:, :1])], 1)
         return state, looks
-
-    def _updated(self, r: Tensor, state: Tensor) -> Tensor:
-        """A GRU's step."""
-        a, b, c = self.found(r).chunk(3, -1)
-        d, e, f = self.held(state).chunk(3, -1)
-        new = torch.tanh(c + torch.sigmoid(a + d) * f)
-        return new + torch.sigmoid(b + e) * (state - new)

@@ -27,17 +27,19 @@ class LanguageModelHeadSettings(HeadSettings):
     tied: bool = Field(True, description="share the weight with the embedding")
     bias: bool = Field(False, description="a bias per vocabulary entry")
     softcap: float | None = Field(None, gt=0, description="logits become c·tanh(logit/c)")
+    scale: float = Field(1.0, gt=0, description="factor on the logits, before their bias and softcap")
 
     @classmethod
     def examples(cls) -> list[Example]:
-        return [Example("tied", cls()), Example("capped", cls(tied=False, bias=True, softcap=3.0))]
+        return [Example("tied", cls()), Example("capped", cls(tied=False, bias=True, softcap=3.0, scale=0.5))]
 
     def build(self, place: Place, vocabulary: int, embedding: nn.Module) -> LanguageModelHead:
         return LanguageModelHead(self, place, vocabulary, embedding)
 
     def flops(self, width: int, vocabulary: int, length: int) -> float:
         capped = 3.0 * vocabulary * length if self.softcap is not None else 0.0
-        return length * (2.0 * width * vocabulary + (vocabulary if self.bias else 0)) + capped
+        scaled = float(length * width) if self.scale != 1.0 else 0.0
+        return length * (2.0 * width * vocabulary + (vocabulary if self.bias else 0)) + capped + scaled
 
 
 class LanguageModelHead(nn.Module):
@@ -48,12 +50,16 @@ class LanguageModelHead(nn.Module):
     ) -> None:
         super().__init__()
         self.tied = settings.tied
-        self.softcap = settings.softcap
+        self.softcap, self.scale = settings.softcap, settings.scale
         self.product: Linear = place.product(place.width, vocabulary, "head", settings.bias)
         if settings.tied:
             assert isinstance(embedding, Embedding)
             self.product.weight = embedding.weight
 
     def forward(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
-        logits = self.product(h)
+        logits = self.product(self.scaled(h))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """What the product multiplies."""
+        return h if self.scale == 1.0 else h * self.scale

@@ -4,14 +4,15 @@ Vaswani et al. 2017, Attention Is All You Need; grouped queries: Ainslie et al. 
 key norms: Henry et al. 2020, Query-Key Normalization for Transformers; soft-capped scores: Gemma
 Team 2024, Gemma 2; learned sinks: a logit per head that takes part in the softmax without a value
 (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks); tokens that do not see
-themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in Self-attention.
+themselves: Shi et al. 2021, SparseBERT: Rethinking the Importance Analysis in Self-attention; products cut to a
+range: MosaicML 2023, MPT; norms over all heads together: OLMo Team 2025, 2 OLMo 2 Furious.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -48,8 +49,8 @@ class AttentionSettings(MixerSettings):
     kind: ClassVar[str] = "attention"
     source: ClassVar[str] = "Vaswani et al. 2017, Attention Is All You Need"
     oracle: ClassVar[str] = (
-        "tests/nn/mixers/test_attention.py: transformers' Llama, Qwen3, Gemma 2, gpt-oss, GPT-2 and T5 "
-        "layers, PyTorch's cross attention; outputs and gradients"
+        "tests/nn/mixers/test_attention.py: transformers' Llama, Qwen3, Gemma 2, gpt-oss, GPT-2, OLMo, "
+        "OLMo 2 and T5 layers, PyTorch's cross attention; outputs and gradients"
     )
     capabilities: ClassVar[Capabilities] = Capabilities(
         causal=True,
@@ -68,7 +69,11 @@ class AttentionSettings(MixerSettings):
     position: PositionSettings | None = Field(
         None, description="where tokens stand: rope, alibi, t5, transformer_xl, none"
     )
-    norm: NormSettings | None = Field(None, description="norm of queries and keys, per head")
+    norm: NormSettings | None = Field(None, description="norm of queries and keys")
+    norm_over: Literal["head", "all"] = Field(
+        "head", description="what that norm goes over: the features of each head, or of all heads together"
+    )
+    clip: float | None = Field(None, gt=0, description="queries, keys and values are cut to ±clip, before any norm")
     softcap: float | None = Field(None, gt=0, description="scores become c·tanh(score/c)")
     sinks: bool = Field(False, description="a learned logit per head that takes attention and gives nothing")
     scale: float | None = Field(None, gt=0, description="factor on the scores; by default 1/√head_width")
@@ -96,7 +101,7 @@ class AttentionSettings(MixerSettings):
             Example("softcap", cls(softcap=2.0), compiled=True),
             Example("sinks", cls(kv_heads=2, sinks=True)),
             Example("qk_norm", cls(position=rope, norm=rms)),
-            Example("wide_biased", cls(head_width=6, bias=True, scale=0.3)),
+            Example("wide_biased", cls(head_width=6, bias=True, scale=0.3, clip=0.7, norm=rms, norm_over="all")),
             Example("no_diagonal", cls(position=rope, diagonal=False)),
             Example("bidirectional", cls(position=rope), {"order": "bidirectional"}),
             Example("no_diagonal_both_ways", cls(diagonal=False), {"order": "bidirectional"}),
@@ -134,13 +139,21 @@ class AttentionSettings(MixerSettings):
             flops += 3 * pairs
         if self.sinks:
             flops += 5.0 * self.heads * length
-        if self.norm is not None:
-            flops += self.norm.flops(each, float(length * (self.heads + self.groups)))
+        for heads, normed in ((self.heads, True), (self.groups, True), (self.groups, False)):
+            flops += self.headed_flops(heads, each, length, normed)
         if self.position is not None:
             flops += self.position.cost(place, length, self.heads, self.groups, each).flops
         tracked = self.tracked or (self.position is not None and bool(self.position.sites & {"bias", "relate"}))
         kept = 0 if place.order == "bidirectional" and not place.cross else self.kept(length)
         return Cost(flops, kept * (2 * key * itemsize + (8 if tracked else 0)))
+
+    def headed_flops(self, heads: int, each: int, length: int, normed: bool) -> float:
+        """FLOPs of cutting and norming one product's results."""
+        flops = 0.0 if self.clip is None else float(heads * each * length)
+        if self.norm is not None and normed:
+            over = self.norm_over == "all"
+            flops += self.norm.flops(heads * each, length) if over else self.norm.flops(each, heads * length)
+        return flops
 
     def pairs(self, place: Place, length: int) -> float:
         """How many scores a row of `length` tokens takes, over all heads."""
@@ -205,8 +218,11 @@ class Attention(Mixer):
         )
         self.rotates, self.biases, self.relates = "rotate" in sites, "bias" in sites, "relate" in sites
         self.tracks = self.biases or self.relates or settings.tracked
-        self.q_norm = settings.norm.build(self.width) if settings.norm is not None else None
-        self.k_norm = settings.norm.build(self.width) if settings.norm is not None else None
+        self.clip, self.norm_all = settings.clip, settings.norm_over == "all"
+        self.q_norm = self.k_norm = None
+        if settings.norm is not None:
+            self.q_norm = settings.norm.build(self.width * (self.heads if self.norm_all else 1))
+            self.k_norm = settings.norm.build(self.width * (self.groups if self.norm_all else 1))
         self.sinks = nn.Parameter(torch.empty(self.heads)) if settings.sinks else None
 
     def reset(self, generator: torch.Generator | None) -> None:
@@ -215,7 +231,7 @@ class Attention(Mixer):
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         source = self._memory(ctx).hidden.to(x.dtype) if self.cross else x
-        return self.v(source).unflatten(-1, (self.groups, self.width))  # type: ignore[no-any-return]
+        return self._headed(self.v(source), self.groups)
 
     def freeze(self, x: Tensor, ctx: Context) -> Frozen:
         if self.cross:
@@ -255,7 +271,7 @@ class Attention(Mixer):
             hidden = memory.hidden
             parts = {
                 "k": self._keys(hidden, Context()).transpose(1, 2),
-                "v": self.v(hidden).unflatten(-1, (self.groups, self.width)).transpose(1, 2),
+                "v": self._headed(self.v(hidden), self.groups).transpose(1, 2),
             }
             if memory.padding is not None:
                 parts["padding"] = memory.padding
@@ -281,7 +297,7 @@ class Attention(Mixer):
                 v = ctx.taps(f"{self.path}.v", v.transpose(1, 2)).transpose(1, 2)
             return self._mixed(q, k, v, Scoring(seen), x, ctx)
         q, k = self._turned(x, ctx)
-        v = self.v(x).unflatten(-1, (self.groups, self.width))
+        v = self._headed(self.v(x), self.groups)
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
             v = ctx.taps(f"{self.path}.v", v)
@@ -340,7 +356,7 @@ class Attention(Mixer):
         k = self._keys(x, ctx)
         if self.position is not None and self.rotates:
             _, k = self.position.rotate(k, k, ctx.where(x))
-        v = self.v(x).unflatten(-1, (self.groups, self.width))
+        v = self._headed(self.v(x), self.groups)
         parts = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
         if self.tracks:
             parts["positions"] = ctx.where(x).expand(x.shape[0], -1)[:, None]
@@ -385,12 +401,19 @@ class Attention(Mixer):
         return self.position.rotate(q, k, ctx.where(x)) if self.position is not None and self.rotates else (q, k)
 
     def _queries(self, x: Tensor, ctx: Context) -> Tensor:
-        q: Tensor = self.q(x).unflatten(-1, (self.heads, self.width))
-        return q if self.q_norm is None else self.q_norm(q)
+        return self._headed(self.q(x), self.heads, self.q_norm)
 
     def _keys(self, x: Tensor, ctx: Context) -> Tensor:
-        k: Tensor = self.k(x).unflatten(-1, (self.groups, self.width))
-        return k if self.k_norm is None else self.k_norm(k)
+        return self._headed(self.k(x), self.groups, self.k_norm)
+
+    def _headed(self, y: Tensor, heads: int, norm: nn.Module | None = None) -> Tensor:
+        """What a product gives, [B, T, H·K], cut and normed as the settings say → [B, T, H, K]."""
+        if self.clip is not None:
+            y = y.clamp(-self.clip, self.clip)
+        if norm is not None and self.norm_all:
+            return norm(y).unflatten(-1, (heads, self.width))  # type: ignore[no-any-return]
+        y = y.unflatten(-1, (heads, self.width))
+        return y if norm is None else norm(y)
 
     def _memory(self, ctx: Context) -> Memory:
         if ctx.memory is None:

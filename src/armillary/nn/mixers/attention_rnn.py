@@ -22,6 +22,7 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
 from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, head_width, mixers
+from armillary.nn.ops.recurrent import begins, lstm_step, where_rows
 from armillary.nn.state import FixedState, State
 
 
@@ -72,29 +73,22 @@ class Scan(nn.Module):
         self.cell = place.product(heads + hidden, 4 * hidden, "cell", True)  # gates: in, forget, new, out
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, Tensor, Tensor], start: Tensor | None, valid: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        self, x: Tensor, state: tuple[Tensor, ...], start: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """state: h, c [B, R] and the value before [B, H], in float32; start: [B, T], tokens that begin anew;
         valid: [B, T], tokens that are there. Returns the mask in the state's dtype, and the state."""
         local = self.local(x).to(state[0].dtype)
         rows = []
         for t in range(x.shape[1]):
             if start is not None:
-                state = _where(start[:, t], tuple(torch.zeros_like(part) for part in state), state)
+                state = where_rows(start[:, t], tuple(torch.zeros_like(part) for part in state), state)
             h, c, before = state
-            i, f, g, o = self.cell(torch.cat([before, h], -1)).chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
+            h, c = lstm_step(self.cell(torch.cat([before, h], -1)), c)
             value = torch.sigmoid(local[:, t] + self.read(h))
             rows.append(value)
             after = (h, c, value)
-            state = after if valid is None else _where(valid[:, t], after, state)
+            state = after if valid is None else where_rows(valid[:, t], after, state)
         return torch.stack(rows, 1), state
-
-
-def _where(rows: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    h, c, before = (torch.where(rows[:, None], one, other) for one, other in zip(a, b, strict=True))
-    return h, c, before
 
 
 class AttentionRNN(Mixer):
@@ -136,13 +130,7 @@ class AttentionRNN(Mixer):
         return self._masked(x, mask, ctx)
 
     def _scanned(self, scan: nn.Module, x: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
-        start = None
-        if documents is not None:
-            steps = torch.arange(x.shape[1], device=x.device)
-            there = steps.expand(x.shape[0], -1) if padding is None else torch.where(padding, steps, -1)
-            # the last token that is there before each one
-            last = torch.cat([torch.full_like(there[:, :1], -1), there.cummax(1).values[:, :-1]], 1)
-            start = documents.gather(1, last.clamp(min=0)) != documents
+        start = None if documents is None else begins(documents, padding)
         mask: Tensor = scan(x, self._blank(x.shape[0], x.dtype, x.device), start, padding)[0]
         return mask
 

@@ -72,8 +72,7 @@ class KeyValueSettings(AttentionSettings):
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         each, width = self.features(place.width), self.pair_width
         flops = -linear_flops(place.width, self.heads * each, length, self.bias)
-        if self.norm is not None:
-            flops -= self.norm.flops(each, float(length * self.heads))
+        flops -= self.headed_flops(self.heads, each, length, True)
         if width:
             flops += width * length * 2.5  # angles, sines, cosines; then two products and a sum
             flops += self.heads * length * width * (2.0 * width) + self.heads * length**2 * (2.0 * width + 1)

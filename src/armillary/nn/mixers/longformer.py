@@ -93,8 +93,8 @@ class LongformerSettings(WindowSettings):
         flops += 2 * linear_flops(place.width, self.groups * each, seen, self.bias)
         flops += self.heads * marked * (seen * (4 * each + 6 + (3 if self.softcap else 0)) + (5 if self.sinks else 0))
         flops += length * self.heads * each  # the local and the global part of a token, of which one is 0
-        if self.norm is not None:
-            flops += self.norm.flops(each, float(marked * self.heads + seen * self.groups))
+        flops += self.headed_flops(self.heads, each, marked, True)
+        flops += self.headed_flops(self.groups, each, seen, True) + self.headed_flops(self.groups, each, seen, False)
         if self.position is not None:
             flops += self.position.cost(place, marked, self.heads, 0, each).flops
             flops += self.position.cost(place, seen, 0, self.groups, each).flops
@@ -132,11 +132,11 @@ class Longformer(WindowAttention):
             copied.reset = partial(_copy, copied, local)
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
-        local = self.v(x).unflatten(-1, (self.groups, self.width))
+        local = self._headed(self.v(x), self.groups)
         if self.order == "bidirectional":
-            return torch.cat([local, self.v_global(x).unflatten(-1, (self.groups, self.width))], 2)
+            return torch.cat([local, self._headed(self.v_global(x), self.groups)], 2)
         rows = self._rows(x, ctx)
-        own = self.v_global(_at(x, rows)).unflatten(-1, (self.groups, self.width))
+        own = self._headed(self.v_global(_at(x, rows)), self.groups)
         return torch.cat([local, _spread(own, rows, x.shape[1])], 2)
 
     def freeze(self, x: Tensor, ctx: Context) -> Frozen:
@@ -270,10 +270,8 @@ class Longformer(WindowAttention):
 
     def _global(self, taken: Tensor, seen: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, m, H, K] of the global tokens, and keys [B, S, G, K] of the tokens that they see."""
-        q = self.q_global(taken).unflatten(-1, (self.heads, self.width))
-        k = self.k_global(seen).unflatten(-1, (self.groups, self.width))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q = self._headed(self.q_global(taken), self.heads, self.q_norm)
+        k = self._headed(self.k_global(seen), self.groups, self.k_norm)
         if self.position is not None:
             own = _at(positions[..., None], rows)[..., 0]
             q, _ = self.position.rotate(q, q[:, :, :0], own)

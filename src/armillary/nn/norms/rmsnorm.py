@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from armillary.native.rows import few_rows_rmsnorm, fits
+from armillary.nn.example import Example
 from armillary.nn.mechanism import NormSettings, norms
 from armillary.nn.ops import plain
 
@@ -17,7 +18,7 @@ FEW = 1 << 14  # elements up to which one thread is quicker than several operati
 
 @norms.register
 class RMSNormSettings(NormSettings):
-    """x / rms(x) · w."""
+    """x / rms(x) · w; with `unit_offset` · (1 + w), as Gemma Team 2024, Gemma, stores it."""
 
     kind: ClassVar[str] = "rmsnorm"
     source: ClassVar[str] = "Zhang & Sennrich 2019, Root Mean Square Layer Normalization"
@@ -25,31 +26,37 @@ class RMSNormSettings(NormSettings):
         "tests/nn/test_block.py: transformers' Llama and Gemma 2 layers; tests/native/test_rows.py: PyTorch's rms_norm"
     )
     epsilon: float = Field(1e-5, gt=0, description="added to the mean square")
+    unit_offset: bool = Field(False, description="whether the gain is 1 + w, so that w starts at 0")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        return [Example("default", cls()), Example("unit_offset", cls(unit_offset=True))]
 
     def build(self, width: int) -> RMSNorm:
-        return RMSNorm(width, self.epsilon)
+        return RMSNorm(width, self.epsilon, self.unit_offset)
 
     def flops(self, width: int, tokens: float) -> float:
-        return tokens * (4 * width + 2)
+        return tokens * (4 * width + 2) + (width if self.unit_offset else 0)
 
 
 class RMSNorm(nn.Module):
     """[..., D] → [..., D]."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, unit_offset: bool = False) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.offset = epsilon, 1.0 if unit_offset else 0.0
         self.weight = nn.Parameter(torch.empty(width))
 
     def reset(self, generator: torch.Generator | None) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._few(x):
-            return few_rows_rmsnorm(x, self.weight, self.epsilon)
+            return few_rows_rmsnorm(x, self.weight, self.epsilon, self.offset)
         wide = x.float() if x.dtype != torch.float64 else x
         scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale * self.weight.to(wide.dtype)).to(x.dtype)
+        gain = self.weight.to(wide.dtype)
+        return (wide * scale * (gain + self.offset if self.offset else gain)).to(x.dtype)
 
     def _few(self, x: Tensor) -> bool:
         """Decoding: one pass over a few rows costs less than the calls of the form below."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from armillary.native import available
+
 _plain = False
 
 
@@ -26,6 +28,16 @@ def readable(x: Tensor) -> bool:
     if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def native_here(x: Tensor) -> bool:
+    """Whether operators in C take tensors like x; they say so once where there is no compiler."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _native()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _native() -> bool:
+    return available()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

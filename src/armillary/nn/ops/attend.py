@@ -47,7 +47,8 @@ def attend(
     q: [B, H, T, K]; k: [B, G, S, K]; v: [B, G, S, V] with H a multiple of G; sinks: [H] logits that
     take part in the softmax and carry no value (Xiao et al. 2023, Efficient Streaming Language
     Models with Attention Sinks; learned form). softcap c: c·tanh(score/c) before bias and mask; modify:
-    any other change of the scores, before the bias. A query that may see nothing gives zeros. Returns
+    any other change of the scores, before the bias; where it makes H' heads out of H, v has as many groups
+    (or divides them). A query that may see nothing gives zeros. Returns
     y [B, H, T, V] and, when asked, the mass [B, H, S] that each key received, summed over queries.
     """
     whole = bias is None and sinks is None and modify is None and not want_mass
@@ -116,7 +117,7 @@ def attend_plain(
         if places is not None and places.shape[1] + others < keys:
             return _gathered(q, k, v, places, marked, mask, scale, softcap), None
     weights = attend_weights(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, modify=modify)
-    y = weights.to(v.dtype) @ _per_head(v, q.shape[1])
+    y = weights.to(v.dtype) @ _per_head(v, weights.shape[1])
     return y, weights.sum(2) if want_mass else None
 
 
@@ -245,7 +246,7 @@ def _rows(
                 return _fused(q, k, v, both.expand(q.shape[0], q.shape[1], -1, -1), False, scale), None
         change = None if modify is None else partial(_changed, modify, rows, columns)
         weights = _softmax(q @ _per_head(k, q.shape[1]).transpose(2, 3), allowed, added, scale, softcap, sinks, change)
-        return weights.to(v.dtype) @ _per_head(v, q.shape[1]), weights.sum(2) if want_mass else None
+        return weights.to(v.dtype) @ _per_head(v, weights.shape[1]), weights.sum(2) if want_mass else None
 
     q, k, v = q[:, :, start:stop], k[:, :, low:reach], v[:, :, low:reach]
     if far is not None:

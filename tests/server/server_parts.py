@@ -13,16 +13,43 @@ import uvicorn
 from armillary.engine.core import Engine
 from armillary.nn.network import ModelSettings, build
 from armillary.server import Hosted, Load, Server
+from armillary.server.run import config
 from armillary.text import TokenizerSettings, train_tokenizer
 
 KEYS = {"secret-of-a": "a", "secret-of-b": "b"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "How the weather will be",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "maxLength": 4},
+                    "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+ASK_TOOLS = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "will it rain?"}],
+    "tools": TOOLS,
+    "temperature": 1.5,
+    "max_tokens": 700,
+}
 BLOCKS = {
     "look": {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"},
     "state": {"mixer": "retention", "channel": "gated"},
 }
 
 
-def hosted(slots: int = 4, most: int = 16, context: int = 256) -> Hosted:
+def hosted(slots: int = 4, most: int = 16, context: int = 2048) -> Hosted:
     tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
     settings = ModelSettings(
         width=16, depth=2, vocabulary=tokenizer.size, context=context, blocks=BLOCKS, pattern=["look", "state"]
@@ -34,13 +61,15 @@ def hosted(slots: int = 4, most: int = 16, context: int = 256) -> Hosted:
 class Served:
     """A server on a thread of its own."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, buffer: int | None = None) -> None:
         self.server = server
         self.listening = socket.socket()
+        if buffer is not None:  # of each connection, for what is to be read
+            self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.listening.bind(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.inner = uvicorn.Server(uvicorn.Config(server.app, log_config=None, lifespan="on"))
+        self.inner = uvicorn.Server(config(server))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.inner.serve([self.listening])), daemon=True)
         self.thread.start()
         while not self.inner.started:

@@ -180,7 +180,7 @@ def test_tokens_there_and_back(served) -> None:
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
         ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": [{"role": "user", "content": "x" * 1000}]}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, openai.BadRequestError, "messages.0.role"),
         ({"n": 1000}, openai.BadRequestError, "n"),
         ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),

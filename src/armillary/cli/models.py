@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +38,7 @@ TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that
 MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")]
+Url = Annotated[str | None, typer.Option(help="A server that answers instead, with /v1; MODEL is then its name there.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 Width = Annotated[int | None, typer.Option("--beams", help="Search for the likeliest text with so many beams.", min=1)]
 LengthPenalty = Annotated[float, typer.Option(help="Of the search: above 0 favours long texts.")]
@@ -150,15 +153,34 @@ def generate(
     length_penalty: LengthPenalty = 1.0,
     watermark: KeyFile = None,
     watermark_kind: MarkKind = "gumbel",
+    url: Url = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: AsJson = False,
 ) -> None:
     """Let a model write on from a prompt.
 
+    With --url a server does; its key comes from ARMILLARY_API_KEY.
+
     Example: armillary generate runs/demo "def main(" --tokens 64
     """
     text = read_text(prompt)
+    if url is not None:
+        from armillary.base.errors import InputError
+        from armillary.cli.remote import generated
+
+        if beams is not None or watermark is not None:
+            raise InputError("a server decides by itself about beams and watermarks", hint="leave out --url, or these")
+        asked: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
+        asked |= {name: value for name, value in (("top_p", top_p), ("stop", stop)) if value}
+        asked |= {name: value for name, value in (("top_k", top_k), ("min_p", min_p)) if value}
+        asked |= {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
+        pieces = generated(url, model, text, asked)
+        if json:
+            emit({"prompt": text, "text": "".join(pieces)})
+            return
+        _shown(text, pieces)
+        return
     opened = open_model(model, device, dtype)
     options: dict[str, Any] = {
         "max_new_tokens": tokens,
@@ -185,8 +207,13 @@ def generate(
         fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": done.finish}
         emit({"prompt": text, **fields})
         return
-    write(text)
-    for piece in opened.generate(text, stream=True, **options):
+    _shown(text, opened.generate(text, stream=True, **options))
+
+
+def _shown(text: str, pieces: Iterable[str]) -> None:
+    first = next(iterator := iter(pieces), "")  # a server that refuses does so before anything is shown
+    write(text + first)
+    for piece in iterator:
         write(piece)
     print()
 
@@ -223,28 +250,37 @@ def chat(
     tokens: Tokens = 256,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
+    url: Url = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model through its chat template.
 
-    An empty line or Ctrl-D ends it.
+    An empty line or Ctrl-D ends it. With --url a server answers; its key comes from ARMILLARY_API_KEY.
 
     Example: armillary chat runs/demo --system "Answer briefly."
     """
-    opened = open_model(model, device, dtype)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    opened.tokenizer.chat([*messages, {"role": "user", "content": ""}])  # refuse now what has no template
+    answers: Callable[..., Iterable[str]]
+    if url is not None:
+        from armillary.cli.remote import said
+
+        options = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
+        answers = partial(said, url, model, options=options)
+    else:
+        opened = open_model(model, device, dtype)
+        opened.tokenizer.chat([*messages, {"role": "user", "content": ""}])  # refuse now what has no template
+        answers = partial(opened.chat, stream=True, max_new_tokens=tokens, temperature=temperature, seed=seed)
     while True:
         try:
-            said = input("> " if sys.stdin.isatty() else "")
+            words = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        if not said.strip():
+        if not words.strip():
             return
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": words})
         answer = ""
-        for piece in opened.chat(messages, stream=True, max_new_tokens=tokens, temperature=temperature, seed=seed):
+        for piece in answers(messages):
             answer += piece
             write(piece)
         print()

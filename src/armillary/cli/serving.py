@@ -15,9 +15,9 @@ KEYS = "ARMILLARY_API_KEYS"
 
 def serve(
     models: Annotated[
-        list[str],
-        typer.Argument(help="Run folders, model folders or hub names; NAME=FOLDER names one.", metavar="MODEL..."),
-    ],
+        list[str] | None,
+        typer.Argument(help="Run folders, model folders or hub names; NAME=FOLDER names one.", metavar="[MODEL]..."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than this machine's own need a key.")
     ] = "127.0.0.1",
@@ -38,12 +38,19 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="Seconds that answers may go on after the first signal to end.", min=0)
     ] = 30.0,
+    upstream: Annotated[
+        str | None, typer.Option(help="Instead of models: the address of another server, with /v1, to stand before.")
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds our key at that server.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Serve models over HTTP.
 
-    OpenAI clients find what they expect there. Keys come from the environment:
+    OpenAI clients find what they expect there. With --upstream another server answers, and ours keeps keys,
+    rates, bounds and metrics before it. Keys come from the environment:
     ARMILLARY_API_KEYS="name:secret,other:secret". Without keys the server answers this machine only.
 
     Example: armillary serve runs/demo
@@ -66,8 +73,23 @@ def serve(
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
     mark = None if watermark is None else watermark_of(watermark, watermark_kind)
+    if bool(models) == (upstream is not None):
+        raise InputError("give models, or --upstream, and not both", hint="armillary serve runs/demo")
+    if upstream_key_env is not None and (upstream is None or not os.environ.get(upstream_key_env)):
+        raise InputError(
+            f"--upstream-key-env {upstream_key_env} names no variable that is set"
+            if upstream is not None
+            else "--upstream-key-env goes with --upstream"
+        )
+    behind = None
+    if upstream is not None:
+        try:
+            from armillary.server.upstream import Upstream
+        except ImportError:
+            raise InputError("a gateway needs an extra", hint="pip install 'armillary[server]'") from None
+        behind = Upstream(upstream, os.environ[upstream_key_env] if upstream_key_env else None, most=4 * slots)
     hosted: list[Hosted] = []
-    for given in models:
+    for given in models or ():
         name, _, folder = given.rpartition("=")
         model = open_model(folder, device, dtype)
         name = name or Path(folder).name or folder
@@ -95,9 +117,10 @@ def serve(
 
     def started(port: int) -> None:
         shown = f"[{host}]" if ":" in host else host
-        note(f"serving {', '.join(one.name for one in hosted)} on http://{shown}:{port}/v1")
+        note(f"serving {upstream or ', '.join(one.name for one in hosted)} on http://{shown}:{port}/v1")
 
-    run(Server(hosted, Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)), host, port, drain, started)
+    door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
+    run(Server(hosted, door, behind), host, port, drain, started)
 
 
 def read_keys(text: str) -> dict[str, str]:

@@ -148,12 +148,12 @@ def _grammar(kind: Kind, text: str | Mapping[str, Any]) -> str:
         made = LLMatcher.grammar_from_lark(text)
     else:
         schema = json.loads(text) if isinstance(text, str) else dict(text)
-        _measure(schema)
+        measure(schema)
         made = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     return made
 
 
-def _measure(schema: Any) -> None:
+def measure(schema: Any) -> None:
     """Raises InputError for a schema beyond the bounds, or one that refers to somewhere else."""
     references, open_ = 0, [(schema, 1)]
     while open_:

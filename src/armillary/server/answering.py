@@ -50,7 +50,8 @@ class Job:
 
 class Answered(Response):
     """A response that computes. whole(answers) gives the JSON; or first(), piece(place, piece, answer) and
-    last(answers) the events of a stream; place: number of the answer."""
+    last(answers) the events of a stream; place: number of the answer. failed(problem): the events of an answer
+    that failed in a stream; done: whether a stream ends with a mark of its own."""
 
     def __init__(
         self,
@@ -61,9 +62,12 @@ class Answered(Response):
         first: Callable[[], list[Any]] | None = None,
         piece: Callable[[int, Piece, Answer], list[Any]] | None = None,
         last: Callable[[list[Answer]], list[Any]] | None = None,
+        failed: Callable[[HTTPError], list[Any]] = lambda problem: [problem.body()],
+        done: bool = True,
         headers: dict[str, str] | None = None,
     ) -> None:
         self.context, self.job = context, job
+        self.failed, self.done = failed, done
         self.whole, self.first, self.piece, self.last = whole, first, piece, last
         self.given = headers or {}
         self.status_code, self.background = 200, None
@@ -85,12 +89,12 @@ class Answered(Response):
             for group in job.groups:
                 places = range(len(answers), len(answers) + len(group))
                 answers += engine.submit_copies(group, [_listener(loop, pieces, place) for place in places])
-            gone = asyncio.create_task(_gone(receive))
+            leaving = asyncio.create_task(gone(receive))
             work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
-            done, _ = await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (gone, work):
+            done, _ = await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (leaving, work):
                 task.cancel()
-            await asyncio.gather(gone, work, return_exceptions=True)
+            await asyncio.gather(leaving, work, return_exceptions=True)
             if work in done:
                 work.result()
         except Exception as error:
@@ -125,14 +129,15 @@ class Answered(Response):
         head = [(name.encode(), value.encode()) for name, value in self._marks().items()]
         head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._started = True
-        await _sent(send, {"type": "http.response.start", "status": 200, "headers": head})
+        await sent(send, {"type": "http.response.start", "status": 200, "headers": head})
         await self._event(send, self.first())
         open_ = len(answers)
         while open_:
             try:
-                batch = [await asyncio.wait_for(pieces.get(), ALIVE)]
+                async with asyncio.timeout(ALIVE):  # wait_for would lose a cancellation that meets a piece
+                    batch = [await pieces.get()]
             except TimeoutError:
-                await _sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
+                await sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
                 continue
             while not pieces.empty():
                 batch.append(pieces.get_nowait())
@@ -141,22 +146,27 @@ class Answered(Response):
                 open_ -= piece.finish is not None
                 if piece.finish == "error":
                     problem = HTTPError(500, answers[place].error or "the engine failed", code="generation_failed")
-                    events.append(problem.body())
+                    events += self.failed(problem)
                 else:
                     events += self.piece(place, piece, answers[place])
             await self._event(send, events)
         await self._event(send, self.last(answers))
-        await _sent(send, {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        end = b"data: [DONE]\n\n" if self.done else b""
+        await sent(send, {"type": "http.response.body", "body": end, "more_body": False})
 
     async def _event(self, send: Send, events: Sequence[Any]) -> None:
         if events:
-            body = "".join(
-                f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events
-            )
-            await _sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+            body = "".join(map(written, events))
+            await sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
 
     def _marks(self) -> dict[str, str]:
         return self.given | self.job.client.headers()
+
+
+def written(event: Any) -> str:
+    """An event as it stands in a stream, named by its type where it has one."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:
@@ -167,13 +177,14 @@ def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place
     return heard
 
 
-async def _sent(send: Send, message: Message) -> None:
+async def sent(send: Send, message: Message) -> None:
     """A client that does not read is given up."""
     async with asyncio.timeout(READS):
         await send(message)
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

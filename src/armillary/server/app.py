@@ -14,7 +14,7 @@ import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -23,12 +23,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from armillary.server import chat, completions
+from armillary.server import chat, completions, responses
 from armillary.server.answering import Context
-from armillary.server.body import read
+from armillary.server.body import read, read_as_it_is
 from armillary.server.errors import HTTPError, explained
 from armillary.server.hosted import Hosted
-from armillary.server.limits import Client, Door
+from armillary.server.items import Kept, ResponsesRequest
+from armillary.server.limits import Client, Door, Load
 from armillary.server.metrics import Metrics
 from armillary.server.openapi import document
 from armillary.server.protocol import (
@@ -39,35 +40,52 @@ from armillary.server.protocol import (
     TokenizeRequest,
 )
 
+if TYPE_CHECKING:
+    from armillary.server.upstream import Upstream
+
 log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
 
 
 class Server:
-    """models: what is served, the first also under any name when it is the only one; door: keys and rates."""
+    """models: what is served; door: keys and rates; upstream: another server that answers in their place."""
 
-    def __init__(self, models: Sequence[Hosted], door: Door | None = None) -> None:
+    def __init__(self, models: Sequence[Hosted], door: Door | None = None, upstream: Upstream | None = None) -> None:
+        self.upstream = upstream
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
-        self.context = Context(self.door, self.metrics)
+        self.context, self.kept = Context(self.door, self.metrics), Kept()
         self.draining = False
         posts: list[tuple[str, type[BaseModel], Any]] = [
             ("/v1/chat/completions", ChatRequest, self._chat),
+            ("/v1/responses", ResponsesRequest, self._responses),
             ("/v1/completions", CompletionRequest, self._completions),
             ("/v1/embeddings", EmbeddingRequest, self._embeddings),
             ("/tokenize", TokenizeRequest, self._tokenize),
             ("/detokenize", DetokenizeRequest, self._detokenize),
         ]
-        gets = [
-            ("/v1/models", self._list),
-            ("/v1/models/{name:path}", self._model),
-            ("/metrics", self._metrics),
-            ("/openapi.json", self._openapi),
+        if upstream is not None:  # what it is sure to have; and a response goes on from another only at its place
+            passed = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+            posts = [(path, form, call) for path, form, call in posts if path in passed]
+        others = [
+            ("GET", "/v1/models", self._list),
+            ("GET", "/v1/models/{name:path}", self._model),
+            ("GET", "/v1/responses/{id}", self._response),
+            ("DELETE", "/v1/responses/{id}", self._forget),
+            ("GET", "/metrics", self._metrics),
+            ("GET", "/openapi.json", self._openapi),
         ]
-        self.document = document([(path, form) for path, form, _ in posts], [path for path, _ in gets])
+        if upstream is not None:
+            others = [one for one in others if "responses" not in one[1]]
+        self.document = document(
+            [(path, form) for path, form, _ in posts], [(method, path) for method, path, _ in others]
+        )
+        self._methods: dict[str, set[str]] = {}
+        for method, path in [("POST", path) for path, _, _ in posts] + [(method, path) for method, path, _ in others]:
+            self._methods.setdefault(path, set()).update({method} | ({"HEAD"} if method == "GET" else set()))
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
-        routes += [Route(path, self._get(path, call), methods=["GET"]) for path, call in gets]
+        routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
         routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
         self.app = Starlette(
             routes=routes,
@@ -79,6 +97,9 @@ class Server:
 
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
+            if self.upstream is not None:
+                given = await read_as_it_is(request, form)
+                return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
             asked = await read(request, form)
             # templates, tokenizers and grammars take their time: others are not to wait for it
             response: Response = await asyncio.to_thread(call, asked, client, self._marks(request))
@@ -86,9 +107,12 @@ class Server:
 
         return self._guarded(path, handle)
 
-    def _get(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
+    def _plain(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
-            response: Response = call(request)
+            if self.upstream is not None and path.startswith("/v1/"):
+                asked = request.scope["path"].removeprefix("/v1")
+                return await self.upstream.get(asked, self._marks(request))
+            response: Response = call(request, client)
             return response
 
         return self._guarded(path, handle)
@@ -149,6 +173,9 @@ class Server:
         problem = HTTPError(error.status_code, what.get(error.status_code, str(error.detail)))
         response = self._problem(problem, request)
         response.headers.update(error.headers or {})
+        route = request.scope.get("route")
+        if error.status_code == 405 and route is not None:  # all methods of the path, not of one route alone
+            response.headers["allow"] = ", ".join(sorted(self._methods.get(route.path, route.methods)))
         return response
 
     def _hosted(self, name: str) -> Hosted:
@@ -162,6 +189,21 @@ class Server:
 
     def _chat(self, asked: ChatRequest, client: Client, marks: dict[str, str]) -> Response:
         return chat.answer(self.context, self._hosted(asked.model), client, asked, marks)
+
+    def _responses(self, asked: ResponsesRequest, client: Client, marks: dict[str, str]) -> Response:
+        return responses.answer(self.context, self._hosted(asked.model), client, asked, self.kept, marks)
+
+    def _response(self, request: Request, client: Client) -> Response:
+        found = self.kept.get(client.name, request.path_params["id"])
+        if found is None:
+            raise _no_response()
+        return JSONResponse(found[0], headers=self._marks(request))
+
+    def _forget(self, request: Request, client: Client) -> Response:
+        id = request.path_params["id"]
+        if not self.kept.forget(client.name, id):
+            raise _no_response()
+        return JSONResponse({"id": id, "object": "response", "deleted": True}, headers=self._marks(request))
 
     def _completions(self, asked: CompletionRequest, client: Client, marks: dict[str, str]) -> Response:
         return completions.answer(self.context, self._hosted(asked.model), client, asked, marks)
@@ -211,14 +253,14 @@ class Server:
             raise HTTPError(400, f"an id is outside the vocabulary of {hosted.tokenizer.size}", param="ids")
         return JSONResponse({"text": hosted.tokenizer.decode(asked.ids)}, headers=marks)
 
-    def _list(self, request: Request) -> Response:
+    def _list(self, request: Request, client: Client) -> Response:
         data = [_described(hosted) for hosted in self.models.values()]
         return JSONResponse({"object": "list", "data": data}, headers=self._marks(request))
 
-    def _model(self, request: Request) -> Response:
+    def _model(self, request: Request, client: Client) -> Response:
         return JSONResponse(_described(self._hosted(request.path_params["name"])), headers=self._marks(request))
 
-    def _metrics(self, request: Request) -> Response:
+    def _metrics(self, request: Request, client: Client) -> Response:
         for name, hosted in self.models.items():
             if hosted.generates:
                 engine = hosted.engine
@@ -228,7 +270,7 @@ class Server:
                     self.metrics.state.labels(name, kind).set(getattr(engine.memory, kind))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _openapi(self, request: Request) -> Response:
+    def _openapi(self, request: Request, client: Client) -> Response:
         return JSONResponse(self.document)
 
     # -- health
@@ -250,25 +292,38 @@ class Server:
 
     async def _ready(self, request: Request) -> Response:
         problem = "shutting down" if self.draining else self._stuck()
+        if problem is None and self.upstream is not None:
+            problem = await self.upstream.problem()
         return JSONResponse({"ready": problem is None, "problem": problem}, 200 if problem is None else 503)
 
     # -- life
 
     @property
     def under_way(self) -> int:
-        return sum(hosted.load.answers for hosted in self.models.values())
+        return sum(load.answers for load in self._loads)
+
+    @property
+    def _loads(self) -> list[Load]:
+        loads = [hosted.load for hosted in self.models.values()]
+        return loads if self.upstream is None else [*loads, self.upstream.load]
 
     def drain(self) -> None:
         """Take no more requests."""
         self.draining = True
-        for hosted in self.models.values():
-            hosted.load.draining = True
+        for load in self._loads:
+            load.draining = True
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
         for hosted in self.models.values():
             await asyncio.to_thread(hosted.close)
+        if self.upstream is not None:
+            await self.upstream.close()
+
+
+def _no_response() -> HTTPError:
+    return HTTPError(404, "there is no such response", param="id", code="response_not_found")
 
 
 def _described(hosted: Hosted) -> dict[str, Any]:

@@ -20,10 +20,21 @@ B = TypeVar("B", bound=BaseModel)
 
 async def read(request: Request, form: type[B]) -> B:
     """The body as a request of this form. Raises HTTPError naming the field that is wrong."""
+    return checked(await _json(request), form)
+
+
+async def read_as_it_is(request: Request, form: type[BaseModel]) -> Any:
+    """The body as it was sent, once it is checked as a request of this form."""
+    found = await _json(request)
+    checked(found, form)
+    return found
+
+
+async def _json(request: Request) -> Any:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPError(415, f"the body is '{kind[:100]}'", hint="send application/json")
-    return checked(parse(await _bytes(request)), form)
+    return parse(await _bytes(request))
 
 
 async def _bytes(request: Request) -> bytes:
@@ -70,14 +81,16 @@ def _named(error: ValidationError) -> HTTPError:
     """The first mistake, with the path of its field; the parts that pydantic adds to a path for a union's
     members are left out."""
     problems = error.errors(include_url=False, include_context=False)
+    kinds = [problem for problem in problems if problem["loc"][-1:] == ("type",)]  # explains all else
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
+    problem = (kinds or unknown or problems)[0]
     path = ".".join(str(part) for part in problem["loc"] if not _of_union(part))
     if problem["type"] == "extra_forbidden":
         return HTTPError(400, f"unknown parameter '{path}'", param=path, code="unknown_parameter")
     if problem["type"] == "missing":
         return HTTPError(400, f"'{path}' is missing", param=path, code="missing_parameter")
-    return HTTPError(400, f"'{path}': {problem['msg']}", param=path, code="invalid_value")
+    what = problem["msg"].removeprefix("Value error, ")
+    return HTTPError(400, f"'{path}': {what}" if path else what, param=path or None, code="invalid_value")
 
 
 def _of_union(part: int | str) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from armillary.engine.request import Answer, Piece
+from armillary.engine.request import Answer, Finish, Piece
 from armillary.engine.sampling import Choice
 from armillary.server.answering import Answered, Context, Job, now
-from armillary.server.hosted import Hosted
+from armillary.server.calls import Called, Part, Parts, Said
+from armillary.server.hosted import Hosted, constrained
 from armillary.server.limits import Client
 from armillary.server.protocol import ChatRequest
 from armillary.text import Tokenizer
@@ -17,7 +18,9 @@ FINISH = {"stop": "stop", "end": "stop", "length": "length", "deadline": "length
 
 
 def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest, headers: dict[str, str]) -> Answered:
-    ids, boundaries = hosted.conversation(asked.messages)
+    ids, boundaries = hosted.conversation(asked.messages, [tool.function for tool in asked.tools or ()])
+    tools = asked.usable
+    schema = None if asked.response_format is None else asked.response_format.schema_asked
     alternatives = max(1, asked.top_logprobs or 0) if asked.logprobs else 0
     requests = hosted.requests(
         asked,
@@ -27,7 +30,7 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
         client=client,
         copies=asked.n,
         boundaries=boundaries,
-        schema=None if asked.response_format is None else asked.response_format.schema_asked,
+        constraint=constrained(tools, schema, "response_format"),
         field="max_tokens" if asked.max_tokens is not None else "max_completion_tokens",
     )
     job = Job(hosted, client, [requests])
@@ -35,7 +38,9 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
     if not asked.stream:
 
         def whole(answers: list[Answer]) -> dict[str, Any]:
-            choices = [_choice(place, one, asked, hosted.tokenizer) for place, one in enumerate(answers)]
+            choices = [
+                _choice(place, one, asked, tools is not None, hosted.tokenizer) for place, one in enumerate(answers)
+            ]
             return base | {
                 "object": "chat.completion",
                 "choices": choices,
@@ -51,16 +56,23 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
         delta = {"role": "assistant", "content": ""}
         return [chunk([{"index": place, "delta": delta, "finish_reason": None}]) for place in range(asked.n)]
 
+    parts = [Parts() for _ in range(asked.n)]
+
     def piece(place: int, given: Piece, _: Answer) -> list[Any]:
-        found = []
-        if given.text or (asked.logprobs and given.choices):
-            one: dict[str, Any] = {"index": place, "delta": {"content": given.text}, "finish_reason": None}
-            if asked.logprobs:
-                one["logprobs"] = logprobs(given.choices, asked.top_logprobs or 0, hosted.tokenizer)
-            found.append(chunk([one]))
+        deltas: list[dict[str, Any]] = []
+        if tools is None:
+            deltas += [{"content": given.text}] if given.text else []
+        else:
+            deltas += [_delta(part) for part in parts[place].push(given.text, given.finish is not None)]
+        if asked.logprobs and given.choices and not deltas:
+            deltas.append({})
+        found: list[dict[str, Any]] = [{"index": place, "delta": one, "finish_reason": None} for one in deltas]
+        if asked.logprobs and given.choices:
+            found[0]["logprobs"] = logprobs(given.choices, asked.top_logprobs or 0, hosted.tokenizer)
         if given.finish is not None:
-            found.append(chunk([{"index": place, "delta": {}, "finish_reason": FINISH[given.finish]}]))
-        return found
+            reason = _reason(given.finish, parts[place].calls)
+            found.append({"index": place, "delta": {}, "finish_reason": reason})
+        return [chunk([one]) for one in found]
 
     def last(answers: list[Answer]) -> list[Any]:
         wanted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -97,11 +109,41 @@ def token(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": max(logprob, -9999.0)}
 
 
-def _choice(place: int, one: Answer, asked: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+def _delta(part: Part) -> dict[str, Any]:
+    if isinstance(part, Said):
+        return {"content": part.text}
+    if isinstance(part, Called):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+
+def _reason(finish: Finish, calls: int) -> str:
+    return "tool_calls" if calls and finish == "end" else FINISH[finish]
+
+
+def _choice(place: int, one: Answer, asked: ChatRequest, calling: bool, tokenizer: Tokenizer) -> dict[str, Any]:
     assert one.finish is not None
+    message: dict[str, Any] = {"role": "assistant", "content": one.text, "refusal": None}
+    parts = Parts()
+    if calling:
+        calls: dict[int, dict[str, Any]] = {}
+        message["content"] = None
+        for part in parts.push(one.text, last=True):
+            if isinstance(part, Said):
+                message["content"] = (message["content"] or "") + part.text
+            elif isinstance(part, Called):
+                function = {"name": part.name, "arguments": ""}
+                calls[part.index] = {"id": part.id, "type": "function", "function": function}
+            else:
+                calls[part.index]["function"]["arguments"] += part.text
+        if calls:
+            message["tool_calls"] = list(calls.values())
+        elif message["content"] is None:
+            message["content"] = ""
     return {
         "index": place,
-        "message": {"role": "assistant", "content": one.text, "refusal": None},
+        "message": message,
         "logprobs": logprobs(one.choices, asked.top_logprobs or 0, tokenizer) if asked.logprobs else None,
-        "finish_reason": FINISH[one.finish],
+        "finish_reason": _reason(one.finish, parts.calls),
     }

@@ -16,6 +16,8 @@ _TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    502: "upstream_error",
+    504: "upstream_error",
     503: "service_unavailable_error",
 }
 

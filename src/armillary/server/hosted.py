@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,37 @@ from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling, Step
 from armillary.nn.heads.base import pooled
 from armillary.nn.network import Network
+from armillary.server.calls import grammar
 from armillary.server.errors import HTTPError
 from armillary.server.limits import Client, Load
-from armillary.server.protocol import Asked, Message
+from armillary.server.protocol import Asked, Function, Message, Tools
 from armillary.text import Tokenizer
 
 DEFAULT_TOKENS = 512  # of an answer, when nothing else is said
+
+
+class Constrained(NamedTuple):
+    """What an answer must follow, and the field of the request that says so."""
+
+    kind: Kind
+    text: str | Mapping[str, Any]
+    param: str
+
+
+def constrained(tools: Tools | None, schema: Mapping[str, Any] | None, param: str) -> Constrained | None:
+    """What an answer must follow that may call tools, or has a schema, named by `param`, or both."""
+    if tools is None:
+        return None if schema is None else Constrained("json_schema", schema, param)
+    functions = [(one.name, one.schema_asked) for one in tools.functions]
+    try:
+        text = grammar(functions, required=tools.required, parallel=tools.parallel, content=schema)
+    except ArmillaryError as error:
+        raise unusable(error, "tools") from None
+    return Constrained("grammar", text, "tools")
+
+
+def unusable(error: ArmillaryError, param: str) -> HTTPError:
+    return HTTPError(400, error.what, param=param, code="invalid_constraint", hint=error.hint)
 
 
 class Hosted:
@@ -61,18 +86,24 @@ class Hosted:
                 )
         return rows
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, ...]]:
+    def conversation(
+        self, messages: Sequence[Message], tools: Sequence[Function] = ()
+    ) -> tuple[list[int], tuple[int, ...]]:
         """Ids of a conversation that an answer follows, and where its messages end."""
         plain = [message.plain() for message in messages]
+        known = [
+            {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"strict"})} for tool in tools
+        ] or None
         try:
-            ids = self.tokenizer.encode_chat(plain)
+            ids = self.tokenizer.encode_chat(plain, tools=known)
         except ArmillaryError as error:
             raise HTTPError(400, error.what, param="messages", hint=error.hint) from None
         ends = set()
         # the system's words, what came before the last message, and the last message
-        for count in {1 if messages[0].role in ("system", "developer") else 0, len(plain) - 1, len(plain)} - {0}:
+        counts = {1 if messages[0].role in ("system", "developer") else 0, len(plain) - 1, len(plain)}
+        for count in counts if known else counts - {0}:
             try:
-                part = self.tokenizer.encode_chat(plain[:count], generate=False)
+                part = self.tokenizer.encode_chat(plain[:count], generate=False, tools=known)
             except ArmillaryError:  # a template may refuse a part of a conversation
                 continue
             same = 0
@@ -94,8 +125,9 @@ class Hosted:
         copies: int = 1,
         boundaries: tuple[int, ...] = (),
         prompt_logprobs: bool = False,
-        schema: Mapping[str, Any] | None = None,
+        constraint: Constrained | None = None,
         field: str = "max_tokens",
+        prompt_field: str | None = None,
     ) -> list[Request]:
         """The engine's requests for the copies of one answer. Raises HTTPError naming the field."""
         room = self.engine.capacity - len(ids)
@@ -103,7 +135,7 @@ class Hosted:
             raise HTTPError(
                 400,
                 f"the prompt has {len(ids)} tokens, and {self.engine.capacity} is the most, answer included",
-                param="messages" if boundaries else "prompt",
+                param=prompt_field or ("messages" if boundaries else "prompt"),
                 code="context_length_exceeded",
             )
         if most is not None and most > room:
@@ -149,27 +181,23 @@ class Hosted:
                 boundaries=boundaries,
                 stream=copy,
                 prompt_logprobs=prompt_logprobs,
-                steps=self._steps(asked, schema),
+                steps=self._steps(asked, constraint),
             )
             for copy in range(copies)
         ]
 
-    def _steps(self, asked: Asked, schema: Mapping[str, Any] | None) -> tuple[Step, ...]:
+    def _steps(self, asked: Asked, constraint: Constrained | None) -> tuple[Step, ...]:
         """Fresh constraints for one answer. Raises HTTPError for one that cannot be used."""
-        kind: Kind
-        text: str | Mapping[str, Any]
-        if schema is not None:
-            kind, text, param = "json_schema", schema, "response_format"
-        elif asked.regex is not None:
-            kind, text, param = "regex", asked.regex, "regex"
-        elif asked.grammar is not None:
-            kind, text, param = "grammar", asked.grammar, "grammar"
-        else:
+        if constraint is None and asked.regex is not None:
+            constraint = Constrained("regex", asked.regex, "regex")
+        elif constraint is None and asked.grammar is not None:
+            constraint = Constrained("grammar", asked.grammar, "grammar")
+        if constraint is None:
             return ()
         try:
-            return (self.grammars.constraint(kind, text),)
+            return (self.grammars.constraint(constraint.kind, constraint.text),)
         except ArmillaryError as error:
-            raise HTTPError(400, error.what, param=param, code="invalid_constraint", hint=error.hint) from None
+            raise unusable(error, constraint.param) from None
 
     @property
     def grammars(self) -> Grammars:

@@ -20,7 +20,7 @@ _ERRORS = {
 }
 
 
-def document(posts: Sequence[tuple[str, type[BaseModel]]], gets: Sequence[str]) -> dict[str, Any]:
+def document(posts: Sequence[tuple[str, type[BaseModel]]], others: Sequence[tuple[str, str]]) -> dict[str, Any]:
     schemas: dict[str, Any] = {"Error": _ERROR}
     paths: dict[str, Any] = {}
     problem = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
@@ -32,12 +32,14 @@ def document(posts: Sequence[tuple[str, type[BaseModel]]], gets: Sequence[str]) 
         body = {"required": True, "content": {"application/json": {"schema": _ref(form.__name__)}}}
         answer = {"200": {"description": "the answer, or a stream of events"}}
         paths[path] = {"post": {"operationId": path, "requestBody": body, "responses": answer | responses}}
-    for path in gets:
-        name = path.replace("{name:path}", "{name}")
-        entry: dict[str, Any] = {"operationId": path, "responses": {"200": {"description": "the answer"}} | responses}
-        if "{name}" in name:
-            entry["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-        paths[name] = {"get": entry}
+    for method, path in others:
+        name = path.replace(":path", "")
+        entry: dict[str, Any] = {"operationId": f"{method} {path}"}
+        entry["responses"] = {"200": {"description": "the answer"}} | responses
+        if "{" in name:
+            word = name.partition("{")[2].rstrip("}")
+            entry["parameters"] = [{"name": word, "in": "path", "required": True, "schema": {"type": "string"}}]
+        paths.setdefault(name, {})[method.lower()] = entry
     return {
         "openapi": "3.1.0",
         "info": {"title": "Armillary", "version": __version__},

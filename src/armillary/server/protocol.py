@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import contextlib
+import json
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +12,8 @@ COPIES = 8  # most answers to one prompt
 PROMPTS = 64  # most prompts in one request
 STOPS = 16
 STOP = 256  # most characters of a text that ends an answer
+TOOLS = 128
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 Stop = Annotated[str, Field(min_length=1, max_length=STOP)]
 
@@ -68,7 +72,7 @@ class TextPart(Form):
 
 
 class CalledFunction(Form):
-    name: str
+    name: Name
     arguments: str
 
 
@@ -77,13 +81,93 @@ class ToolCall(Form):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: arguments as data, or as text where they are no JSON."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Function(Form):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # always so
+
+    @property
+    def schema_asked(self) -> dict[str, Any]:
+        """What the arguments must follow: an object in any case."""
+        return {"type": "object"} | (self.parameters or {"properties": {}, "additionalProperties": False})
+
+    @model_validator(mode="after")
+    def _object(self) -> Function:
+        if self.schema_asked["type"] != "object":
+            raise ValueError("parameters are the schema of an object")
+        return self
+
+
+class Tool(Form):
+    type: Literal["function"]
+    function: Function
+
+
+class Chosen(Form):
+    name: Name
+
+
+class ToolChoice(Form):
+    type: Literal["function"]
+    function: Chosen
+
+
+class Tools(NamedTuple):
+    """What may be called in an answer. required: something must be; parallel: several."""
+
+    functions: list[Function]
+    required: bool
+    parallel: bool
+
+
+def usable(functions: list[Function], choice: str, named: str | None, parallel: bool) -> Tools | None:
+    """The tools that an answer may call: none, some or the one that is named. Raises ValueError."""
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise ValueError("two tools have one name")
+    if named is not None:
+        if named not in names:
+            raise ValueError(f"tool_choice names '{named}', which is none of the tools")
+        return Tools([functions[names.index(named)]], True, False)
+    if not functions:
+        if choice == "required":
+            raise ValueError("tool_choice: required needs tools")
+        return None
+    return None if choice == "none" else Tools(functions, choice == "required", parallel)
+
 
 class Message(Form):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=TOOLS)] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, data: Any) -> Any:
+        """Answers come back with fields that say nothing, "refusal": null and the like."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Message:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with role: tool, and is needed there")
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing")
+        return self
 
     @property
     def text(self) -> str:
@@ -98,12 +182,12 @@ class Message(Form):
             if getattr(self, name) is not None:
                 found[name] = getattr(self, name)
         if self.tool_calls is not None:
-            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            found["tool_calls"] = [call.plain() for call in self.tool_calls]
         return found
 
 
 class JsonSchema(Form):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: str | None = None
     schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
     strict: bool | None = None
@@ -136,9 +220,14 @@ class ChatRequest(Asked):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _asks(self) -> ChatRequest:
+        if self.usable is not None and (self.regex is not None or self.grammar is not None):
+            raise ValueError("regex and grammar do not go with tools")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs go with logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -148,6 +237,13 @@ class ChatRequest(Asked):
     @property
     def most(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def usable(self) -> Tools | None:
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, ToolChoice):
+            return usable(functions, "", self.tool_choice.function.name, False)
+        return usable(functions, self.tool_choice, None, self.parallel_tool_calls)
 
 
 class CompletionRequest(Asked):

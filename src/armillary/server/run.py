@@ -17,6 +17,7 @@ import uvicorn
 
 from armillary.base.errors import InputError
 from armillary.server.app import Server
+from armillary.server.connection import Connection
 
 _EXTRAS = ("route", "status", "client", "id", "seconds")
 
@@ -52,16 +53,22 @@ def run(server: Server, host: str, port: int, drain: float, started: Callable[[i
     asyncio.run(_serve(server, listening, drain, started))
 
 
-async def _serve(server: Server, listening: socket.socket, drain: float, started: Callable[[int], None]) -> None:
-    config = uvicorn.Config(
+def config(server: Server) -> uvicorn.Config:
+    return uvicorn.Config(
         server.app,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="on",
+        server_header=False,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=65536,
     )
-    inner = uvicorn.Server(config)
+
+
+async def _serve(server: Server, listening: socket.socket, drain: float, started: Callable[[int], None]) -> None:
+    inner = uvicorn.Server(config(server))
     inner.capture_signals = _uncaught  # type: ignore[method-assign]
     loop, signals = asyncio.get_running_loop(), 0
 

@@ -45,8 +45,10 @@ def render(
     *,
     generate: bool,
     special: Mapping[str, str] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The conversation as text; special: names such as bos_token that the template may use.
+    """The conversation as text; special: names such as bos_token that the template may use; tools: what
+    it is told of them (see `tools.speaks`).
 
     Raises TokenizerError for a broken template, a role that it refuses, or a message without role.
     """
@@ -54,7 +56,11 @@ def render(
     compiled = compile_template(template)
     try:
         return compiled.render(
-            messages=data, tools=None, documents=None, add_generation_prompt=generate, **(special or {})
+            messages=data,
+            tools=_plain(tools, 0) if tools else None,
+            documents=None,
+            add_generation_prompt=generate,
+            **(special or {}),
         )
     except Exception as error:  # a template can fail in any way that Python can
         raise _explained(error) from None

@@ -27,6 +27,7 @@ from armillary.text.learn import BYTES, learn, utf8
 from armillary.text.older import read_older
 from armillary.text.pieces import Pieces, pieces_of
 from armillary.text.stream import StreamDecoder
+from armillary.text.tools import speaks, told
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 STANDARD = (END, PAD, MASK, "<|user|>", "<|assistant|>", "<|system|>")
@@ -167,15 +168,33 @@ class Tokenizer:
 
     # -- conversations
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generate: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The conversation as text through the chat template; generate adds what precedes an answer.
+
+        tools: what may be called, as OpenAI's API describes functions; a template that does not speak of
+        tools in the form that we know gets them, and calls and results, as text (see `tools`).
 
         Raises TokenizerError for a broken template and for messages that it refuses.
         """
-        return render(self.chat_template or self._no_template(), messages, generate=generate, special=self._names())
+        template = self.chat_template or self._no_template()
+        if not speaks(template):
+            messages, tools = told(plain_messages(messages), tools), None
+        return render(template, messages, generate=generate, special=self._names(), tools=tools)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> list[int]:
-        """Ids of a conversation.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generate: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation; tools: see `chat`.
 
         With our default template no text inside a message can become a control token: the control
         tokens are put in as ids, and what the messages say is encoded as plain text.
@@ -186,16 +205,20 @@ class Tokenizer:
         tools, are recognised wherever they stand.
         """
         template = self.chat_template or self._no_template()
-        text = self.chat(messages, generate=generate)  # the template's own checks
+        if not speaks(template):
+            messages, tools = told(plain_messages(messages), tools), None
+        text = self.chat(messages, generate=generate, tools=tools)  # the template's own checks
         if template == DEFAULT_TEMPLATE and all(token in self.special for token in STANDARD):
             ids: list[int] = []
             for message in plain_messages(messages):
                 ids += [self.special[f"<|{message['role']}|>"], *self.encode(message["content"]), self.special[END]]
             return [*ids, self.special["<|assistant|>"]] if generate else ids
-        data, mark = broken(messages, self.special, template)
-        if data == plain_messages(messages):
+        whole = [*messages, {"role": "tools", "tools": list(tools or ())}]  # their descriptions are text, too
+        data, mark = broken(whole, self.special, template)
+        if data == plain_messages(whole):
             return self.encode(text, special=True)
-        text = render(template, data, generate=generate, special=self._names())
+        described = data.pop()["tools"] or None
+        text = render(template, data, generate=generate, special=self._names(), tools=described)
         text = text.replace(json.dumps(mark)[1:-1], mark)  # as a template's tojson may write it
         return [i for ids in self.encode_batch(filter(None, text.split(mark)), special=True) for i in ids]
 

@@ -1,0 +1,218 @@
+"""What serving adds to the network: the engine's own time in a step, the server's before the first token, the
+longest gaps of running answers while a long prompt is read, and the price of a schema.
+
+Everything is measured against the same network asked directly, in the same process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import statistics
+import threading
+import time
+import urllib.request
+
+import torch
+import uvicorn
+
+from armillary.engine.constraints import Grammars
+from armillary.engine.core import Engine
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
+from armillary.nn.network import ModelSettings, build
+from armillary.server import Hosted, Load, Server
+from armillary.server.run import config
+from armillary.text import TokenizerSettings, train_tokenizer
+from common import DEPTH, HEADS, HIDDEN, KV_HEADS, WIDTH, report
+
+BATCH, TOKENS, LONG, REPEATS = 8, 64, 4000, 20
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["cat", "dog"]},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "ages"],
+    "additionalProperties": False,
+}
+
+
+def network(context: int):
+    """The shape of the other benchmarks, over bytes."""
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
+    settings = ModelSettings(
+        width=WIDTH,
+        depth=DEPTH,
+        vocabulary=tokenizer.size,
+        context=context,
+        block={
+            "mixer": {"kind": "attention", "heads": HEADS, "kv_heads": KV_HEADS, "position": "rope"},
+            "channel": {"kind": "gated", "hidden": HIDDEN},
+        },
+    )
+    return build(settings, seed=0).compute(torch.bfloat16).eval(), tokenizer
+
+
+def overhead(net, tokenizer) -> dict[str, float]:
+    """Steps of a full batch: all of it, and the part inside the network."""
+    engine = Engine(net, tokenizer, slots=BATCH, keep=False)
+    inside = 0.0
+    extend = net.extend
+
+    def timed(*args, **kwargs):
+        nonlocal inside
+        start = time.perf_counter()
+        found = extend(*args, **kwargs)
+        inside += time.perf_counter() - start
+        return found
+
+    sampling = Sampling(max_new_tokens=TOKENS, min_new_tokens=TOKENS, temperature=1.0)
+    answers = [engine.submit(Request(tuple(range(20, 52)), sampling, stream=row)) for row in range(BATCH)]
+    while any(not answer.choices for answer in answers):
+        engine.step()
+    net.extend = timed
+    steps, start = engine.steps, time.perf_counter()
+    while engine.step():
+        pass
+    whole = time.perf_counter() - start
+    del net.extend
+    assert all(len(answer.choices) == TOKENS for answer in answers)
+    count = engine.steps - steps
+    return {
+        "step ms": 1000 * whole / count,
+        "step inside the network ms": 1000 * inside / count,
+        "engine's share of a step": 1 - inside / whole,
+    }
+
+
+def gaps(net, tokenizer) -> dict[str, float]:
+    """Between tokens of running answers, alone and while a long prompt is read."""
+    engine = Engine(net, tokenizer, slots=BATCH, keep=False, capacity=LONG + TOKENS).start()
+    sampling = Sampling(max_new_tokens=400, min_new_tokens=400, temperature=1.0)
+    times: list[list[float]] = [[] for _ in range(4)]
+    running = [
+        engine.submit(
+            Request(tuple(range(20, 52)), sampling, stream=row),
+            lambda _, row=row: times[row].append(time.perf_counter()),
+        )
+        for row in range(4)
+    ]
+    while min(map(len, times)) < 60:
+        time.sleep(0.005)
+    begin = time.perf_counter()
+    long = engine.submit(Request(tuple(40 + i % 50 for i in range(LONG)), Sampling(max_new_tokens=1)))
+    long.wait()
+    end = time.perf_counter()
+    for answer in running:
+        answer.cancel()
+    engine.close()
+    alone, beside = [], []
+    for row in times:
+        for one, other in itertools.pairwise(row):
+            if other < end:
+                (alone if other < begin else beside).append(other - one)
+    beside.sort()
+    return {
+        "gap between tokens alone, median ms": 1000 * statistics.median(alone),
+        "gap while 4,000 tokens are read, median ms": 1000 * statistics.median(beside),
+        "gap while 4,000 tokens are read, p99 ms": 1000 * beside[int(0.99 * (len(beside) - 1))],
+        "reading 4,000 tokens beside 4 answers s": end - begin,
+    }
+
+
+def first_token(net, tokenizer) -> dict[str, float]:
+    """From the request's bytes to the first event, against the engine asked directly with the same ids."""
+    engine = Engine(net, tokenizer, slots=BATCH, keep=False).start()
+    server = Server([Hosted("m", net, tokenizer, engine, Load(64))])
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    inner = uvicorn.Server(config(server))
+    thread = threading.Thread(target=lambda: asyncio.run(inner.serve([listening])), daemon=True)
+    thread.start()
+    while not inner.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+    prompt = "x" * 32
+    ids = server.models["m"].prompts(prompt)[0]
+    body = {"model": "m", "prompt": prompt, "max_tokens": 1, "min_tokens": 1, "temperature": 0, "stream": True}
+    data = json.dumps(body).encode()
+
+    def over() -> float:
+        asked = urllib.request.Request(url, data, {"content-type": "application/json"})
+        start = time.perf_counter()
+        with urllib.request.urlopen(asked) as answer:
+            answer.readline()
+            took = time.perf_counter() - start
+            answer.read()
+        return took
+
+    def direct() -> float:
+        start = time.perf_counter()
+        answer = engine.submit(Request(tuple(ids), Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0)))
+        next(iter(answer))
+        return time.perf_counter() - start
+
+    over(), direct()
+    pairs = [(over(), direct()) for _ in range(REPEATS)]
+    inner.should_exit = True
+    thread.join()
+    return {
+        "first token over HTTP ms": 1000 * statistics.median(one for one, _ in pairs),
+        "first token asked directly ms": 1000 * statistics.median(other for _, other in pairs),
+        "server adds ms": 1000 * statistics.median(one - other for one, other in pairs),
+    }
+
+
+def schemas(tokenizer) -> dict[str, float]:
+    """A schema's first constraint, later ones, and a mask."""
+    grammars = Grammars(tokenizer)
+    start = time.perf_counter()
+    grammars.constraint("regex", "warm")  # starts the helper, reads the vocabulary
+    begun = time.perf_counter() - start
+    firsts, laters, masks = [], [], []
+    for place in range(REPEATS):
+        schema = SCHEMA | {"title": str(place)}
+        start = time.perf_counter()
+        grammars.constraint("json_schema", schema)
+        firsts.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        constraint = grammars.constraint("json_schema", schema)
+        laters.append(time.perf_counter() - start)
+        scores = torch.zeros(tokenizer.size)
+        for token in tokenizer.encode('{"name":"'):
+            start = time.perf_counter()
+            allowed = constraint.apply(scores, [])
+            masks.append(time.perf_counter() - start)
+            assert allowed[token] == 0
+            constraint.accept(token)
+    grammars.close()
+    return {
+        "first constraint of a process ms": 1000 * begun,
+        "first use of a schema ms": 1000 * statistics.median(firsts),
+        "later use of a schema ms": 1000 * statistics.median(laters),
+        "mask per token µs": 1e6 * statistics.median(masks),
+    }
+
+
+def main() -> None:
+    net, tokenizer = network(LONG + 2 * TOKENS)
+    figures = overhead(net, tokenizer) | first_token(net, tokenizer) | gaps(net, tokenizer) | schemas(tokenizer)
+    beside = figures["gap while 4,000 tokens are read, p99 ms"]
+    figures["p99 gap beside a long prompt over median alone"] = beside / figures["gap between tokens alone, median ms"]
+    report(
+        "serving",
+        figures,
+        {
+            "engine's share of a step": (0.05, "max"),
+            "server adds ms": (1.0, "max"),
+            "p99 gap beside a long prompt over median alone": (2.0, "max"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""`generate` and `chat` with --url: what the server says is what they show."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from server_parts import Served, hosted
+from typer.testing import CliRunner
+
+from armillary.base.errors import InputError
+from armillary.cli.main import app
+from armillary.server import Server
+
+RUN = CliRunner()
+
+
+def shown(*arguments: str, text: str | None = None) -> str:
+    found = RUN.invoke(app, [*arguments], input=text, catch_exceptions=True)
+    if isinstance(found.exception, InputError):
+        raise found.exception
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def test_generate_and_chat(served, monkeypatch) -> None:
+    monkeypatch.setenv("ARMILLARY_API_KEY", "secret-of-a")
+    url = f"{served.url}/v1"
+    client = served.client()
+    expected = client.completions.create(model="tiny", prompt="ab", max_tokens=9, temperature=0).choices[0].text
+    options = ["--tokens", "9", "--temperature", "0", "--url", url]
+    assert shown("generate", "tiny", "ab", *options) == f"ab{expected}\n"
+    assert json.loads(shown("generate", "tiny", "ab", *options, "--json"))["text"] == expected
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    first = client.chat.completions.create(model="tiny", messages=talk, max_tokens=9, temperature=0)
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "more"}]
+    second = client.chat.completions.create(model="tiny", messages=talk, max_tokens=9, temperature=0)
+    said = shown("chat", "tiny", "--system", "be brief", *options, text="hello\nmore\n")
+    assert said == "".join(f"{one.choices[0].message.content}\n" for one in (first, second))
+
+
+def test_what_goes_wrong(served, monkeypatch) -> None:
+    monkeypatch.delenv("ARMILLARY_API_KEY", raising=False)
+    ask = ["generate", "tiny", "ab", "--tokens", "4", "--url"]
+    with pytest.raises(InputError, match="no key"):
+        shown(*ask, f"{served.url}/v1")
+    with pytest.raises(InputError, match="did not answer"):
+        shown(*ask, "http://127.0.0.1:9/v1")
+    with pytest.raises(InputError, match="no address"):
+        shown(*ask, "tiny.example")
+    running = Served(Server([hosted()]))
+    try:
+        with pytest.raises(InputError, match="no model 'huge'"):
+            shown("generate", "huge", "ab", "--url", f"{running.url}/v1")
+        network = running.server.models["tiny"].network
+        inner = network.extend
+        network.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
+        with pytest.raises(InputError, match="finite"):
+            shown(*ask, f"{running.url}/v1")
+    finally:
+        running.close()

@@ -1,0 +1,206 @@
+"""Clients that are slow on purpose, what logs say, and streams cut at every byte."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import time
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server_parts import KEYS, Served, hosted
+
+from armillary.base.events import LONGEST, Events
+from armillary.server import Door, Lines, Server, answering, body
+from armillary.server.connection import Connection
+
+HEADERS = {"authorization": "Bearer secret-of-a"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A server whose patience is short."""
+    monkeypatch.setattr(Connection, "headers_within", 0.6)
+    monkeypatch.setattr(Connection, "reads_within", 0.6)
+    monkeypatch.setattr(body, "PATIENCE", 0.6)
+    running = Served(Server([hosted()], Door(KEYS)), buffer=4096)
+    yield running
+    running.close()
+
+
+def closed_within(connection: socket.socket, seconds: float, trickle: bytes) -> bytes:
+    """What the server said before it closed; a byte is sent every tenth of a second meanwhile."""
+    connection.settimeout(0.1)
+    said, end = b"", time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            got = connection.recv(4096)
+            if not got:
+                return said
+            said += got
+        except TimeoutError:
+            pass
+        except ConnectionError:
+            return said
+        try:
+            connection.send(trickle)
+        except ConnectionError:
+            return said
+    raise AssertionError("the connection is still open")
+
+
+def test_headers_and_bodies_that_trickle(hasty) -> None:
+    with socket.create_connection(("127.0.0.1", hasty.port)) as slow:
+        slow.sendall(b"GET /live HTTP/1.1\r\n")
+        said = closed_within(slow, 10, b"x")
+        assert said == b"" or b" 408 " in said
+    with socket.create_connection(("127.0.0.1", hasty.port)) as slow:  # the second request of a connection
+        slow.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b" 200 " in slow.recv(4096)
+        closed_within(slow, 10, b"x")
+    with socket.create_connection(("127.0.0.1", hasty.port)) as slow:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret-of-a\r\n"
+        slow.sendall((head + "content-type: application/json\r\ncontent-length: 9999\r\n\r\n").encode())
+        assert b" 408 " in closed_within(slow, 15, b" ")
+    assert httpx.get(f"{hasty.url}/live").status_code == 200
+
+
+def test_a_reader_that_never_reads(hasty) -> None:
+    """Its answer ends and its connection is cut, while others are served."""
+    asked = CHAT | {
+        "stream": True,
+        "max_tokens": 1500,
+        "min_tokens": 1500,
+        "n": 3,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    data = json.dumps(asked).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", hasty.port))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret-of-a\r\n"
+    connection.sendall(f"{head}content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    other = hasty.client("secret-of-b").chat.completions.create(**CHAT, max_tokens=3)
+    assert other.usage.completion_tokens <= 3
+    hasty.quiet(40)
+    answers = hasty.server.metrics.finished.labels("tiny", "cancelled")._value.get()
+    assert answers == 3, "they were given up long before 1,500 tokens"
+    connection.close()
+
+
+def test_logs_hold_no_prompt_and_no_key(served) -> None:
+    logger = logging.getLogger("armillary.server")
+    handler = logging.StreamHandler(io.StringIO())
+    handler.setFormatter(Lines())
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    network = served.server.models["tiny"].network
+    try:
+        ask = CHAT | {"messages": [{"role": "user", "content": "PRIVATE words"}], "max_tokens": 2}
+        with httpx.Client(base_url=served.url, headers=HEADERS) as client:
+            assert client.post("/v1/chat/completions", json=ask).status_code == 200
+            assert client.post("/v1/chat/completions", json=ask | {"PRIVATE": 1}).status_code == 400
+            assert client.post("/v1/embeddings", content=b'{"model": "PRIVATE"}').status_code == 400
+
+            def broken(*args, **kwargs):
+                raise ValueError("PRIVATE words in an exception")
+
+            network.hidden = broken
+            found = client.post("/v1/embeddings", json={"model": "tiny", "input": "PRIVATE"})
+            assert found.status_code == 500
+            assert "PRIVATE" not in found.text
+        assert httpx.get(f"{served.url}/v1/models", headers={"authorization": "Bearer secret-wrong"}).status_code == 401
+    finally:
+        network.__dict__.pop("hidden", None)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    text = handler.stream.getvalue()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "request"] == [200, 400, 400, 500, 401]
+    assert any(line.get("error") == "ValueError" for line in lines)
+    assert "PRIVATE" not in text
+    assert "secret" not in text
+
+
+def test_heads_and_options(served) -> None:
+    with httpx.Client(base_url=served.url, headers=HEADERS) as client:
+        head = client.head("/v1/models")
+        assert head.status_code == 200
+        assert head.content == b""
+        assert client.head("/v1/chat/completions").status_code == 405
+        found = client.options("/v1/chat/completions")
+        assert found.status_code == 405
+        assert "POST" in found.headers["allow"]
+        assert "access-control-allow-origin" not in found.headers
+    assert httpx.head(f"{served.url}/v1/models").status_code == 401
+
+
+def test_isolation_in_time(served) -> None:
+    """A prompt that one key sent is as slow for another as a new one, and quick for its own."""
+    engine = served.server.models["tiny"].engine
+    text = "what only a knows " * 20
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0}
+
+    def tokens(key: str) -> int:
+        computed = []
+        inner = engine.slots.extend
+
+        def counted(rows, chunks, **options):
+            computed.append(sum(map(len, chunks)))
+            return inner(rows, chunks, **options)
+
+        engine.slots.extend = counted
+        try:
+            served.client(key).chat.completions.create(**ask)
+        finally:
+            del engine.slots.extend
+        return sum(computed)
+
+    cold = tokens("secret-of-a")
+    assert cold >= len(text), "byte by byte"
+    assert tokens("secret-of-b") == cold, "nothing of it is there for b"
+    assert tokens("secret-of-a") < cold / 4, "the control: it is there for a"
+
+
+STREAM = (
+    'event: x\ndata: {"a": "ü€😀"}\n\n: alive\n\ndata: one\ndata:two\n\nid: 3\ndata\n\nretry: 1\n\ndata: [DONE]\n\n'
+)
+EXPECTED = ['{"a": "ü€😀"}', "one\ntwo", "", "[DONE]"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_streams_cut_at_every_byte(end) -> None:
+    data = STREAM.replace("\n", end).encode()
+    for size in (1, 2, 3, len(data)):
+        events = Events()
+        found = [one for at in range(0, len(data), size) for one in events.push(data[at : at + size])]
+        assert found == EXPECTED
+    for at in range(len(data)):
+        events = Events()
+        assert events.push(data[:at]) + events.push(data[at:]) == EXPECTED
+
+
+@given(st.lists(st.text().filter(lambda text: not set(text) & set("\r\n")), max_size=4), st.data())
+def test_what_we_write_is_read_again(texts, data) -> None:
+    written = "".join(answering.written({"text": text}) for text in texts).encode()
+    events, found, at = Events(), [], 0
+    while at < len(written):
+        step = data.draw(st.integers(1, 40))
+        found += events.push(written[at : at + step])
+        at += step
+    assert [json.loads(one)["text"] for one in found] == texts
+
+
+def test_an_event_without_end() -> None:
+    events = Events()
+    for _ in range(LONGEST // 2**16 - 1):
+        events.push(b"data: " + b"x" * (2**16 - 7) + b"\n")
+    with pytest.raises(ValueError, match="characters"):
+        events.push(b"data: " + b"x" * 2**17)

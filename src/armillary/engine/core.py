@@ -18,6 +18,7 @@ from torch import Tensor
 from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
+from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
 from armillary.engine.sampling import Choice, Chooser, choose, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
@@ -61,7 +62,8 @@ class Engine:
     for states, running and kept, by default what the slots can come to and half as much again; keep:
     whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
     than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
-    are then checked together.
+    are then checked together; weights: how the native decoding step on a CPU holds them: auto (float32, or
+    bf16 where that loses nothing), float32, bf16, int8, int4, or plain (no such step).
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class Engine:
         patience: float = 30.0,
         drafter: Drafter | None = None,
         taps: Taps | None = None,
+        weights: Held = "auto",
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
         self.capacity = capacity or network.settings.context
         form = network.settings.form
-        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity)
+        self.slots = (Apart if form == "encoder_decoder" else Slots)(
+            network, slots, self.capacity, weights if taps is None else "plain"
+        )
         # a prefix that sees itself both ways cannot be gone on from in the middle
         self.keeps = keep and form == "decoder"
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)

@@ -12,6 +12,7 @@ from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings, heads
 from armillary.nn.linear import Embedding, Linear
 from armillary.nn.mechanism import Place
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @heads.register
@@ -59,6 +60,12 @@ class LanguageModelHead(nn.Module):
     def forward(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
         logits = self.product(self.scaled(h))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def record(self, tape: Tape, h: Buffer) -> Buffer:
+        logits: Buffer = record(self.product, tape, h, factor=self.scale)
+        if self.softcap is not None:
+            tape.cap(logits, self.softcap)
+        return logits
 
     def scaled(self, h: Tensor) -> Tensor:
         """What the product multiplies."""

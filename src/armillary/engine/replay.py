@@ -25,7 +25,7 @@ from armillary.nn.tape import NoStep, Packed, Tape
 
 Held = Literal["auto", "plain", "float32", "bf16", "int8", "int4"]
 MOST = 16  # tokens up to which the tape's products beat PyTorch's
-PIECE = 64  # tokens at a time of a prompt, where quantised weights leave no other way to read it
+PIECE = 64  # tokens at a time of a prompt, where the weights leave no other way to read it
 ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
 
 _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary()
@@ -60,14 +60,15 @@ class Replay:
     def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
         self.network, self.state, self.capacity = network, state, capacity
         self.weights = _chosen(network, weights)
-        self.exact = self.weights in ("int8", "int4")
+        # weights that plain steps do not see
+        self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not _halves(network))
         self.tape = self._recorded()
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
 
     def _recorded(self) -> Tape:
         size = sum(p.numel() * p.element_size() for p in self.network.parameters())
         tape = Tape(
-            PIECE if self.exact else MOST,
+            PIECE if self.other else MOST,
             self.capacity,
             weights=self.weights,
             dtype=self.network.dtype,
@@ -79,9 +80,9 @@ class Replay:
         return tape
 
     def takes(self, chunks: Sequence[Sequence[int]]) -> bool:
-        """Whether a step of these chunks is better made here. Quantised weights make every step here, so that
-        an answer does not depend on which of its tokens were read together."""
-        if self.exact:
+        """Whether a step of these chunks is better made here. Weights that lost something make every step here,
+        so that an answer does not depend on which of its tokens were read together."""
+        if self.other:
             return True
         longest = max(len(chunk) for chunk in chunks)
         return sum(len(chunk) for chunk in chunks) <= self.tape.rows and not (self.tape.single and longest > 1)

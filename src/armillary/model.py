@@ -16,6 +16,7 @@ from armillary.base.errors import InputError, UnsupportedError, nearest
 from armillary.base.settings import Choice, parse
 from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
+from armillary.engine.core import Engine
 from armillary.engine.generate import Completion, Completions, Piece, generate, stream
 from armillary.engine.sampling import Sampling
 from armillary.nn import network as networks
@@ -179,6 +180,10 @@ class Model(nn.Module):
         with torch.no_grad():
             nll = self.network.token_nll(self.hidden(row[:, :-1]), row[:, 1:])
         return ids[1:], (-nll[0]).tolist()
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine on this model, for many answers at a time (see `Engine`): options such as slots, memory."""
+        return Engine(self.network, self._tokenizer, **options)
 
     # -- looking inside
 

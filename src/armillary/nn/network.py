@@ -139,6 +139,13 @@ class Network(nn.Module):
         if settings.encoder is not None:
             self.encoder = Stack(settings.encoder, settings.source_place())
             self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
+            for part in self.encoder.modules():
+                if isinstance(part, Mixer) and part.capabilities.side:
+                    raise UnsupportedError(
+                        f"'{part.kind}' needs side tensors, which a source does not bring",
+                        where=part.path,
+                        hint="use it in form: encoder, or in the decoder",
+                    )
             self.blocks = Stack(settings, place.at("decoder"))
         else:
             self.blocks = Stack(settings, place)

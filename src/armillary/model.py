@@ -18,6 +18,7 @@ from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
 from armillary.engine.core import Engine
 from armillary.engine.generate import Completion, Completions, Piece, generate, stream
+from armillary.engine.replay import Held
 from armillary.engine.sampling import Sampling
 from armillary.nn import network as networks
 from armillary.nn.describe import Description, describe
@@ -93,19 +94,26 @@ class Model(nn.Module):
     @overload
     def generate(self, prompt: Sequence[str] | Sequence[int], *, stream: bool = False, **options: Any) -> Any: ...
     def generate(
-        self, prompt: Prompt, *, stream: bool = False, side: Mapping[str, Tensor] | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        stream: bool = False,
+        side: Mapping[str, Tensor] | None = None,
+        weights: Held = "auto",
+        **options: Any,
     ) -> Any:
         """Complete a prompt.
 
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
         (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
-        numbers that mechanisms take (`tasks`), [prompts] by name.
+        numbers that mechanisms take (`tasks`), [prompts] by name; weights: how decoding on a CPU holds them
+        (see `Engine`).
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
         """
         sampling = Sampling.of(options)
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream, side)
+        return self._complete(starts, single, sampling, stream, side, weights)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation ([{"role": "user", "content": …}, …]) through the chat template."""
@@ -266,12 +274,13 @@ class Model(nn.Module):
         sampling: Sampling,
         streaming: bool,
         side: Mapping[str, Tensor] | None = None,
+        weights: Held = "auto",
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             # the decoder starts from the last token of the source, as in training
             sources, starts = starts, [ids[-1:] for ids in starts]
-        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "weights": weights}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces

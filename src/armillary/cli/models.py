@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from armillary.base.words import amount
-from armillary.cli.shared import AsJson, Device, Dtype, Folder, emit, note, open_model, read_text, table, write
+from armillary.cli.shared import AsJson, Device, Dtype, Folder, Weights, emit, note, open_model, read_text, table, write
 
 if TYPE_CHECKING:
     from armillary.evaluate import Evaluation
@@ -132,6 +132,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     json: AsJson = False,
 ) -> None:
     """Let a model write on from a prompt.
@@ -149,6 +150,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": tuple(stop or ()),
         "seed": seed,
+        "weights": weights,
     }
     if json:
         done = opened.generate(text, **options)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from armillary.cli.shared import Device, Dtype, note
+from armillary.cli.shared import Device, Dtype, Weights, note
 
 KEYS = "ARMILLARY_API_KEYS"
 
@@ -37,6 +37,7 @@ def serve(
     ] = 30.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Serve models over HTTP, as OpenAI clients expect it.
 
@@ -79,6 +80,7 @@ def serve(
                 capacity=capacity,
                 memory=None if memory is None else int(memory * 2**30),
                 drafter=PromptLookup() if guess else None,
+                weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
     handler = logging.StreamHandler(sys.stderr)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from armillary.base.errors import InputError
 from armillary.engine.core import Engine
+from armillary.engine.replay import Held
 from armillary.engine.request import Answer, GenerationError, Request
 from armillary.engine.request import Piece as Given
 from armillary.engine.sampling import Sampling
@@ -69,13 +70,17 @@ def generate(
     sources: Sequence[Sequence[int]] | None = None,
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
+    weights: Held = "auto",
 ) -> Completions:
     """Complete every prompt (token ids).
 
-    sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name.
+    sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name;
+    weights: how decoding on a CPU holds them (see `Engine`).
     """
     done = Completions(Completion() for _ in prompts)
-    for piece in stream(network, tokenizer, prompts, sampling, into=done, sources=sources, side=side, taps=taps):
+    for piece in stream(
+        network, tokenizer, prompts, sampling, into=done, sources=sources, side=side, taps=taps, weights=weights
+    ):
         done[piece.row].text += piece.text
     return done
 
@@ -90,6 +95,7 @@ def stream(
     sources: Sequence[Sequence[int]] | None = None,
     side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
+    weights: Held = "auto",
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
 
@@ -102,7 +108,9 @@ def stream(
             raise InputError(f"prompt {row} has no tokens", hint="give at least one token")
     done = into if into is not None else Completions(Completion() for _ in prompts)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps)
+    engine = Engine(
+        network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps, weights=weights
+    )
     given = _numbers(side or {}, len(prompts))
     answers = [
         engine.submit(

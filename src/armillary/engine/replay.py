@@ -11,12 +11,12 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from armillary.base.errors import UnsupportedError
+from armillary.base.errors import InputError, UnsupportedError
 from armillary.native import available
 from armillary.native.tape import Weights
 from armillary.nn.network import Network
@@ -34,6 +34,8 @@ _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary(
 def replay(network: Network, state: NetworkState, capacity: int, weights: Held = "auto") -> Replay | None:
     """What takes the steps of such a network, or None where they stay plain: `plain` was asked for, or
     nothing has a native step here. Says so where other weights than those of the model were asked for."""
+    if weights not in get_args(Held):
+        raise InputError(f"weights cannot be held in '{weights}'", hint=f"one of {', '.join(get_args(Held))}")
     if weights == "plain":
         return None
     asked = weights in ("int8", "int4")

@@ -385,9 +385,9 @@ class Network(nn.Module):
     def record(self, tape: Tape, state: NetworkState) -> None:
         """Write down `extend` of such a state, for a decoder on a CPU; raises NoStep for other networks."""
         if self.settings.form != "decoder" or self.driver is not None or self.segment is not None:
-            raise NoStep("a network that is no plain decoder")
+            raise NoStep("only decoders without a driver and segments have one")
         if self.dtype == torch.float64 or self.device.type not in ("cpu", "meta"):
-            raise NoStep("a network in float64, or not on a CPU")
+            raise NoStep("float64 and other devices have none")
         x = tape.embed(self.embed.weight, self.settings.embed_scale)
         if self.position is not None:
             room = min(tape.room, self.position.length) if isinstance(self.position, LearnedPosition) else tape.room

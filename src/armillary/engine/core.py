@@ -82,6 +82,8 @@ class Engine:
         weights: Held = "auto",
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
+        if taps is not None and weights not in ("auto", "plain"):
+            raise InputError("taps show plain steps", hint="leave weights out, or the taps")
         self.capacity = capacity or network.settings.context
         form = network.settings.form
         self.slots = (Apart if form == "encoder_decoder" else Slots)(

@@ -147,6 +147,7 @@ class Apart(Slots):
         self.network, self.count, self.capacity = network, count, capacity
         source = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
         one = network.init_state(1, 1, source=source)
+        replay(network, one, capacity, weights)  # says why there is none
         kinds = [state for _, _, state in one.each()]
         looks = sum(state.nbytes for state in kinds if state.kind == "fixed")
         self.each = sum(state.nbytes for state in kinds if state.divisible)

@@ -251,6 +251,11 @@ def test_weights_that_changed_are_packed_again() -> None:
     made.blocks.get_parameter("0.channel.inner.down.weight").mul_(3.0)
     after = Slots(made, 1, 64, "int8").extend([0], [[1, 2]])
     assert (before - after).abs().max() > 1e-3
+    made.to(torch.bfloat16).to(torch.float32)
+    rounded = Slots(made, 1, 64, "int8").extend([0], [[1, 2]]).clone()
+    fresh = build(made.settings, seed=9)
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(Slots(fresh.eval(), 1, 64, "int8").extend([0], [[1, 2]]), rounded)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
 
 Held = Literal["auto", "plain", "float32", "bf16", "int8", "int4"]
-MOST = 16  # tokens up to which the tape's products beat PyTorch's
+MOST = 32  # tokens up to which the tape's products beat PyTorch's
 PIECE = 64  # tokens at a time of a prompt, where the weights leave no other way to read it
 ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
 
@@ -69,13 +69,17 @@ class Replay:
 
     def _recorded(self) -> Tape:
         size = sum(p.numel() * p.element_size() for p in self.network.parameters())
+        packed = _packed.setdefault(self.network, {})
+        places = {p.data_ptr() for p in self.network.parameters()}
+        for key in [key for key in packed if key[0] not in places]:
+            del packed[key]
         tape = Tape(
             PIECE if self.other else MOST,
             self.capacity,
             weights=self.weights,
             dtype=self.network.dtype,
             threads=1 if size < ALONE else None,
-            packed=_packed.setdefault(self.network, {}),
+            packed=packed,
         )
         with torch.no_grad():
             self.network.record(tape, self.state)

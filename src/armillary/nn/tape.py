@@ -36,7 +36,7 @@ from armillary.nn.state import CountedState, State
 UNIT = 16  # columns that are not shared between threads, where the width allows it
 
 
-Packed = dict[tuple[Any, ...], tuple[int, tuple[Tensor, ...]]]  # by weight: its version, and what was made of it
+Packed = dict[tuple[Any, ...], tuple[int, tuple[Tensor, ...]]]  # by place: version, the weight, what was made of it
 
 
 class NoStep(Exception):
@@ -222,8 +222,9 @@ class Tape(Buffers):
                 made = (pack_int4(held),)
             else:
                 made = (held.to(torch.float32 if self.weights == "float32" else torch.bfloat16).contiguous(),)
-            self._packed[key] = version, made
-        numbers, *scales = self._packed[key][1]
+            # with the weight itself, so that no other can come to lie where it lies
+            self._packed[key] = version, (held, *made)
+        _, numbers, *scales = self._packed[key][1]
         kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[self.weights]
         return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
 

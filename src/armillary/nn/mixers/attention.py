@@ -334,8 +334,8 @@ class Attention(Mixer):
 
     def recorded(self, tape: Tape, x: Buffer, state: State, back: int | None = None) -> Buffer:
         """The step of attention that looks at most `back` tokens back."""
-        if self.order != "causal" or self.cross or not self.diagonal or not isinstance(state, SpanState | WindowState):
-            raise NoStep("attention that is not causal, looks at a memory, not at itself, or is driven")
+        if self.order != "causal" or self.cross or not self.diagonal or type(state) not in (SpanState, WindowState):
+            raise NoStep("attention that is not causal, or with a memory, a driver or a cache of another kind")
         biased = isinstance(self.position, Alibi)
         if self.tracks and not biased:
             raise NoStep("scores that depend on positions otherwise than by slopes")

@@ -16,7 +16,7 @@ from armillary.nn.state import SpanState, State
 from armillary.testing.cases import Case, Trial, padded, swap
 from armillary.testing.compare import held, near, refuses, require, same, slopes_near, untouched
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 LONG, SHORT = 20, 6  # on either side of the length from which ops take another path
 
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does, before PyTorch starts its threads
 
@@ -19,7 +19,21 @@ WIDTH, DEPTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 512, 8, 8, 4, 1408, 16384
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
-def ours(dtype: torch.dtype, *, masters: torch.dtype = torch.float32) -> Any:
+class Shape(NamedTuple):
+    """A LLaMA-shaped decoder with a tied head."""
+
+    width: int = WIDTH
+    depth: int = DEPTH
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    hidden: int = HIDDEN
+    vocabulary: int = VOCABULARY
+
+
+SMALL = Shape()
+
+
+def ours(dtype: torch.dtype, *, masters: torch.dtype = torch.float32, shape: Shape = SMALL) -> Any:
     """Our network: weights in `masters`, activations in `dtype`."""
     from armillary.base.settings import parse
     from armillary.nn.network import ModelSettings, build
@@ -27,13 +41,13 @@ def ours(dtype: torch.dtype, *, masters: torch.dtype = torch.float32) -> Any:
     settings = parse(
         ModelSettings,
         {
-            "width": WIDTH,
-            "depth": DEPTH,
-            "vocabulary": VOCABULARY,
+            "width": shape.width,
+            "depth": shape.depth,
+            "vocabulary": shape.vocabulary,
             "context": 2048,
             "block": {
-                "mixer": {"kind": "attention", "heads": HEADS, "kv_heads": KV_HEADS, "position": "rope"},
-                "channel": {"kind": "gated", "hidden": HIDDEN},
+                "mixer": {"kind": "attention", "heads": shape.heads, "kv_heads": shape.kv_heads, "position": "rope"},
+                "channel": {"kind": "gated", "hidden": shape.hidden},
             },
         },
     )
@@ -58,6 +72,51 @@ def theirs(dtype: torch.dtype) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def write_gguf(path: Path, kind: str = "F16", shape: Shape = SMALL) -> None:
+    """A random model of the shape in the layout that llama.cpp reads; kind: F32, F16, Q8_0 or Q4_0."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.depth)
+    writer.add_feed_forward_length(shape.hidden)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(shape.width // shape.heads)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}".encode() for i in range(shape.vocabulary)])
+    writer.add_token_scores([0.0] * shape.vocabulary)
+    writer.add_token_types([3, 3, 3, *[1] * (shape.vocabulary - 3)])
+    held = gguf.GGMLQuantizationType[kind]
+    draw = np.random.default_rng(0)
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        data = draw.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+        writer.add_tensor(name, gguf.quants.quantize(data, held), raw_dtype=held)
+
+    keys = shape.width // shape.heads * shape.kv_heads
+    matrix("token_embd.weight", shape.vocabulary, shape.width)
+    writer.add_tensor("output_norm.weight", np.ones(shape.width, np.float32))
+    for block in range(shape.depth):
+        matrix(f"blk.{block}.attn_q.weight", shape.width, shape.width)
+        matrix(f"blk.{block}.attn_k.weight", keys, shape.width)
+        matrix(f"blk.{block}.attn_v.weight", keys, shape.width)
+        matrix(f"blk.{block}.attn_output.weight", shape.width, shape.width)
+        matrix(f"blk.{block}.ffn_gate.weight", shape.hidden, shape.width)
+        matrix(f"blk.{block}.ffn_up.weight", shape.hidden, shape.width)
+        matrix(f"blk.{block}.ffn_down.weight", shape.width, shape.hidden)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{block}.{name}.weight", np.ones(shape.width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def interleaved(calls: dict[str, Callable[[], float]], repeats: int = 5) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from armillary.checkpoints import save as save_checkpoint
 from armillary.engine.beam import Beams
 from armillary.engine.core import Engine
 from armillary.engine.generate import Completion, Completions, Piece, generate, generate_beams, stream
+from armillary.engine.replay import Held
 from armillary.engine.sampling import Sampling
 from armillary.engine.watermark import Detection, Watermark, detect
 from armillary.nn import network as networks
@@ -104,6 +105,7 @@ class Model(nn.Module):
         side: Mapping[str, Tensor] | None = None,
         watermark: Watermark | None = None,
         cache: Cache | None = None,
+        weights: Held = "auto",
         **options: Any,
     ) -> Any:
         """Complete a prompt.
@@ -111,7 +113,8 @@ class Model(nn.Module):
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
         (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
         numbers that mechanisms take (`tasks`), [prompts] by name; watermark: marks the answers for whoever
-        holds its key (see `detect`); cache: how keys and values are kept, to save memory (see `nn.cache`).
+        holds its key (see `detect`); cache: how keys and values are kept, to save memory (see `nn.cache`);
+        weights: how decoding on a CPU holds them (see `Engine`).
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
 
@@ -120,13 +123,20 @@ class Model(nn.Module):
         Completions, the best first.
         """
         if options.get("beams") is not None:
-            for given, what in ((stream, "be streamed"), (watermark, "be watermarked"), (cache, "take a cache")):
+            held = weights not in ("auto", "plain")
+            refused = (
+                (stream, "be streamed"),
+                (watermark, "be watermarked"),
+                (cache, "take a cache"),
+                (held, "hold weights"),
+            )
+            for given, what in refused:
                 if given:
                     raise UnsupportedError(f"a search with beams cannot {what}", hint="leave beams out")
             return self._searched(*self._prompts(prompt), Beams.of(options), side)
         sampling = Sampling.of({name: value for name, value in options.items() if name != "beams"})
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream, side, watermark, cache)
+        return self._complete(starts, single, sampling, stream, side, watermark, cache, weights)
 
     def chat(
         self,
@@ -305,11 +315,13 @@ class Model(nn.Module):
         side: Mapping[str, Tensor] | None = None,
         mark: Watermark | None = None,
         cache: Cache | None = None,
+        weights: Held = "auto",
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             sources, starts = starts, self._begins(starts)
-        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps, "mark": mark, "cache": cache}
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
+        more |= {"mark": mark, "cache": cache, "weights": weights}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces

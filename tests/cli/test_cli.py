@@ -183,7 +183,10 @@ def test_a_new_recipe_is_explained_and_shown(
     assert (facts["name"], len(facts["blocks"]), facts["length"]) == ("mine", 2, 64)
     # keys and values of two blocks in two bytes: [2 × 2, 64, 48]
     assert facts["state_bytes"] == 2 * 2 * 64 * 48 * 2
-    assert "training memory" in armillary("show", "mine.yaml").out
+    text = armillary("show", "mine.yaml").out
+    assert "training memory" in text and "native steps" in text
+    text = armillary("show", "mine.yaml", "model.block={mixer: performer, channel: gated}").out
+    assert "blocks.0.mixer and" in text and "Performer has no native step" in text
     again = armillary("new", "mine.yaml")
     assert again.status == 2 and "already there" in again.err and "--force" in again.err
     assert armillary("new", "recipe.schema.json", "--schema").status == 0
@@ -245,6 +248,15 @@ def test_evaluate_says_what_the_python_face_says(armillary: Armillary, trained: 
     assert facts["bits_per_byte"]["value"] == pytest.approx(again.bits_per_byte.value, rel=1e-6)
     shown = armillary("evaluate", str(trained), "--data", str(corpus / "this.py"))
     assert shown.status == 0 and "bits per byte" in shown.out and "1 documents" in shown.out
+
+
+def test_generate_holds_weights_as_asked(armillary: Armillary, trained: Path) -> None:
+    words = ("generate", str(trained), "import", "--tokens", "6", "--temperature", "0", "--json", "--weights")
+    found = {kind: json.loads(armillary(*words, kind).out) for kind in ("plain", "float32", "int8")}
+    assert found["plain"]["ids"] == found["float32"]["ids"]
+    assert found["int8"]["logprobs"] != found["float32"]["logprobs"]
+    wrong = armillary(*words, "int3")
+    assert wrong.status == 2 and "int8" in wrong.err
 
 
 def test_generate_repeats_itself_for_a_seed(armillary: Armillary, trained: Path) -> None:

@@ -8,11 +8,13 @@ to there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 
 from armillary.engine.core import Engine
+from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Request
 from armillary.engine.sampling import Sampling
 from armillary.nn.driver import drivers
@@ -65,29 +67,30 @@ class Oracle:
         return [token if (len(ids) + at) % 3 else (token + 1) % VOCABULARY for at, token in enumerate(guesses)]
 
 
-def laws(network: Network) -> None:
+def laws(network: Network, weights: Held = "auto") -> None:
+    engine_of = partial(Engine, network, weights=weights)
     requests = [Request(prompt, ASKED) for prompt in PROMPTS]
-    alone = [Engine(network, slots=1, keep=False).run([one])[0] for one in requests]
+    alone = [engine_of(slots=1, keep=False).run([one])[0] for one in requests]
 
-    together = Engine(network, slots=3, keep=False).run(requests)
+    together = engine_of(slots=3, keep=False).run(requests)
     for found, expected in zip(together, alone, strict=True):
         alike(found, expected, "batched against alone")
 
-    chunked = Engine(network, slots=2, keep=False)
+    chunked = engine_of(slots=2, keep=False)
     chunked._budget = lambda: 3  # type: ignore[method-assign]
     for found, expected in zip(chunked.run(requests), alone, strict=True):
         alike(found, expected, "in small chunks, with a place too few, against alone")
 
-    engine = Engine(network, slots=2)
+    engine = engine_of(slots=2)
     alike(engine.run([requests[2]])[0], alone[2], "keeping against not keeping")
     follow = Request((*PROMPTS[2], *(choice.token for choice in alone[2].choices), 1, 2), ASKED)
-    warm, cold = engine.run([follow])[0], Engine(network, slots=1, keep=False).run([follow])[0]
+    warm, cold = engine.run([follow])[0], engine_of(slots=1, keep=False).run([follow])[0]
     assert warm.reused >= len(PROMPTS[2]) + TOKENS - 1, "a second turn computed what was there"
     assert cold.reused == 0
     alike(warm, cold, "gone on from what was kept")
 
     # the first makes way after a few tokens, and comes back
-    engine = Engine(network, slots=1)
+    engine = engine_of(slots=1)
     low = engine.submit(requests[0])
     for _ in range(4):
         engine.step()
@@ -98,7 +101,7 @@ def laws(network: Network) -> None:
     alike(high.wait(), alone[1], "the one that went first")
     alike(low.wait(), alone[0], "pre-empted against not")
 
-    guessed = Engine(network, slots=2, keep=False, drafter=Oracle(alone)).run(requests)
+    guessed = engine_of(slots=2, keep=False, drafter=Oracle(alone)).run(requests)
     for found, expected in zip(guessed, alone, strict=True):
         alike(found, expected, "with guesses against without")
     assert sum(one.accepted for one in guessed) > 0
@@ -115,7 +118,7 @@ def test_drivers(driver) -> None:
     laws(network_of(block={"mixer": {"kind": "attention", "heads": 2}, "channel": "gated"}, driver=driver))
 
 
-def test_hybrid() -> None:
+def hybrid() -> Network:
     blocks = {
         "look": {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"},
         "near": {"mixer": {"kind": "window", "heads": 2, "window": 4, "position": "rope"}, "channel": "ffn"},
@@ -124,7 +127,12 @@ def test_hybrid() -> None:
     settings = ModelSettings(
         width=16, depth=3, vocabulary=VOCABULARY, context=64, blocks=blocks, pattern=["look", "near", "state"]
     )
-    laws(build(settings, seed=2).eval())
+    return build(settings, seed=2).eval()
+
+
+@pytest.mark.parametrize("weights", ["auto", "plain", "bf16", "int8", "int4"])
+def test_hybrid(weights: Held) -> None:
+    laws(hybrid(), weights)
 
 
 def test_draws_do_not_depend_on_neighbours_or_guesses() -> None:

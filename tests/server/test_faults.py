@@ -140,8 +140,8 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
     try:
         client = running.client()
         good = client.chat.completions.create(**ASK).choices[0].message.content
-        network = running.server.models["tiny"].network
-        inner, calls = network.extend, [0]
+        slots = running.server.models["tiny"].engine.slots
+        inner, calls = slots.extend, [0]
 
         def broken(*args, **kwargs):
             calls[0] += 1
@@ -149,21 +149,21 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
                 raise RuntimeError("out of luck")
             return inner(*args, **kwargs)
 
-        network.extend = broken
+        slots.extend = broken
         with pytest.raises(openai.InternalServerError, match="out of luck"):
             client.chat.completions.create(**ASK)
-        del network.extend
+        del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
 
         def nothing(*args, **kwargs):
             return inner(*args, **kwargs) * float("nan")
 
-        network.extend = nothing
+        slots.extend = nothing
         with pytest.raises(openai.InternalServerError, match="finite"):
             client.chat.completions.create(**ASK)
         with pytest.raises(openai.APIError, match="finite"):
             list(client.chat.completions.create(**ASK, stream=True))
-        del network.extend
+        del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
         running.quiet()
         assert httpx.get(f"{running.url}/ready").status_code == 200

@@ -18,6 +18,7 @@ from armillary.cli.shared import (
     Folder,
     KeyFile,
     MarkKind,
+    Weights,
     emit,
     note,
     open_model,
@@ -156,6 +157,7 @@ def generate(
     url: Url = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     json: AsJson = False,
 ) -> None:
     """Let a model write on from a prompt.
@@ -192,9 +194,10 @@ def generate(
         "stop": tuple(stop or ()),
         "seed": seed,
         "watermark": None if watermark is None else watermark_of(watermark, watermark_kind),
+        "weights": weights,
     }
     if beams is not None:  # what only draws know is refused where it was given
-        defaults = {"temperature": 0.8, "repetition_penalty": 1.0, "seed": 0, "stop": ()}
+        defaults = {"temperature": 0.8, "repetition_penalty": 1.0, "seed": 0, "stop": (), "weights": "auto"}
         options = {name: value for name, value in options.items() if value not in (None, defaults.get(name))}
         options |= {"beams": beams, "length_penalty": length_penalty}
     if json or beams is not None:

@@ -99,6 +99,7 @@ def show(
         "length": tokens,
         "flops_per_token": found.flops_per_token,
         "state_bytes": found.state_bytes,
+        "plain_steps": found.plain_steps,
     }
     if training is not None:
         total = training.steps * training.batch * training.context
@@ -125,6 +126,7 @@ def show(
         ("vocabulary", f"{settings.vocabulary}{'' if vocabulary_known else ' (from tokenizer.size)'}"),
         ("FLOPs per token", f"{amount(found.flops_per_token)} forward at {tokens} tokens"),
         ("state", f"{amount(found.state_bytes, 'B')} per row after {tokens} tokens"),
+        ("decoding on a CPU", _steps(found.plain_steps)),
     ]
     if training is not None:
         lines += [
@@ -175,6 +177,19 @@ def _runs(blocks: tuple[str, ...]) -> str:
             inner = ", ".join(blocks[:size])
             return f"{len(blocks) // size} × ({inner})"
     return ", ".join(blocks)
+
+
+def _steps(plain: dict[str, str]) -> str:
+    """Which branches have a native step, as the reasons why others have none."""
+    if "" in plain:
+        return f"plain steps: {plain['']}"
+    reasons: dict[str, list[str]] = {}
+    for name, why in plain.items():
+        reasons.setdefault(why, []).append(name)
+    shown = [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({why})" for why, names in reasons.items()
+    ]
+    return "native steps" + (f", but for {'; '.join(shown)}" if shown else "")
 
 
 def _flops_per_second(bf16: bool) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, note
+from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, Weights, note
 
 KEYS = "ARMILLARY_API_KEYS"
 
@@ -46,6 +46,7 @@ def serve(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Serve models over HTTP.
 
@@ -107,6 +108,7 @@ def serve(
                 drafter=PromptLookup() if guess else None,
                 mark=mark,
                 kv=kv,  # type: ignore[arg-type]  # the engine says what it takes
+                weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
     handler = logging.StreamHandler(sys.stderr)

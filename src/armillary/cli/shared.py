@@ -22,6 +22,12 @@ Overrides = Annotated[
 ]
 Folder = Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.", metavar="MODEL")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Weights of the native decoding step: auto (as they are), float32, bf16, int8, int4; plain: no such step."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bf16, float16.")]
 KeyFile = Annotated[Path | None, typer.Option("--watermark", help="A file with the key of a watermark.")]
 MarkKind = Annotated[

@@ -19,6 +19,7 @@ from torch import Tensor
 from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
+from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
 from armillary.engine.sampling import Choice, Chooser, Mark, choose, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
@@ -65,7 +66,9 @@ class Engine:
     than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
     are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
     through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
-    drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`.
+    drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`; weights: how the
+    native decoding step on a CPU holds them: auto (float32, or bf16 where that loses nothing), float32, bf16,
+    int8, int4, or plain (no such step).
     """
 
     def __init__(
@@ -84,9 +87,12 @@ class Engine:
         cache: Cache | None = None,
         kv: Literal["int8"] | None = None,
         taps: Taps | None = None,
+        weights: Held = "auto",
     ) -> None:
         self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
         self.mark = mark
+        if taps is not None and weights not in ("auto", "plain"):
+            raise InputError("taps show plain steps", hint="leave weights out, or the taps")
         self.capacity = capacity or network.settings.context
         form = network.settings.form
         if kv is not None:
@@ -96,7 +102,9 @@ class Engine:
         self.lossy = cache is not None and cache.lossy
         if drafter is not None and self.lossy:
             raise InputError("guesses cannot be taken back where tokens are dropped", hint="leave out the drafter")
-        self.slots = (Apart if form == "encoder_decoder" else Slots)(network, slots, self.capacity, cache)
+        self.slots = (Apart if form == "encoder_decoder" else Slots)(
+            network, slots, self.capacity, cache, weights if taps is None else "plain"
+        )
         # a prefix that sees itself both ways cannot be gone on from in the middle
         # nor from what was dropped
         self.keeps = keep and form == "decoder" and not self.lossy

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from armillary.engine.prefix import Entries, Match, Snapshot
+from armillary.engine.replay import Held, Replay, replay
 from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
@@ -23,7 +24,11 @@ from armillary.nn.taps import Taps
 class Slots:
     """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept."""
 
-    def __init__(self, network: Network, count: int, capacity: int, cache: Cache | None = None) -> None:
+    replay: Replay | None = None  # takes the steps that it is better at
+
+    def __init__(
+        self, network: Network, count: int, capacity: int, cache: Cache | None = None, weights: Held = "auto"
+    ) -> None:
         self.network, self.count, self.capacity = network, count, capacity
         self.state = network.init_state(count, capacity, cache=cache)
         self.blank = network.init_state(1, 1, cache=cache)
@@ -31,6 +36,7 @@ class Slots:
         self.each = -(-spans // (count * capacity))  # bytes per token
         self.fixed = -(-(self.state.nbytes - spans) // count)  # bytes per row
         self.divisible = all(self._cuts(state) for _, _, state in self.state.each())
+        self.replay = replay(network, self.state, capacity, weights)
 
     def _cuts(self, state: State) -> TypeGuard[SpanState]:
         """Whether its tokens' entries stand on their own; under a driver a state holds parts of a sequence."""
@@ -48,6 +54,9 @@ class Slots:
         """The chunk of each row, and logits: of the last token of each [n, 1, V], or of every place [n, T,
         V]; rows: ascending; side: tensors with one row for each row of the state, of which the right
         ones are taken."""
+        if self.replay is not None and taps is None and self.replay.takes(chunks):
+            return self.replay.extend(rows, chunks, last=last, side=side)
+        self.settle()
         first, stop = rows[0], rows[-1] + 1
         longest = max(len(chunk) for chunk in chunks)
         ids = torch.zeros(stop - first, longest, dtype=torch.int64)
@@ -67,7 +76,13 @@ class Slots:
         picked = [row - first for row in rows]
         return logits if len(picked) == stop - first else logits[picked]
 
+    def settle(self) -> None:
+        """Before anybody but the replay looks at the states."""
+        if self.replay is not None:
+            self.replay.settle()
+
     def length(self, row: int) -> int:
+        self.settle()
         return int(self.state.lengths[row])
 
     def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
@@ -79,6 +94,7 @@ class Slots:
 
     def clear(self, row: int) -> None:
         """Begin anew."""
+        self.settle()
         self.state.absorb(row, self.blank)
 
     def entries(self, row: int, start: int, stop: int) -> Entries:
@@ -89,6 +105,7 @@ class Slots:
 
     def snapshot(self, row: int) -> Snapshot:
         """Of the other states, all that they hold now."""
+        self.settle()
         return {
             (index, name): state.rows(row, 1).snapshot()
             for index, name, state in self.state.each()
@@ -97,6 +114,7 @@ class Slots:
 
     def restore(self, row: int, match: Match) -> None:
         """Put a fresh row where an earlier sequence was."""
+        self.settle()
         for index, name, state in self.state.each():
             if self._cuts(state):
                 at = 0
@@ -108,6 +126,7 @@ class Slots:
 
     def go_back(self, row: int, length: int, snapshot: Snapshot) -> None:
         """Forget the tokens from `length` on; snapshot: of that moment."""
+        self.settle()
         kept = self.state.lengths.clone()
         kept[row] = length
         for _, _, state in self.state.each():
@@ -127,10 +146,13 @@ class Apart(Slots):
     """Slots of an encoder–decoder: every sequence looks at a source of its own length, so each has a state
     of its own and is computed by itself; nothing is kept of it."""
 
-    def __init__(self, network: Network, count: int, capacity: int, cache: Cache | None = None) -> None:
+    def __init__(
+        self, network: Network, count: int, capacity: int, cache: Cache | None = None, weights: Held = "auto"
+    ) -> None:
         self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         source = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
         one = network.init_state(1, 1, source=source, cache=cache)
+        replay(network, one, capacity, weights)  # says why there is none
         kinds = [state for _, _, state in one.each()]
         looks = sum(state.nbytes for state in kinds if state.kind == "fixed")
         self.each = sum(state.nbytes for state in kinds if state.divisible)

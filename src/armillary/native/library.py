@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c"))
+SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c"))
 # Sums may be reordered, which vectorising needs. Not -ffast-math: linking with it would make the whole
 # process flush subnormal numbers to zero.
 MATHEMATICS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")

@@ -22,6 +22,7 @@ from armillary.nn.linear import spared
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Mixer, MixerSettings, NormSettings, Place
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.state import State
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 Placement = Literal["pre", "post", "sandwich", "after"]
 BlockState = dict[str, State]
@@ -175,6 +176,27 @@ class Branch(nn.Module):
             h = ctx.taps(f"{self.path}.out", h)
         return h
 
+    def record(self, tape: Tape, x: Buffer, start: Buffer, state: State | None) -> None:
+        """x ← x + what the branch makes of `start`, as its parts write it down or else as it is."""
+
+        def native() -> Buffer:
+            h = record(self.norm, tape, start) if self.norm_first else start
+            if self.looks_back:
+                raise NoStep("a branch that looks at a memory")
+            h = record(self.inner, tape, h, state)
+            if self.norm_after is not None:
+                h = record(self.norm_after, tape, h)
+            elif self.norm_at == "after":
+                h = record(self.norm, tape, h)
+            return h  # type: ignore[no-any-return]
+
+        lent = tape.scratched()
+        h, own = tape.attempt(self.path, native, lambda: tape.call(self, start, state))
+        tape.add(x, h, self.scale if own else 1.0)
+        if self.norm_at == "post":
+            record(self.norm, tape, x, place=True)
+        tape.release(lent)
+
 
 class Block(nn.Module):
     """x [B, T, D] → [B, T, D]."""
@@ -195,6 +217,15 @@ class Block(nn.Module):
 
     def extend(self, x: Tensor, state: BlockState, ctx: Context) -> Tensor:
         return self._run(x, ctx, state)
+
+    def record(self, tape: Tape, x: Buffer, state: BlockState) -> None:
+        branches, start, lent = self.branches(), x, tape.scratched()
+        for place, branch in enumerate(branches):
+            if place == 0 or not (branch.beside or self.parallel):
+                shared = place + 1 < len(branches) and (self.parallel or branches[place + 1].beside)
+                start = tape.copy(x) if shared else x
+            branch.record(tape, x, start, state.get(branch.name))
+        tape.release(lent)
 
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None

@@ -6,13 +6,16 @@ mechanism declares.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from armillary.base.errors import ArmillaryError
 from armillary.nn.block import BlockSettings
+from armillary.nn.heads.language_model import LanguageModelHead
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.tape import NoStep, Tape
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Description:
     """parameters: all, each once; active: those that take part for one token; embedding: those of the
     embedding and head; flops_per_token: forward, at `length`; state_bytes: of one row after `length`
     tokens; training_bytes: weights, gradients, moments and kept activations of one micro-batch;
-    driver: its kind, or None."""
+    driver: its kind, or None; plain_steps: the branches of which no decoding step is native, and why ("": none
+    of the network's is)."""
 
     parameters: int
     active: int
@@ -32,6 +36,7 @@ class Description:
     activation_bytes: int
     blocks: tuple[str, ...]
     driver: str | None = None
+    plain_steps: dict[str, str] = field(default_factory=dict)
 
 
 def describe(
@@ -60,7 +65,21 @@ def describe(
         activation_bytes=kept,
         blocks=tuple(_line(block) for block in settings.layers()),
         driver=None if settings.driver is None else settings.driver.kind,
+        plain_steps=plain_steps(network),
     )
+
+
+def plain_steps(network: Network) -> dict[str, str]:
+    """Which branches the tape of a decoding step calls as they are (nn/tape.py), and why."""
+    if not isinstance(network.head, LanguageModelHead):
+        return {"": "it does not generate"}
+    tape = Tape(1, 1, dry=True)
+    try:
+        with torch.no_grad():
+            network.record(tape, network.init_state(1, 1))
+    except (NoStep, ArmillaryError) as reason:
+        return {"": str(reason)}
+    return tape.plain
 
 
 def _idle(settings: ModelSettings, network: Network) -> int:

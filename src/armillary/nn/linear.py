@@ -20,6 +20,7 @@ from armillary.base.settings import Choice
 from armillary.native.rows import few_rows_product, fits
 from armillary.nn.ops import plain
 from armillary.nn.ops.experts import Groups, expert_product, grouped_product
+from armillary.nn.tape import Buffer, NoStep, Tape
 
 linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
 
@@ -124,6 +125,11 @@ class Linear(nn.Module):
             return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    def record(self, tape: Tape, x: Buffer, *, unit: int | None = None, factor: float = 1.0) -> Buffer:
+        if type(self) is not Linear:
+            raise NoStep(f"{type(self).__name__} has no native step")
+        return tape.product(x, self.weight, self.bias, unit=unit, factor=factor)
+
     def _few(self, x: Tensor) -> bool:
         """Decoding: so few rows that reading the weight once is all the work."""
         return (
@@ -157,6 +163,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.widen(self.narrow(x))  # type: ignore[no-any-return]
+
+    def record(self, tape: Tape, x: Buffer, *, unit: int | None = None, factor: float = 1.0) -> Buffer:
+        return self.widen.record(tape, self.narrow.record(tape, x), unit=unit, factor=factor)
 
     def resemble(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Become the product of this rank that is nearest to a dense one: weight [outputs, inputs], bias

@@ -28,9 +28,11 @@ from armillary.nn.network_state import NetworkState
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
+from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.scaling import ScalingSettings, scale
 from armillary.nn.side import SideSettings
 from armillary.nn.stack import Stack, StackSettings, share
+from armillary.nn.tape import NoStep, Tape, record
 from armillary.nn.taps import Taps
 from armillary.nn.training import Training
 
@@ -398,6 +400,26 @@ class Network(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), (added - 1).clamp(min=0)][:, None]
         out: Tensor = self.head(self._closed(x, taps))
         return out if taps is None else taps("logits", out)
+
+    def record(self, tape: Tape, state: NetworkState) -> None:
+        """Write down `extend` of such a state, for a decoder on a CPU; raises NoStep for other networks."""
+        if self.settings.form != "decoder" or self.driver is not None or self.segment is not None:
+            raise NoStep("only decoders without a driver and segments have one")
+        if self.dtype == torch.float64 or self.device.type not in ("cpu", "meta"):
+            raise NoStep("float64 and other devices have none")
+        x = tape.embed(self.embed.weight, self.settings.embed_scale)
+        if self.position is not None:
+            room = min(tape.room, self.position.length) if isinstance(self.position, LearnedPosition) else tape.room
+            table = self.position.embed(torch.arange(room, device=self.device)[None])[0]
+            tape.embed(table.float(), onto=x, places=True)
+        if self.embed_norm is not None:
+            record(self.embed_norm, tape, x, place=True)
+        tape.complete = lambda side, ids: self._completed(side, ids, None)
+        self.blocks.record(tape, x, state.blocks)
+        h = tape.pick(x)
+        if self.norm is not None:
+            h = record(self.norm, tape, h)
+        tape.close(record(self.head, tape, h))
 
     # -- parts
 

@@ -24,6 +24,7 @@ from armillary.nn.cost import Cost
 from armillary.nn.mechanism import Place
 from armillary.nn.mixers.attention import AttentionSettings
 from armillary.nn.positions.rope import RopeSettings
+from armillary.nn.tape import Buffer, NoStep, Tape
 
 GRAPHS = 8  # of one kind of block: with and without gradients, documents, several lengths
 DEFAULT_BLOCK = BlockSettings(mixer=AttentionSettings(position=RopeSettings()), channel=GatedSettings())
@@ -142,6 +143,12 @@ class Stack(nn.Module):
         for block, state in zip(self, states, strict=True):
             x = block.extend(x, state, ctx)
         return x
+
+    def record(self, tape: Tape, x: Buffer, states: list[BlockState]) -> None:
+        if self.reversible:
+            raise NoStep("a reversible stack")
+        for block, state in zip(self, states, strict=True):
+            block.record(tape, x, state)
 
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None

@@ -204,6 +204,10 @@ class CountedState(State):
         lengths[first : first + part.batch] = part.lengths
         self._set_lengths(lengths)
 
+    def resume(self, lengths: Tensor) -> None:
+        """Somebody else wrote the entries of tokens up to lengths[b]."""
+        self._set_lengths(lengths)
+
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths.clone()
         same = bool((lengths == lengths[0]).all())

@@ -13,6 +13,8 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
+from armillary.nn.state import State
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @channels.register
@@ -73,3 +75,7 @@ class FFN(ChannelMixer):
 
     def inner(self, x: Tensor) -> Tensor:
         return self.activation(self.up(x))
+
+    def record(self, tape: Tape, x: Buffer, state: State | None) -> Buffer:
+        hidden = tape.activate(record(self.up, tape, x), self.activation)
+        return record(self.down, tape, hidden)  # type: ignore[no-any-return]

@@ -13,6 +13,8 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
 from armillary.nn.mechanism import ChannelMixer, ChannelSettings, Place, channels
+from armillary.nn.state import State
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @channels.register
@@ -73,3 +75,7 @@ class Gated(ChannelMixer):
 
     def inner(self, x: Tensor) -> Tensor:
         return self.activation(self.gate(x)) * self.up(x)  # type: ignore[no-any-return]
+
+    def record(self, tape: Tape, x: Buffer, state: State | None) -> Buffer:
+        gate, up = record(self.gate, tape, x), record(self.up, tape, x)
+        return record(self.down, tape, tape.activate(gate, self.activation, up))  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from armillary.nn.heads.base import HeadSettings, heads
 from armillary.nn.linear import Embedding, Linear
 from armillary.nn.mechanism import NormSettings, Place
 from armillary.nn.norms.layernorm import LayerNormSettings
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 
 @heads.register
@@ -79,6 +80,14 @@ class LanguageModelHead(nn.Module):
     def forward(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
         logits = self.product(self.scaled(h))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def record(self, tape: Tape, h: Buffer) -> Buffer:
+        if self.transform is not None or self.norm is not None:
+            raise NoStep("a head with a part of its own before the product")
+        logits: Buffer = record(self.product, tape, h, factor=self.scale)
+        if self.softcap is not None:
+            tape.cap(logits, self.softcap)
+        return logits
 
     def scaled(self, h: Tensor) -> Tensor:
         """What the product multiplies."""

@@ -37,9 +37,11 @@ from armillary.nn.mechanism import (
 )
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.attend import Bias, Modify, attend
+from armillary.nn.positions.alibi import Alibi
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.positions.transformer_xl import TransformerXLPosition
 from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState, zeros
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 _SITES = frozenset({"rotate", "bias", "relate"})
 
@@ -360,6 +362,51 @@ class Attention(Mixer):
         )
         assert mass is not None
         return mass
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        if type(self) is not Attention:
+            raise NoStep(f"'{self.kind}' has no native step")
+        return self.recorded(tape, x, state)
+
+    def recorded(self, tape: Tape, x: Buffer, state: State, back: int | None = None) -> Buffer:
+        """The step of attention that looks at most `back` tokens back."""
+        if self.order != "causal" or self.cross or not self.diagonal or type(state) not in (SpanState, WindowState):
+            raise NoStep("attention that is not causal, or with a memory, a driver or a cache of another kind")
+        biased = isinstance(self.position, Alibi)
+        if self.tracks and not biased:
+            raise NoStep("scores that depend on positions otherwise than by slopes")
+        k, v = tape.hold(state, "k", "v")
+        queries = self._headed_step(tape, x, self.q, self.heads, self.q_norm)
+        keys = self._headed_step(tape, x, self.k, self.groups, self.k_norm)
+        values = self._headed_step(tape, x, self.v, self.groups, None)
+        if self.rotates:
+            record(self.position, tape, queries, self.heads)
+            record(self.position, tape, keys, self.groups)
+        tape.append(k, keys)
+        tape.append(v, values)
+        if self.tracks:
+            tape.append(tape.hold(state, "positions")[0], None)
+        slopes = self.position.slopes if isinstance(self.position, Alibi) else None
+        mixed = tape.attend(
+            queries,
+            k,
+            v,
+            self.heads,
+            scale=self.scale,
+            softcap=self.softcap,
+            back=back,
+            sinks=self.sinks,
+            slopes=slopes,
+        )
+        return record(self.o, tape, mixed)  # type: ignore[no-any-return]
+
+    def _headed_step(self, tape: Tape, x: Buffer, product: nn.Module, heads: int, norm: nn.Module | None) -> Buffer:
+        y: Buffer = record(product, tape, x, unit=self.width)
+        if self.clip is not None:
+            tape.clip(y, self.clip, self.width)
+        if norm is None:
+            return y
+        return record(norm, tape, y, **({"place": True} if self.norm_all else {"over": (heads, self.width)}))  # type: ignore[no-any-return]
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
         """The order's mask, narrowed to what this kind of attention looks at."""

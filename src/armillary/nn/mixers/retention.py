@@ -35,6 +35,7 @@ from armillary.nn.ops.decay import decay_attend
 from armillary.nn.positions.none import NoPositionSettings
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.state import FixedState, State
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @mixers.register
@@ -149,6 +150,18 @@ class Retention(Mixer):
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         shape = (batch, self.heads, self.key_width, self.value_width)
         return FixedState({"matrix": torch.zeros(shape, dtype=kind, device=device)})
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (matrix,) = tape.hold(state, "matrix")
+        q, k = (record(product, tape, x, unit=self.key_width) for product in (self.q, self.k))
+        v, gate = (record(product, tape, x, unit=self.value_width) for product in (self.v, self.gate))
+        if self.position is not None:
+            record(self.position, tape, q, self.heads)
+            record(self.position, tape, k, self.heads)
+        decays = [math.exp(each) for each in self._log_decay]
+        mixed = tape.retain(q, k, v, matrix, decays, self.key_width**-0.5)
+        record(self.norm, tape, mixed, over=(self.heads, self.value_width))
+        return record(self.o, tape, tape.activate(gate, self.swish, mixed))  # type: ignore[no-any-return]
 
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)

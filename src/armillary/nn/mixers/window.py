@@ -19,6 +19,8 @@ from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.attention import Attention, AttentionSettings, Look
 from armillary.nn.positions.alibi import AlibiSettings
 from armillary.nn.positions.rope import RopeSettings
+from armillary.nn.state import State
+from armillary.nn.tape import Buffer, NoStep, Tape
 
 
 @mixers.register
@@ -102,6 +104,14 @@ class WindowAttention(Attention):
         super().__init__(settings, place)
         self.spans = settings.spans
         self.window = settings.kept(0)
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        spans = set(self.spans)
+        back, gap = spans.pop()
+        if type(self) is not WindowAttention or spans or gap != 1:
+            raise NoStep("windows with gaps or of several widths")
+        tape.single = True  # a second token would overwrite what the first still sees
+        return self.recorded(tape, x, state, back)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:
         return super().narrow(self._windows(look), look)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from armillary.nn.example import Example
 from armillary.nn.mechanism import NormSettings, norms
+from armillary.nn.tape import Buffer, Tape
 
 
 @norms.register
@@ -59,3 +60,6 @@ class LayerNorm(nn.Module):
         if self.bias is not None:
             out = out + self.bias.to(wide.dtype)
         return out.to(x.dtype)
+
+    def record(self, tape: Tape, x: Buffer, *, over: tuple[int, int] | None = None, place: bool = False) -> Buffer:
+        return tape.norm(x, self.weight, self.bias, centred=True, epsilon=self.epsilon, over=over, place=place)

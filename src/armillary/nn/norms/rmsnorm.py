@@ -12,6 +12,7 @@ from armillary.native.rows import few_rows_rmsnorm, fits
 from armillary.nn.example import Example
 from armillary.nn.mechanism import NormSettings, norms
 from armillary.nn.ops import plain
+from armillary.nn.tape import Buffer, Tape
 
 FEW = 1 << 14  # elements up to which one thread is quicker than several operations
 
@@ -57,6 +58,11 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.epsilon)
         gain = self.weight.to(wide.dtype)
         return (wide * scale * (gain + self.offset if self.offset else gain)).to(x.dtype)
+
+    def record(self, tape: Tape, x: Buffer, *, over: tuple[int, int] | None = None, place: bool = False) -> Buffer:
+        return tape.norm(
+            x, self.weight, None, centred=False, epsilon=self.epsilon, offset=self.offset, over=over, place=place
+        )
 
     def _few(self, x: Tensor) -> bool:
         """Decoding: one pass over a few rows costs less than the calls of the form below."""

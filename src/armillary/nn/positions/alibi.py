@@ -49,9 +49,9 @@ class Alibi(Position):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self._slopes = slopes(heads)
+        self.slopes = slopes(heads)
 
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        slope = torch.tensor(self._slopes, dtype=torch.float32, device=q_pos.device)
+        slope = torch.tensor(self.slopes, dtype=torch.float32, device=q_pos.device)
         distance = (q_pos[:, :, None] - k_pos[:, None, :]).abs().float()
         return -slope[None, :, None, None] * distance[:, None]

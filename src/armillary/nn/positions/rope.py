@@ -21,6 +21,7 @@ from armillary.base.settings import Settings
 from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Place, Position, PositionSettings, positions
+from armillary.nn.tape import Buffer, Tape
 
 
 class RopeScaling(Settings):
@@ -154,6 +155,10 @@ class Rope(Position):
         if self.factor != 1.0:
             cos, sin = cos * self.factor, sin * self.factor
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def record(self, tape: Tape, x: Buffer, heads: int) -> None:
+        """Turn x [tokens, heads · K] in place."""
+        tape.rotate(x, tape.angles(self.speed, self.factor), heads, interleaved=self.interleaved)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,145 @@
+"""The tape of native calls: its records as they lie in memory, weights as it takes them, and its run.
+
+What a record means is said in tape.c; which records a network needs is its modules' business (nn/tape.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from armillary.native.library import library
+
+Weights = Literal["float32", "bf16", "int8", "int4"]
+GROUP = 32  # numbers of int4 that share a scale
+HEADER = 32  # bytes before the numbers of a quantised row
+
+
+class Code(IntEnum):
+    """What a record does; the order is that of tape.c."""
+
+    EMBED = 0
+    NORM = 1
+    ANGLES = 2
+    QUANTISE = 3
+    PRODUCT = 4
+    HEAD_NORM = 5
+    ROTATE = 6
+    APPEND = 7
+    ATTEND = 8
+    ACTIVATE = 9
+    ADD = 10
+    COPY = 11
+    CAP = 12
+    RETAIN = 13
+    CLIP = 14
+    PICK = 15
+
+
+class Kind(IntEnum):
+    """In what numbers are kept; the order is that of tape.c."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2
+    INT4 = 3
+    INT64 = 4
+
+
+KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int64: Kind.INT64}
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+
+class Record(Structure):
+    """op_t of tape.c."""
+
+    _fields_ = (
+        ("code", c_int32),
+        ("kind", c_int32),
+        ("wait", c_int32),
+        ("picked", c_int32),
+        ("in_stride", c_int64),
+        ("out_stride", c_int64),
+        ("into", c_void_p),
+        ("out", c_void_p),
+        ("more", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("rest", c_void_p),
+        ("n", c_int64 * 6),
+        ("f", c_float * 4),
+    )
+
+
+class Call(Structure):
+    """call_t of tape.c."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("picks", c_int64),
+        ("scratch", c_int64),
+        ("ids", c_void_p),
+        ("slots", c_void_p),
+        ("places", c_void_p),
+        ("picked", c_void_p),
+    )
+
+
+class Program:
+    """Records in one piece of memory, run by one call."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = (Record * len(records))(*records)
+        loaded = library()
+        assert loaded is not None
+        self._run = loaded.tape_run
+        self._run.argtypes, self._run.restype = [POINTER(Record), c_int64, POINTER(Call), c_int64], None
+
+    def run(self, call: Call, threads: int) -> None:
+        self._run(self.records, len(self.records), byref(call), threads)
+
+
+def line_bytes(width: int) -> int:
+    """Bytes of one quantised row: its scale, and the numbers up to whole groups."""
+    return HEADER + -(-width // GROUP) * GROUP
+
+
+def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W [N, K] → numbers [N, K up to whole groups] int8 and scales [N]: W ≈ numbers · scale, each within
+    half a scale, which is the row's largest size / 127."""
+    wide = weight.detach().float()
+    scales = wide.abs().amax(1) / 127
+    numbers = (wide / scales.clamp(min=1e-30)[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return torch.nn.functional.pad(numbers, (0, -wide.shape[1] % GROUP)).contiguous(), scales
+
+
+def unpack_int8(packed: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """W [N, K] float64, exactly as the product takes it."""
+    numbers, scales = packed
+    return numbers[:, :width].double() * scales.double()[:, None]
+
+
+def pack_int4(weight: Tensor) -> Tensor:
+    """W [N, K] → [N, groups, 18] bytes: a bf16 scale, then numbers −8 … 7, i in the low and i + 16 in the
+    high half of byte i. The scale takes the number of largest size to −8, so that all 16 are used."""
+    wide = torch.nn.functional.pad(weight.detach().float(), (0, -weight.shape[1] % GROUP))
+    groups = wide.unflatten(1, (-1, GROUP))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scales = (largest / -8).to(torch.bfloat16)
+    divisors = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+    numbers = (groups / divisors).round().clamp(-8, 7).to(torch.int16) + 8
+    halves = (numbers[..., : GROUP // 2] | (numbers[..., GROUP // 2 :] << 4)).to(torch.uint8)
+    return torch.cat([scales.contiguous().view(torch.uint8), halves], 2).contiguous()
+
+
+def unpack_int4(packed: Tensor, width: int) -> Tensor:
+    """W [N, K] float64, exactly as the product takes it."""
+    scales = packed[..., :2].contiguous().view(torch.bfloat16).double()
+    halves = packed[..., 2:].to(torch.int16)
+    numbers = torch.cat([halves & 15, halves >> 4], 2).double() - 8
+    return (numbers * scales).flatten(1)[:, :width]

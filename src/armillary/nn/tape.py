@@ -1,0 +1,503 @@
+"""The decoding step of a network as a tape of native calls over fixed buffers.
+
+Modules that have a native step write it down with `record(tape, …)`, in their own files; what has none
+raises `NoStep`, and the branch that it belongs to runs as it is between two stretches of the tape. A
+tape is written once and serves any rows of the states: which rows take a step, with how many tokens
+each, is data of the call. A token is a row of every buffer; the tokens of one sequence stand in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from armillary.native.tape import (
+    ACTIVATIONS,
+    KINDS,
+    Call,
+    Code,
+    Kind,
+    Program,
+    Record,
+    Weights,
+    pack_int4,
+    pack_int8,
+)
+from armillary.nn.activation import ACTIVATIONS as FUNCTIONS
+from armillary.nn.buffers import ROWS, WHOLE, Buffer, Buffers, Use
+from armillary.nn.context import Context
+from armillary.nn.state import CountedState, State
+
+UNIT = 16  # columns that are not shared between threads, where the width allows it
+
+
+Packed = dict[tuple[Any, ...], tuple[int, tuple[Tensor, ...]]]  # by place: version, the weight, what was made of it
+
+
+class NoStep(Exception):
+    """A part has no native step; says which and why."""
+
+
+@dataclass
+class Turn:
+    """One call: the row of the states, the position and the id of each token; side: by row of the states."""
+
+    slots: np.ndarray
+    places: np.ndarray
+    ids: np.ndarray
+    side: Mapping[str, Tensor]
+    context: tuple[Context, Tensor, Tensor, int] | None = None
+
+
+@dataclass
+class _Mark:
+    steps: int
+    angles: dict[Any, Buffer]
+    touched: dict[int, set[tuple[int, bool]]]
+    held: int
+    single: bool
+
+
+class Tape(Buffers):
+    """rows: most tokens of a call; room: most tokens of a sequence; weights: how products hold theirs;
+    dtype: in what branches without a native step compute; packed: weights as other tapes of the same network
+    took them; dry: write down only, nothing can run."""
+
+    def __init__(
+        self,
+        rows: int,
+        room: int,
+        *,
+        weights: Weights = "float32",
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        packed: Packed | None = None,
+        dry: bool = False,
+    ) -> None:
+        super().__init__(rows, threads or torch.get_num_threads())
+        self.room, self.weights, self.dtype = room, weights, dtype
+        self.dry = dry
+        self.single = False  # whether a sequence can take only one token in a call
+        self.plain: dict[str, str] = {}  # branches that run as they are, and why
+        self.complete: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]] | None = None
+        self.branches = self.scratch = 0
+        self._steps: list[Record | Callable[[Turn], None]] = []
+        self._program: list[Program | Callable[[Turn], None]] = []
+        self._tables: list[Tensor] = []
+        self._held: list[tuple[State, str, int]] = []
+        self._packed: Packed = {} if packed is None else packed
+        self._angles: dict[Any, Buffer] = {}
+        self._picked = False
+        self._into = np.zeros((4, rows), np.int64)
+
+    # -- records
+
+    def _add(
+        self,
+        code: Code,
+        *,
+        out: Buffer | None = None,
+        into: Buffer | None = None,
+        reads: Sequence[Use] = (),
+        writes: Sequence[Use] = (),
+        kind: int = 0,
+        n: Sequence[int] = (),
+        f: Sequence[float] = (),
+        weight: int = 0,
+        more: int = 0,
+        bias: int = 0,
+        rest: int = 0,
+        target: int = 0,
+    ) -> None:
+        pointers = {"weight": weight, "more": more, "bias": bias, "rest": rest, "out": target}
+        record = Record(code=code, kind=kind, picked=self._picked, **{k: v or None for k, v in pointers.items()})
+        if out is not None:
+            record.out, record.out_stride = out.at, out.stride
+        if into is not None:
+            record.into, record.in_stride = into.at, into.stride
+        record.n[: len(n)] = n
+        record.f[: len(f)] = f
+        record.wait = self.touch(reads, writes)
+        for what, _ in writes:
+            if isinstance(what, Buffer):
+                what.lines = None
+        self._steps.append(record)
+
+    def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
+        """Rows of a table [entries, D], by id or by position."""
+        table = table.detach().contiguous()
+        if table.dtype not in (torch.float32, torch.bfloat16):
+            raise NoStep(f"a table of {table.dtype}")
+        width = table.shape[1]
+        out = onto or self.buffer(width)
+        units = _units(width)
+        n = (width, units, int(places), int(onto is not None))
+        self._tables.append(table)  # of which a step reads a row, not the whole
+        at, kind = table.data_ptr(), KINDS[table.dtype]
+        self._add(Code.EMBED, out=out, writes=[(out, units)], kind=kind, n=n, f=(scale,), weight=at)
+        return out
+
+    def norm(
+        self,
+        x: Buffer,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        *,
+        centred: bool,
+        epsilon: float,
+        offset: float = 0.0,
+        over: tuple[int, int] | None = None,
+        place: bool = False,
+    ) -> Buffer:
+        """A norm of rows into a buffer of its own; in place; or in place `over` so many units of a width."""
+        weight, shift = self.vector(gain), self.vector(bias)
+        f = (epsilon, offset)
+        if over is not None:
+            self._add(
+                Code.HEAD_NORM,
+                out=x,
+                reads=[(x, over[0])],
+                writes=[(x, over[0])],
+                n=(*over, int(centred)),
+                f=f,
+                weight=weight,
+                bias=shift,
+            )
+            return x
+        out = x if place and not x.own else self.buffer(x.width, own=True)
+        part = WHOLE if out.own else ROWS
+        n = (x.width, int(centred))
+        self._add(
+            Code.NORM, into=x, out=out, reads=[(x, part)], writes=[(out, part)], n=n, f=f, weight=weight, bias=shift
+        )
+        return out
+
+    def product(
+        self, x: Buffer, weight: Tensor, bias: Tensor | None = None, *, unit: int | None = None, factor: float = 1.0
+    ) -> Buffer:
+        """factor · x Wᵀ + b; unit: columns that one thread must have together, a head's say."""
+        outputs, inputs = weight.shape
+        kind, data, scales = self._pack(weight)
+        out = self.buffer(outputs)
+        units = _units(outputs) if unit is None else outputs // unit
+        taken = x if kind in (Kind.F32, Kind.BF16) else self._quantised(x)
+        self._add(
+            Code.PRODUCT,
+            into=taken,
+            out=out,
+            reads=[(taken, WHOLE)],
+            writes=[(out, units)],
+            kind=kind,
+            n=(inputs, outputs, units),
+            f=(factor,),
+            weight=data,
+            more=scales,
+            bias=self.vector(bias),
+        )
+        return out
+
+    def _quantised(self, x: Buffer) -> Buffer:
+        lines, filled = self.lined(x)
+        if not filled:
+            self._add(Code.QUANTISE, into=x, out=lines, reads=[(x, WHOLE)], n=(x.width,))
+        return lines
+
+    def _pack(self, weight: Tensor) -> tuple[Kind, int, int]:
+        if weight.dtype not in (torch.float32, torch.bfloat16) or type(weight.data) is not Tensor:
+            raise NoStep(f"weights of {weight.dtype}")
+        if self.dry:
+            return Kind.F32, 0, 0
+        key, version = (weight.data_ptr(), *weight.shape, self.weights), weight._version
+        if key not in self._packed or self._packed[key][0] != version:
+            held = weight.detach()
+            made: tuple[Tensor, ...]
+            if self.weights == "int8":
+                made = pack_int8(held)
+            elif self.weights == "int4":
+                made = (pack_int4(held),)
+            else:
+                made = (held.to(torch.float32 if self.weights == "float32" else torch.bfloat16).contiguous(),)
+            # with the weight itself, so that no other can come to lie where it lies
+            self._packed[key] = version, (held, *made)
+        _, numbers, *scales = self._packed[key][1]
+        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[self.weights]
+        return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales and gains: what a step reads once."""
+        return sum(t.numel() * t.element_size() for t in self.packed)
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The memory that a step reads, each piece once."""
+        return list({t.data_ptr(): t for t in self._kept}.values())
+
+    def activate(self, x: Buffer, function: Callable[[Tensor], Tensor], times: Buffer | None = None) -> Buffer:
+        """f(x) · times, in place; times must be split as x is (the same count of units)."""
+        name = next((name for name, known in FUNCTIONS.items() if known is function), None)
+        if name not in ACTIVATIONS:
+            raise NoStep("an activation that is not known here")
+        return self._each(Code.ACTIVATE, x, times, kind=ACTIVATIONS[name])
+
+    def add(self, x: Buffer, y: Buffer, factor: float = 1.0) -> None:
+        """x ← x + factor · y."""
+        self._each(Code.ADD, x, y, factor)
+
+    def copy(self, x: Buffer) -> Buffer:
+        return self._each(Code.COPY, self.buffer(x.width), x, 1.0)
+
+    def cap(self, x: Buffer, bound: float) -> None:
+        """x ← bound · tanh(x / bound)."""
+        self._each(Code.CAP, x, None, bound)
+
+    def clip(self, x: Buffer, bound: float, unit: int) -> None:
+        self._each(Code.CLIP, x, None, bound, unit=unit)
+
+    def _each(
+        self, code: Code, x: Buffer, y: Buffer | None, factor: float = 1.0, kind: int = 0, unit: int | None = None
+    ) -> Buffer:
+        assert not x.own
+        units = x.width // unit if unit is not None else self._units_of(x)
+        reads = [] if y is None else [(y, units)]
+        n = (x.width, units)
+        self._add(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
+        return x
+
+    def _units_of(self, x: Buffer) -> int:
+        """As the value was last written, so that no thread waits for another; else by columns."""
+        last = [part for part, wrote in self.touched.get(x.at, ()) if wrote and part > 0]
+        return last[0] if len(last) == 1 and x.width % last[0] == 0 else _units(x.width)
+
+    def pick(self, x: Buffer) -> Buffer:
+        """Go on with the rows of which scores are asked for."""
+        out = self.buffer(x.width, own=True)
+        self._picked = True
+        self._add(Code.PICK, into=x, out=out, reads=[(x, WHOLE)], n=(x.width,))
+        return out
+
+    # -- what mixers need
+
+    def angles(self, speeds: Tensor, factor: float) -> Buffer:
+        """Cosines and sines of the positions, once for all mixers that turn alike."""
+        key = (tuple(speeds.tolist()), factor)
+        if key not in self._angles:
+            pairs = len(speeds)
+            out = Buffer(torch.zeros(1, self.rows * 2 * pairs), 2 * pairs, False)
+            self.keep(out.tensor)
+            self._add(Code.ANGLES, out=out, writes=[(out, ROWS)], n=(pairs,), f=(factor,), weight=self.vector(speeds))
+            self._angles[key] = out
+        return self._angles[key]
+
+    def rotate(self, x: Buffer, angles: Buffer, units: int, *, interleaved: bool) -> None:
+        n = (units, x.width // units, angles.width // 2, int(interleaved))
+        self._add(Code.ROTATE, into=angles, out=x, reads=[(angles, WHOLE)], writes=[(x, units)], n=n)
+
+    def hold(self, state: State, *names: str) -> list[Tensor]:
+        """Tensors of a state that the tape reads and writes itself."""
+        for name in names:
+            tensor = state.tensors[name]
+            if tensor.dtype not in KINDS or not (tensor.is_contiguous() or self.dry):
+                raise NoStep(f"a state of {tensor.dtype}")
+            self._held.append((state, name, tensor.data_ptr()))
+        return [state.tensors[name] for name in names]
+
+    def append(self, held: Tensor, x: Buffer | None) -> None:
+        """Each token's entry, or its position, to a state [slots, units, room, width]."""
+        units, room = held.shape[1], held.shape[2]
+        width = 1 if x is None else x.width // units
+        reads = [] if x is None else [(x, units)]
+        at = held.data_ptr()
+        kind = KINDS[held.dtype]
+        self._add(Code.APPEND, into=x, reads=reads, writes=[(at, units)], kind=kind, n=(units, width, room), target=at)
+
+    def attend(
+        self,
+        q: Buffer,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        back: int | None = None,
+        sinks: Tensor | None = None,
+        slopes: Sequence[float] | None = None,
+    ) -> Buffer:
+        """Attention of every token over the keys and values so far, [slots, groups, room, width]."""
+        groups, room, width = k.shape[1:]
+        out = self.buffer(q.width)
+        self.scratch = max(self.scratch, 4 * (width + room))
+        self._add(
+            Code.ATTEND,
+            into=q,
+            out=out,
+            reads=[(q, WHOLE), (k.data_ptr(), WHOLE), (v.data_ptr(), WHOLE)],
+            writes=[(out, WHOLE)],
+            kind=KINDS[k.dtype],
+            n=(heads, groups, width, room, 2**40 if back is None else back),
+            f=(scale, softcap or 0.0),
+            more=k.data_ptr(),
+            weight=v.data_ptr(),
+            bias=self.vector(sinks),
+            rest=0 if slopes is None else self.keep(torch.tensor(slopes, dtype=torch.float32)),
+        )
+        return out
+
+    def retain(self, q: Buffer, k: Buffer, v: Buffer, state: Tensor, decays: Sequence[float], factor: float) -> Buffer:
+        """S ← decay·S + factor·kᵀv, y = q S over states [slots, heads, K, V] float32."""
+        heads, keys, values = state.shape[1:]
+        out = self.buffer(v.width)
+        self._add(
+            Code.RETAIN,
+            into=q,
+            out=out,
+            reads=[(q, heads), (k, heads), (v, heads)],
+            writes=[(out, heads), (state.data_ptr(), heads)],
+            n=(heads, keys, values),
+            f=(factor,),
+            more=k.at,
+            weight=v.at,
+            bias=self.keep(torch.tensor(decays, dtype=torch.float32)),
+            rest=state.data_ptr(),
+        )
+        return out
+
+    # -- what has no native step
+
+    def attempt(self, name: str, native: Callable[[], Buffer], plain: Callable[[], Buffer]) -> tuple[Buffer, bool]:
+        """What `native` writes down, or else what `plain` does; and whether it was native."""
+        touched = {place: set(uses) for place, uses in self.touched.items()}
+        mark = _Mark(len(self._steps), dict(self._angles), touched, len(self._held), self.single)
+        lent = self.scratched()
+        self.branches += 1
+        try:
+            return native(), True
+        except NoStep as why:
+            self.plain[name] = str(why)
+            self.release(lent)
+            del self._steps[mark.steps :], self._held[mark.held :]
+            self._angles, self.touched, self.single = mark.angles, mark.touched, mark.single
+            return plain(), False
+
+    def call(self, branch: nn.Module, x: Buffer, state: State | None) -> Buffer:
+        """A branch as it is: x [tokens, D] as rows of the states, with as many tokens as each has."""
+        out = self.buffer(x.width)
+        source, target = x.tensor.view(-1), out.tensor.view(-1)
+
+        def run(turn: Turn) -> None:
+            ctx, offsets, steps, first = self._context(turn)
+            count, width = len(offsets), x.width
+            assert ctx.ids is not None
+            h = torch.zeros(*ctx.ids.shape, width, dtype=self.dtype)
+            h[offsets, steps] = source[: count * width].view(count, width).to(self.dtype)
+            part = None if state is None else state.rows(first, len(h))
+            y = branch(h, ctx, part, True)
+            if state is not None and part is not None:
+                state.absorb(first, part)
+            target[: count * width].view(count, width).copy_(y[offsets, steps])
+
+        self._steps.append(run)
+        self.touched.clear()
+        return out
+
+    def _context(self, turn: Turn) -> tuple[Context, Tensor, Tensor, int]:
+        """The call as mixers know it, and where each token stands in it."""
+        if turn.context is None:
+            first = int(turn.slots[0])
+            offsets = torch.from_numpy(turn.slots - first)
+            span = int(offsets[-1]) + 1
+            lengths = torch.bincount(offsets, minlength=span)
+            starts = lengths.cumsum(0) - lengths
+            steps = torch.arange(len(offsets)) - starts[offsets]
+            longest = int(lengths.max())
+            ids = torch.zeros(span, longest, dtype=torch.int64)
+            positions = torch.zeros(span, longest, dtype=torch.int64)
+            ids[offsets, steps], positions[offsets, steps] = torch.from_numpy(turn.ids), torch.from_numpy(turn.places)
+            side = {name: tensor[first : first + span] for name, tensor in turn.side.items()}
+            if self.complete is not None:
+                side = dict(self.complete(side, ids))
+            ragged = bool((lengths != longest).any())
+            ctx = Context(positions=positions, lengths=lengths if ragged else None, ids=ids, side=side)
+            turn.context = ctx, offsets, steps, first
+        return turn.context
+
+    # -- running
+
+    def close(self, logits: Buffer) -> None:
+        """The tape is whole."""
+        self._logits = logits
+        if self.dry:
+            return
+        stretch: list[Record] = []
+        for step in [*self._steps, None]:
+            if isinstance(step, Record):
+                stretch.append(step)
+                continue
+            if stretch:
+                self._program.append(Program(stretch))
+            stretch = []
+            if step is not None:
+                self._program.append(step)
+
+    @property
+    def native_parts(self) -> bool:
+        """Whether any branch has a native step."""
+        return self.branches > len(self.plain)
+
+    def fits(self) -> bool:
+        """Whether the states still lie where they lay."""
+        return all(state.tensors[name].data_ptr() == at for state, name, at in self._held)
+
+    def counted(self) -> list[CountedState]:
+        """The states whose lengths the tape leaves to `settle`."""
+        found = {id(state): state for state, _, _ in self._held if isinstance(state, CountedState)}
+        return list(found.values())
+
+    def run(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        ids: Sequence[int],
+        picked: Sequence[int],
+        side: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Take in tokens, those of a sequence one after another and the sequences' rows ascending; returns
+        the scores [len(picked), V] of those asked for, in memory that the next call overwrites."""
+        count = len(ids)
+        assert 0 < count <= self.rows
+        for line, values in enumerate((slots, places, ids, picked)):
+            self._into[line, : len(values)] = values
+        base, line_ = self._into.ctypes.data, self._into.strides[0]
+        call = Call(count, len(picked), self.scratch, base + 2 * line_, base, base + line_, base + 3 * line_)
+        turn: Turn | None = None
+        for part in self._program:
+            if isinstance(part, Program):
+                part.run(call, self.threads)
+            else:
+                if turn is None:
+                    rows, where, tokens = (self._into[line, :count].copy() for line in range(3))
+                    turn = Turn(rows, where, tokens, side or {})
+                part(turn)
+        width = self._logits.width
+        return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
+
+
+def _units(width: int) -> int:
+    return width // UNIT if width % UNIT == 0 else width
+
+
+def record(module: Any, tape: Tape, *given: Any, **options: Any) -> Any:
+    """What a module writes down; raises NoStep for one that cannot."""
+    write = getattr(module, "record", None)
+    if write is None:
+        raise NoStep(f"{type(module).__name__} has no native step")
+    return write(tape, *given, **options)
+
+
+__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record"]

@@ -1,0 +1,268 @@
+"""The tape of native calls against the same network without it, and its quantised products against float64.
+
+Float32 stays within 1e-4 of the plain step. Every kind of weights gives a row the same bits whoever steps
+beside it. Quantised products are compared with float64 arithmetic over exactly the numbers that they
+hold: what is left is the rounding of one float32 sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from armillary.base.settings import parse
+from armillary.engine import replay
+from armillary.engine.slots import Slots
+from armillary.native import available
+from armillary.native import tape as native
+from armillary.nn.linear import Linear
+from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.tape import Tape
+
+pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
+CLOSE = 1e-4
+KINDS = ("float32", "bf16", "int8", "int4")
+
+
+def network(**settings: Any) -> Network:
+    model = parse(ModelSettings, {"width": 32, "depth": 2, "vocabulary": 40, "context": 64, **settings})
+    return build(model, seed=3).eval()
+
+
+def look(**settings: Any) -> dict[str, Any]:
+    return {"mixer": {"kind": "attention", "heads": 4, **settings}, "channel": "gated"}
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "grouped": {"block": look(position="rope", kv_heads=2)},
+    "slopes": {"block": look(position="alibi")},
+    "everything": {
+        "block": look(
+            softcap=2.0,
+            sinks=True,
+            kv_heads=1,
+            bias=True,
+            norm={"kind": "rmsnorm", "unit_offset": True},
+            position={"kind": "rope", "fraction": 0.5, "pairing": "interleaved"},
+        )
+    },
+    "clipped": {"block": look(head_width=6, clip=0.7, norm="rmsnorm", norm_over="all")},
+    "low_rank": {"block": look(), "linear": {"all": {"kind": "low_rank", "rank": 8}}},
+    "post": {
+        "position": "learned",
+        "block": {**look(), "channel": {"kind": "ffn", "bias": True}, "norm": "layernorm", "norm_at": "post"},
+        "norm": None,
+        "head": {"tied": False, "bias": True, "softcap": 3.0, "scale": 0.5},
+    },
+    "side_by_side": {
+        "position": "sinusoidal",
+        "block": {**look(), "parallel": True, "norm_at": "sandwich"},
+    },
+    "after": {
+        "block": {
+            "branches": [
+                {"name": "look", "mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "norm_at": "after"},
+                {"name": "more", "mixer": {"kind": "retention", "heads": 2}, "beside": True, "scale": 0.5},
+                {"name": "channel", "channel": {"kind": "ffn", "activation": "relu"}},
+            ]
+        },
+        "embed_scale": 3.0,
+        "embed_norm": "layernorm",
+    },
+    "window": {
+        "block": {
+            "mixer": {"kind": "window", "window": 4, "heads": 2, "position": "rope"},
+            "channel": {"kind": "gated", "activation": "gelu_tanh"},
+        }
+    },
+    "retention": {"block": {"mixer": {"kind": "retention", "heads": 2}, "channel": "gated"}},
+    "some_plain": {
+        "blocks": {"other": {"mixer": "performer", "channel": "gated"}, "look": look(position="rope")},
+        "pattern": ["other", "look"],
+        "depth": 4,
+    },
+}
+
+
+def both(made: Network, weights: str = "float32") -> tuple[Slots, Slots]:
+    return Slots(made, 3, 64, weights), Slots(made, 3, 64, "plain")  # type: ignore[arg-type]
+
+
+def follow(taped: Slots, plain: Slots) -> float:
+    """The largest difference of scores over steps of every kind, with plain chunks in between."""
+    worst = 0.0
+
+    def step(rows: list[int], chunks: list[list[int]], last: bool = True) -> None:
+        nonlocal worst
+        found = taped.extend(rows, chunks, last=last).clone()
+        expected = plain.extend(rows, chunks, last=last)
+        for at, chunk in enumerate(chunks):
+            count = 1 if last else len(chunk)
+            worst = max(worst, float((found[at, :count] - expected[at, :count]).abs().max()))
+
+    step([0], [list(range(20))])
+    step([2], [[1, 2, 3]])
+    for token in range(3):
+        step([0, 2], [[token], [token + 5]])
+    step([1], [[5] * 30])
+    step([0, 2], [[1, 4, 5], [2]], last=False)
+    for token in range(3):
+        step([0, 1, 2], [[token], [token + 1], [token + 2]])
+    taped.clear(1), plain.clear(1)
+    step([1], [[7]])
+    step([0, 1, 2], [[3], [2], [1]])
+    assert taped.length(0) == plain.length(0) and taped.length(1) == 2
+    return worst
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_tape_gives_what_plain_steps_give(name: str) -> None:
+    taped, plain = both(network(**NETWORKS[name]))
+    assert taped.replay is not None
+    left = {"some_plain": ["blocks.0.mixer", "blocks.2.mixer"]}
+    assert list(taped.replay.tape.plain) == left.get(name, [])
+    assert follow(taped, plain) < CLOSE
+
+
+@torch.no_grad()
+def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(**NETWORKS["everything"])
+    threads = torch.get_num_threads()
+    plain = Slots(made, 3, 64, "float32")
+    monkeypatch.setattr(replay, "ALONE", 0)
+    try:
+        torch.set_num_threads(3)
+        taped = Slots(made, 3, 64, "float32")
+        assert taped.replay is not None and taped.replay.tape.threads == 3
+        assert follow(taped, plain) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_bf16_networks_stay_close() -> None:
+    made = network(**NETWORKS["grouped"]).to(torch.bfloat16).compute(torch.bfloat16)
+    taped, plain = both(made, "auto")
+    assert taped.replay is not None and taped.replay.weights == "bf16"
+    assert follow(taped, plain) < 0.05
+
+
+@torch.no_grad()
+def test_auto_takes_bf16_only_where_nothing_is_lost() -> None:
+    made = network(**NETWORKS["grouped"])
+    assert both(made, "auto")[0].replay.weights == "float32"  # type: ignore[union-attr]
+    made.to(torch.bfloat16).to(torch.float32)
+    taped, plain = both(made, "auto")
+    assert taped.replay is not None and taped.replay.weights == "bf16"
+    assert follow(taped, plain) < CLOSE
+
+
+@pytest.mark.parametrize("weights", KINDS)
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_neighbours(weights: str) -> None:
+    blocks = {"look": look(position="rope", kv_heads=2), "state": NETWORKS["retention"]["block"]}
+    made = network(width=72, vocabulary=101, depth=3, blocks=blocks, pattern=["look", "state"])
+    prompts = [[1, 2, 3, 4, 5, 6], [9, 8, 7, 9, 9, 1], [7, 7, 7, 7, 7, 7]]
+    alone, together = Slots(made, 3, 64, weights), Slots(made, 3, 64, weights)  # type: ignore[arg-type]
+    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(prompts)]
+    begun = together.extend([0, 1, 2], [ids[:3] for ids in prompts], last=False).clone()
+    rest = together.extend([0, 1, 2], [prompts[0][3:5], prompts[1][3:], prompts[2][3:4]], last=False).clone()
+    for row, count in enumerate((2, 3, 1)):
+        assert torch.equal(begun[row], single[row][:3])
+        assert torch.equal(rest[row, :count], single[row][3 : 3 + count])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (40, 13), (7, 5)])
+@pytest.mark.parametrize("weights", KINDS)
+@torch.no_grad()
+def test_products_against_the_numbers_they_hold(weights: Any, inputs: int, outputs: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(inputs + rows)
+    product = Linear(inputs, outputs, role="q", bias=True)
+    product.reset(generator)
+    product.bias.normal_(generator=generator)  # type: ignore[union-attr]
+    x = torch.randn(rows, inputs, generator=generator) * torch.logspace(-2, 2, rows)[:, None]
+    tape = Tape(rows, 1, weights=weights, threads=1)
+    tape.close(product.record(tape, tape.pick(tape.embed(x)), factor=0.5))
+    found = tape.run([0] * rows, [0] * rows, list(range(rows)), list(range(rows)))
+    taken = x.double()
+    if weights in ("int8", "int4"):
+        scale = x.abs().amax(1, keepdim=True)
+        taken = (x * (127 / scale)).round().double() * (scale / 127).double()
+    held = {
+        "float32": lambda w: w.double(),
+        "bf16": lambda w: w.bfloat16().double(),
+        "int8": lambda w: native.unpack_int8(native.pack_int8(w), inputs),
+        "int4": lambda w: native.unpack_int4(native.pack_int4(w), inputs),
+    }[weights](product.weight)
+    expected = 0.5 * (taken @ held.T) + product.bias.double()  # type: ignore[union-attr]
+    # a sum of n float32 terms is off by at most n roundings of their sizes
+    bound = inputs * 2.0**-23 * (taken.abs() @ held.abs().T + product.bias.abs().double())  # type: ignore[union-attr]
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("inputs", [32, 50])
+def test_what_quantising_loses(inputs: int) -> None:
+    weight = torch.randn(9, inputs, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0
+    largest = weight.abs().amax(1, keepdim=True).double()
+    lost = (native.unpack_int8(native.pack_int8(weight), inputs) - weight).abs()
+    assert (lost <= largest / 127 / 2 * 1.0001).all()
+    lost = (native.unpack_int4(native.pack_int4(weight), inputs) - weight).abs()
+    padded = torch.nn.functional.pad(weight, (0, -inputs % 32)).unflatten(1, (-1, 32))
+    steps = (padded.abs().amax(2) / 8).repeat_interleave(32, 1)[:, :inputs].double()
+    # half a step; the far end of the other sign (7 steps of 8) a whole one; the scale in bf16 moves 8 steps by 2^-9
+    assert (lost <= steps * (1 + 8 * 2.0**-8)).all()
+    assert (lost <= steps * (0.5 + 8 * 2.0**-8)).double().mean() > 0.95
+    assert (lost[3] == 0).all()
+
+
+@torch.no_grad()
+def test_quantised_scores_stay_close() -> None:
+    made = network(**NETWORKS["grouped"])
+    plain = Slots(made, 1, 64, "plain").extend([0], [list(range(30))], last=False)
+    apart = {}
+    for weights in ("int8", "int4"):
+        found = Slots(made, 1, 64, weights).extend([0], [list(range(30))], last=False)
+        apart[weights] = float((found - plain).norm() / plain.norm())
+    # Of normal weights in groups of 32 the largest is 2.1 deviations, so a step is 2.1/8 of one, and a product
+    # is off by 1/√12 of it, 7.6 %; there are 15, each but the last two beside the stream. In int8 the
+    # weights' step is 16 times finer, and the numbers that are multiplied are rounded alike.
+    assert apart["int8"] < 0.03 and apart["int4"] < 0.076 * 15**0.5
+
+
+@torch.no_grad()
+def test_poisoned_rows_stay_alone() -> None:
+    x = torch.randn(3, 64)
+    x[1, 5] = torch.nan
+    tape = Tape(3, 1, weights="int8", threads=1)
+    tape.close(tape.product(tape.pick(tape.embed(x)), torch.randn(20, 64)))
+    found = tape.run([0] * 3, [0] * 3, [0, 1, 2], [0, 1, 2])
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
+@torch.no_grad()
+def test_weights_that_changed_are_packed_again() -> None:
+    made = network(**NETWORKS["grouped"])
+    before = Slots(made, 1, 64, "int8").extend([0], [[1, 2]]).clone()
+    made.blocks.get_parameter("0.channel.inner.down.weight").mul_(3.0)
+    after = Slots(made, 1, 64, "int8").extend([0], [[1, 2]])
+    assert (before - after).abs().max() > 1e-3
+    made.to(torch.bfloat16).to(torch.float32)
+    rounded = Slots(made, 1, 64, "int8").extend([0], [[1, 2]]).clone()
+    fresh = build(made.settings, seed=9)
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(Slots(fresh.eval(), 1, 64, "int8").extend([0], [[1, 2]]), rounded)
+
+
+@torch.no_grad()
+def test_what_cannot_be_done_is_said() -> None:
+    made = network(form="prefix", block=look())
+    with pytest.warns(UserWarning, match="int8"):
+        assert Slots(made, 1, 64, "int8").replay is None
+    assert Slots(made, 1, 64).replay is None
+    with pytest.warns(UserWarning, match=r"blocks\.0\.mixer"):
+        assert Slots(network(block={"mixer": "performer", "channel": "gated"}), 1, 64, "int4").replay is not None

@@ -22,6 +22,7 @@ from armillary.server.errors import HTTPError, explained
 from armillary.server.hosted import Hosted
 from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
+from armillary.server.turns import Spoken
 
 ALIVE = 15.0  # seconds between comments that keep a silent stream open
 READS = 30.0  # seconds that a client may take to read what was sent
@@ -37,15 +38,24 @@ class Context:
 
 @dataclass
 class Job:
-    """The answers of one HTTP request. groups: the copies for each prompt."""
+    """The answers of one HTTP request. groups: the copies for each prompt; spoken: the conversation that they
+    answer, if it is one."""
 
     hosted: Hosted
     client: Client
     groups: list[list[Request]]
+    spoken: Spoken | None = None
 
     @property
     def prompt_tokens(self) -> int:
         return sum(len(group[0].ids) for group in self.groups)
+
+    def heard(self, answers: Sequence[Answer]) -> None:
+        """The answers are complete: when their conversation comes back, it is known in which tokens they were."""
+        for answer in answers:
+            if self.spoken is not None and answer.finish in ("end", "length"):
+                chosen = [choice.token for choice in answer.choices]
+                self.hosted.turns.keep(self.client.name, self.spoken, answer.text, chosen)
 
 
 class Answered(Response):
@@ -122,6 +132,7 @@ class Answered(Response):
                 _, piece = await pieces.get()
                 open_ -= piece.finish is not None
             _raise(answers)
+            self.job.heard(answers)
             self._started = True
             await JSONResponse(self.whole(answers), headers=self._marks())(scope, receive, send)
             return
@@ -150,6 +161,7 @@ class Answered(Response):
                 else:
                     events += self.piece(place, piece, answers[place])
             await self._event(send, events)
+        self.job.heard(answers)
         await self._event(send, self.last(answers))
         end = b"data: [DONE]\n\n" if self.done else b""
         await sent(send, {"type": "http.response.body", "body": end, "more_body": False})

@@ -242,7 +242,7 @@ class Server:
     def _tokenize(self, asked: TokenizeRequest, client: Client, marks: dict[str, str]) -> Response:
         hosted = self._hosted(asked.model)
         if asked.messages is not None:
-            ids, _ = hosted.conversation(asked.messages)
+            ids = list(hosted.conversation(asked.messages).plain)
         else:
             ids = hosted.tokenizer.encode(asked.text or "")
         return JSONResponse({"ids": ids, "count": len(ids)}, headers=marks)

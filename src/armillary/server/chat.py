@@ -18,22 +18,22 @@ FINISH = {"stop": "stop", "end": "stop", "length": "length", "deadline": "length
 
 
 def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest, headers: dict[str, str]) -> Answered:
-    ids, boundaries = hosted.conversation(asked.messages, [tool.function for tool in asked.tools or ()])
+    spoken = hosted.conversation(asked.messages, [tool.function for tool in asked.tools or ()], client.name)
     tools = asked.usable
     schema = None if asked.response_format is None else asked.response_format.schema_asked
     alternatives = max(1, asked.top_logprobs or 0) if asked.logprobs else 0
     requests = hosted.requests(
         asked,
-        ids,
+        spoken.ids,
         most=asked.most,
         alternatives=alternatives,
         client=client,
         copies=asked.n,
-        boundaries=boundaries,
+        boundaries=spoken.ends,
         constraint=constrained(tools, schema, "response_format"),
         field="max_tokens" if asked.max_tokens is not None else "max_completion_tokens",
     )
-    job = Job(hosted, client, [requests])
+    job = Job(hosted, client, [requests], spoken)
     base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": now(), "model": hosted.name}
     if not asked.stream:
 

@@ -19,6 +19,7 @@ from armillary.server.calls import grammar
 from armillary.server.errors import HTTPError
 from armillary.server.limits import Client, Load
 from armillary.server.protocol import Asked, Function, Message, Tools
+from armillary.server.turns import Spoken, Turns
 from armillary.text import Tokenizer
 
 DEFAULT_TOKENS = 512  # of an answer, when nothing else is said
@@ -56,6 +57,7 @@ class Hosted:
         self.created = int(time.time())
         self._engine = engine
         self._grammars: Grammars | None = None
+        self.turns = Turns()
 
     @property
     def engine(self) -> Engine:
@@ -86,10 +88,8 @@ class Hosted:
                 )
         return rows
 
-    def conversation(
-        self, messages: Sequence[Message], tools: Sequence[Function] = ()
-    ) -> tuple[list[int], tuple[int, ...]]:
-        """Ids of a conversation that an answer follows, and where its messages end."""
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Function] = (), space: str = "") -> Spoken:
+        """A conversation that an answer follows; space: whose it is."""
         plain = [message.plain() for message in messages]
         known = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"strict"})} for tool in tools
@@ -110,7 +110,26 @@ class Hosted:
             while same < min(len(part), len(ids)) and part[same] == ids[same]:
                 same += 1
             ends.add(same)
-        return ids, tuple(sorted(end for end in ends if 0 < end < len(ids)))
+        spoken = Spoken(tuple(ids), tuple(ids), tuple(sorted(end for end in ends if 0 < end < len(ids))))
+        return self._recalled(spoken, plain, known, space)
+
+    def _recalled(self, spoken: Spoken, messages: list[dict[str, Any]], tools: Any, space: str) -> Spoken:
+        """With the latest answer, and all before it, in the tokens in which it was given, if they are known."""
+        last = next((at for at in reversed(range(len(messages))) if messages[at]["role"] == "assistant"), None)
+        if not last or not messages[last]["content"] or messages[last].get("tool_calls"):
+            return spoken
+        try:
+            before = tuple(self.tokenizer.encode_chat(messages[:last], tools=tools))
+        except ArmillaryError:  # a template may refuse a part of a conversation
+            return spoken
+        text = messages[last]["content"]
+        whole = (*before, *self.tokenizer.encode(text))
+        found = self.turns.find(space, before, text)
+        if found is None or spoken.plain[: len(whole)] != whole:
+            return spoken
+        moved = len(found) - len(whole)
+        ends = tuple(end + moved for end in spoken.ends if end > len(whole))
+        return Spoken(spoken.plain, found + spoken.plain[len(whole) :], ends)
 
     # -- answers
 

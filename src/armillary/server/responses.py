@@ -33,20 +33,20 @@ def answer(
             )
         conversation = [*before[1], *conversation]
     told = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
-    ids, boundaries = hosted.conversation([*told, *conversation], asked.tools)
+    spoken = hosted.conversation([*told, *conversation], asked.tools, client.name)
     tools = asked.usable
     requests = hosted.requests(
         Asked(model=asked.model, temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed),
-        ids,
+        spoken.ids,
         most=asked.max_output_tokens,
         alternatives=0,
         client=client,
-        boundaries=boundaries,
+        boundaries=spoken.ends,
         constraint=constrained(tools, asked.text.format.schema_asked, "text.format"),
         field="max_output_tokens",
         prompt_field="input",
     )
-    output = Output(_base(hosted, asked), len(ids), calling=tools is not None)
+    output = Output(_base(hosted, asked), len(spoken.ids), calling=tools is not None)
 
     def finished(answers: list[Answer]) -> list[Event]:
         events = output.close(answers[0])
@@ -62,7 +62,7 @@ def answer(
     def piece(_: int, given: Piece, one: Answer) -> list[Any]:
         return output.push(given.text)
 
-    job = Job(hosted, client, [requests])
+    job = Job(hosted, client, [requests], spoken)
     if not asked.stream:
         return Answered(context, job, whole=whole, headers=headers)
     return Answered(

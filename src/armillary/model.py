@@ -16,6 +16,7 @@ from armillary.base.errors import InputError, UnsupportedError, nearest
 from armillary.base.settings import Choice, parse
 from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
+from armillary.engine.core import Engine
 from armillary.engine.generate import Completion, Completions, Piece, generate, stream
 from armillary.engine.sampling import Sampling
 from armillary.nn import network as networks
@@ -25,7 +26,8 @@ from armillary.nn.heads.base import heads, pooled
 from armillary.nn.heads.classification import ClassifierSettings
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.mechanism import channels, mixers, norms, positions
-from armillary.nn.network import ModelSettings, Network, NetworkState
+from armillary.nn.network import ModelSettings, Network
+from armillary.nn.network_state import NetworkState
 from armillary.nn.side import sides
 from armillary.nn.taps import Edit, Seen, Taps
 from armillary.objectives import objectives
@@ -90,17 +92,20 @@ class Model(nn.Module):
     def generate(self, prompt: str | Tensor, *, stream: bool = False, **options: Any) -> Any: ...
     @overload
     def generate(self, prompt: Sequence[str] | Sequence[int], *, stream: bool = False, **options: Any) -> Any: ...
-    def generate(self, prompt: Prompt, *, stream: bool = False, **options: Any) -> Any:
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, side: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> Any:
         """Complete a prompt.
 
         prompt: text, several texts, or token ids ([T], or [B, T]); options: see `Sampling`
-        (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …).
+        (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
+        numbers that mechanisms take (`tasks`), [prompts] by name.
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
         """
         sampling = Sampling.of(options)
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream)
+        return self._complete(starts, single, sampling, stream, side)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation ([{"role": "user", "content": …}, …]) through the chat template."""
@@ -175,6 +180,10 @@ class Model(nn.Module):
         with torch.no_grad():
             nll = self.network.token_nll(self.hidden(row[:, :-1]), row[:, 1:])
         return ids[1:], (-nll[0]).tolist()
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine on this model, for many answers at a time (see `Engine`): options such as slots, memory."""
+        return Engine(self.network, self._tokenizer, **options)
 
     # -- looking inside
 
@@ -258,16 +267,24 @@ class Model(nn.Module):
         begin = self.tokenizer.begin
         return ids if begin is None else [begin, *ids]
 
-    def _complete(self, starts: list[list[int]], single: bool, sampling: Sampling, streaming: bool) -> Any:
+    def _complete(
+        self,
+        starts: list[list[int]],
+        single: bool,
+        sampling: Sampling,
+        streaming: bool,
+        side: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             # from the last token of the source, as in our training, where the model does not say it
             start = self.settings.start
             sources, starts = starts, [ids[-1:] if start is None else [start] for ids in starts]
+        more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
         if streaming:
-            pieces = stream(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
+            pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces
-        done = generate(self.network, self.tokenizer, starts, sampling, sources=sources, taps=taps)
+        done = generate(self.network, self.tokenizer, starts, sampling, **more)
         return done[0] if single else done
 
     def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from armillary.checkpoints import load, save_open
 from armillary.checkpoints.assemble import fill, wanted
 from armillary.checkpoints.facts import facts
 from armillary.checkpoints.table import families
+from armillary.checkpoints.tensors import stored
 from armillary.nn.network import Network, build
 from armillary.nn.taps import Taps
 from armillary.nn.two_stream import two_stream
@@ -241,9 +242,9 @@ def test_two_streams() -> None:
     family = families.get("xlnet")()
     settings = family.settings(peer.config.to_dict() | {"architectures": ["XLNetLMHeadModel"]}, "config.json")
     network = build(settings)
-    state = peer.state_dict()
+    state = {name: stored(tensor) for name, tensor in peer.state_dict().items()}
     bound = family.bind(settings, wanted(network))
-    pairs = (pair for one in bound for pair in one.imported(state[one.theirs]).items())
+    pairs = (pair for one in bound for pair in one.imported(state).items())
     fill(network, pairs, torch.device("cpu"), None)
     ids, count = _ids(len(FEW), max(FEW)), max(FEW)
     padding = torch.arange(count) < torch.tensor(FEW)[:, None]

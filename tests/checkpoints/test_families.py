@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from armillary.base.settings import parse
 from armillary.checkpoints import Loaded, load, load_open, save, save_native, save_open
@@ -180,3 +180,36 @@ def test_a_tokenizer_made_elsewhere(tmp_path: Path) -> None:
     assert isinstance(loaded.tokenizer, Tokenizer) and loaded.tokenizer.size == inner.get_vocab_size()
     assert loaded.tokenizer.bos == inner.token_to_id("<s>")
     assert loaded.tokenizer.encode("some more words") == inner.encode("some more words").ids
+
+
+MOE = LLAMA | {"num_local_experts": 3, "sliding_window": None}
+QWEN = LLAMA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+
+
+@pytest.mark.parametrize("kind, config", [("Mixtral", MOE), ("Qwen3Moe", QWEN)])
+def test_experts_stored_as_one_tensor(tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
+    """As newer readers hold them, and write when they are told to; ours are the same as from a tensor for each."""
+    made = getattr(transformers, f"{kind}Config")(**config)
+    peer = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+    peer.save_pretrained(tmp_path / "fused", save_original_format=False)
+    peer.save_pretrained(tmp_path / "apart")
+    fused, apart = _weights(tmp_path / "fused"), _weights(tmp_path / "apart")
+    assert any(name.endswith(".experts.gate_up_proj") for name in fused) and len(apart) > len(fused)
+    network = load(tmp_path / "fused", "cpu").network
+    for name, tensor in load(tmp_path / "apart", "cpu").network.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor)
+    save_open(tmp_path / "ours", network)
+    assert _weights(tmp_path / "ours").keys() == apart.keys()
+
+
+def test_the_older_name_of_an_embedding(tmp_path: Path) -> None:
+    """As the first folders of Mamba have it."""
+    peer = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, state_size=4)
+    ).eval()
+    peer.save_pretrained(tmp_path)
+    held = _weights(tmp_path)
+    held["backbone.embedding.weight"] = held.pop("backbone.embeddings.weight")
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        assert (load(tmp_path, "cpu").network(_ids()) - peer(_ids()).logits).abs().max() < 1e-4

@@ -7,6 +7,7 @@ Run with ARMILLARY_MEASURE=1, in one process, it writes what it measured to pari
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,19 +49,29 @@ GPT2: dict[str, Any] = {
 }
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 40, "n_layer": 3, "n_head": 5}
 GEMMA = SIZES | {"head_dim": 10, "query_pre_attn_scalar": 20, "sliding_window": 7}
+MOE = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+MAMBA: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 40, "num_hidden_layers": 3, "state_size": 6}
+MAMBA2 = MAMBA | {"num_heads": 10, "head_dim": 8, "n_groups": 1, "state_size": 12, "chunk_size": 16}
+BAMBA = SIZES | {"mamba_n_heads": 12, "mamba_d_state": 10, "mamba_chunk_size": 16, "attn_layer_indices": [1]}
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bamba": ("BambaConfig", "BambaForCausalLM", BAMBA),
     "bloom": ("BloomConfig", "BloomForCausalLM", BLOOM),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", GEMMA),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA | {"sliding_window_pattern": 3}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", NEOX),
     "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES),
+    "mamba": ("MambaConfig", "MambaForCausalLM", MAMBA),
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", MAMBA2),
     "mistral": ("MistralConfig", "MistralForCausalLM", SIZES),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | {"num_local_experts": 5}),
     "olmo": ("OlmoConfig", "OlmoForCausalLM", SIZES),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", SIZES),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SIZES),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SIZES),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 28}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", SIZES),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", MOE | {"head_dim": 10}),
 }
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
@@ -79,6 +90,10 @@ BOTH_ROPES = {
 
 # By family and variant: what is different in it. A variant "… in bf16" is stored in that type.
 CASES: dict[tuple[str, str], dict[str, Any]] = {
+    ("bamba", "attention in one block"): {},
+    ("bamba", "groups, few taps, limited steps, biases, tied, in bf16"): TIED
+    | {"mamba_n_groups": 2, "mamba_d_conv": 2, "time_step_limit": [0.4, 1.5], "attn_layer_indices": [0, 2]}
+    | {"attention_bias": True, "mlp_bias": True},
     ("bloom", "tied"): {},
     ("bloom", "untied in bf16"): UNTIED | {"layer_norm_epsilon": 1e-3},
     ("gemma2", "tied, soft caps, alternating windows"): {
@@ -108,8 +123,17 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("llama", "yarn"): {"head_dim": 16} | _rope("yarn", **YARN, beta_fast=8.0),
     ("llama", "yarn with mscale"): {"head_dim": 16} | _rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3),
+    ("mamba", "tied"): {},
+    ("mamba", "untied, wide, biases, many ranks, few taps, in bf16"): UNTIED
+    | {"expand": 3, "use_bias": True, "use_conv_bias": False, "time_step_rank": 7, "conv_kernel": 2},
+    ("mamba2", "one group"): {},
+    ("mamba2", "groups, few taps, limited steps, tied, in bf16"): TIED
+    | {"n_groups": 5, "conv_kernel": 3, "time_step_limit": [0.4, 1.5], "layer_norm_epsilon": 1e-3},
     ("mistral", "window, wide heads"): {"sliding_window": 7, "head_dim": 10},
     ("mistral", "no window, tied, in bf16"): TIED | {"sliding_window": None},
+    ("mixtral", "plain"): {},
+    ("mixtral", "window, wide heads, three of the experts, tied, in bf16"): TIED
+    | {"sliding_window": 7, "head_dim": 12, "num_experts_per_tok": 3},
     ("olmo", "cut queries, keys and values"): {"clip_qkv": 0.5},
     ("olmo", "tied, biases, in bf16"): TIED | {"attention_bias": True},
     ("olmo2", "plain"): {},
@@ -122,10 +146,22 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2", "windows in later blocks, tied, yarn, in bf16"): TIED
     | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
     | _rope("yarn", **YARN),
+    ("qwen2_moe", "a block without experts"): {"mlp_only_layers": [0]},
+    ("qwen2_moe", "experts in one block, gates that sum to 1, a window in two, no biases, tied, in bf16"): TIED
+    | {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False}
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": NEAR_FAR["layer_types"][1:] + NEAR_FAR["layer_types"][1:2],
+    },
     ("qwen3", "wide heads"): {"head_dim": 10},
     ("qwen3", "a window in one block, tied, biases, in bf16"): TIED
     | NEAR_FAR
     | {"head_dim": 10, "use_sliding_window": True, "sliding_window": 7, "attention_bias": True},
+    ("qwen3_moe", "experts in all blocks"): {},
+    ("qwen3_moe", "a block without experts, gates that sum to 1, windows, tied, biases, in bf16"): TIED
+    | {"mlp_only_layers": [2], "norm_topk_prob": True, "attention_bias": True}
+    | {"use_sliding_window": True, "sliding_window": 7},
 }
 
 
@@ -231,6 +267,8 @@ def _hidden(network: Network, peer: Any) -> float:
     ids, seen = _ids(), _Seen()
     network(ids, taps=seen)
     theirs = peer(ids, output_hidden_states=True).hidden_states
+    if peer.config.model_type in ("mamba", "mamba2"):  # theirs are of after every block, before the last norm too
+        theirs = (peer.get_input_embeddings()(ids), *theirs[:-2], theirs[-1])
     assert len(seen.found) == len(theirs) == network.settings.depth + 1
     pairs = zip(seen.found, theirs, strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
@@ -240,7 +278,10 @@ def _hidden(network: Network, peer: Any) -> float:
 def _greedy(network: Network, peer: Any) -> tuple[int, int]:
     """How many greedy tokens were the same, and 1 if two best logits that nearly tied ended the comparison."""
     start = _ids(1, 11)
-    theirs = peer.generate(start, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)[0, 11:].tolist()
+    # limits on steps are left out where they go on from a cache, though not without one
+    cached = tuple(getattr(peer.config, "time_step_limit", ())) in ((), (0.0, math.inf))
+    theirs = peer.generate(start, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0, use_cache=cached)
+    theirs = theirs[0, 11:].tolist()
     assert len(theirs) == TOKENS
     state = network.init_state(1, CONTEXT)
     logits = network.extend(start, state, last=True)[0, -1]

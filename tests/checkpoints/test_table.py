@@ -14,7 +14,17 @@ from armillary.base.settings import parse
 from armillary.checkpoints.facts import facts
 from armillary.checkpoints.families.gpt2 import GPT2
 from armillary.checkpoints.families.llama import Llama
-from armillary.checkpoints.table import Family, PermuteHalfInterleaved, Split, SplitByHead, Step, Transpose, families
+from armillary.checkpoints.table import (
+    Family,
+    PermuteHalfInterleaved,
+    Split,
+    SplitByHead,
+    Squeeze,
+    Stack,
+    Step,
+    Transpose,
+    families,
+)
 from armillary.nn.network import ModelSettings, build
 
 ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2, "position": {"kind": "rope"}}
@@ -63,6 +73,8 @@ def test_every_step_undoes_itself(rows: list[int], columns: int, heads: int, hal
         (Split(), parts),
         (Split(1), [part.t() for part in parts]),
         (SplitByHead(heads), list(torch.randn(3, heads * half, columns))),
+        (Stack(), [torch.randn(heads, half, columns)]),
+        (Squeeze(1), parts),
         (PermuteHalfInterleaved(heads), [torch.randn(heads * 2 * half, columns), torch.randn(heads * 2 * half)]),
     ]
     for step, ours in cases:
@@ -125,6 +137,12 @@ def test_spellings_have_equal_facts(change: dict[str, Any]) -> None:
     assert facts(_settings(LLAMA | change)) == facts(_settings(LLAMA))
 
 
+def test_what_only_trains_a_router_is_no_fact() -> None:
+    trained = {"balance": "concentration", "balance_weight": 1.0, "z_weight": 0.5, "capacity": 1.5, "jitter": 0.1}
+    changed = _settings(_with(MOE, "block.channel", MOE["block"]["channel"] | trained))
+    assert facts(changed) == facts(_settings(MOE)) and changed != _settings(MOE)
+
+
 # Every setting is either expressed exactly or named.
 
 EXPRESSED: list[tuple[Family, dict[str, Any], str, Any]] = [
@@ -156,6 +174,8 @@ def test_settings_survive_both_directions(family: Family, data: dict[str, Any], 
     assert {key: item for key, item in rewritten.items() if key not in family.constants} == again
 
 
+MOE = _with(LLAMA, "block.channel", {"kind": "moe", "experts": 4, "hidden": 20})
+SSM = _with(LLAMA, "block", {"mixer": {"kind": "mamba"}})
 WINDOWED = _with(LLAMA, "block.mixer", {**ATTENTION, "kind": "window", "window": 7})
 NOT_EXPRESSED: list[tuple[Family, dict[str, Any], dict[str, Any], str]] = [
     (Llama(), LLAMA, {"block": {"mixer": "retention", "channel": "gated"}}, "model.blocks.0.mixer.kind: 'retention'"),
@@ -206,6 +226,18 @@ NOT_EXPRESSED: list[tuple[Family, dict[str, Any], dict[str, Any], str]] = [
     (families.get("qwen3")(), LLAMA, {}, "model.blocks.0.mixer.norm: None"),
     (families.get("qwen2")(), LLAMA, {}, "model.blocks.0.mixer.bias: False"),
     (families.get("bloom")(), LLAMA, {}, "model.embed_norm: None"),
+    (families.get("mixtral")(), LLAMA, {}, "model.blocks.0.channel.kind: 'gated'"),
+    (families.get("mixtral")(), MOE, _with(MOE, "block.channel.normalise", False), "channel.normalise: False"),
+    (families.get("mixtral")(), MOE, _with(MOE, "block.channel.scores", "sigmoid"), "channel.scores: 'sigmoid'"),
+    (families.get("mixtral")(), MOE, _with(MOE, "block.channel.bias_rate", 0.1), "channel.bias_rate: 0.1"),
+    (families.get("mixtral")(), MOE, _with(MOE, "block.channel.shared", 8), "channel.shared: 8"),
+    (families.get("mixtral")(), MOE, _with(MOE, "block.channel.gated", False), "channel.gated: False"),
+    (families.get("qwen2_moe")(), LLAMA, {}, "model.blocks: channel.kind is never 'moe'"),
+    (families.get("qwen2_moe")(), MOE, {}, "model.blocks.0.channel.shared_gate: False"),
+    (families.get("bamba")(), LLAMA, {}, "model.blocks: mixer.kind is never 'mamba2'"),
+    (families.get("mamba")(), SSM, _with(SSM, "block.channel", "gated"), "model.blocks.0.channel.kind: 'gated'"),
+    (families.get("mamba")(), SSM, _with(SSM, "block.mixer.expand", 1.5), "model.blocks.0.mixer.expand: 1.5"),
+    (families.get("mamba2")(), SSM, {}, "model.blocks.0.mixer.kind: 'mamba'"),
     (GPT2(), GPT, _with(GPT, "block.mixer.kv_heads", 2), "model.blocks.0.mixer.kv_heads: 2"),
     (GPT2(), GPT, _with(GPT, "block.mixer.bias", False), "model.blocks.0.mixer.bias: False"),
     (GPT2(), GPT, _with(GPT, "norm.bias", False), "model.norm.bias: False"),
@@ -308,6 +340,10 @@ def _of(kind: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+def _mamba(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": kind, "vocab_size": 41, "hidden_size": 24, "num_hidden_layers": 2} | changes
+
+
 NEAR, FAR = "sliding_attention", "full_attention"
 WRONG += [
     (_of("mistral", attention_bias=True), "'attention_bias' is True"),
@@ -337,6 +373,42 @@ WRONG += [
     (_of("gpt_neox", rotary_pct=0.5, rope_parameters={"partial_rotary_factor": 0.25}), "contradict"),
     (_of("gpt_neox", rope_theta=1e4), "'rope_theta'"),
     (_of("bloom", intermediate_size="gone", n_embed=48, hidden_act="gone"), "'hidden_size': 24 and 'n_embed': 48"),
+    (_of("mixtral", num_key_value_heads=2, num_experts_per_tok=9), "num_experts_per_tok"),
+    (_of("mixtral", num_key_value_heads=2, num_local_experts=10**6), "'num_local_experts' is 1000000"),
+    (_of("mixtral", num_local_experts=4, num_experts=5), "contradict"),
+    (_of("qwen2_moe", num_key_value_heads=2, norm_topk_prob="no"), "'norm_topk_prob' is 'no'"),
+    (_of("qwen2_moe", num_key_value_heads=2, mlp_only_layers=[2]), "'mlp_only_layers' names block 2"),
+    (_of("qwen2_moe", num_key_value_heads=2, mlp_only_layers="none"), "'mlp_only_layers' is 'none'"),
+    (_of("qwen2_moe", num_key_value_heads=2, decoder_sparse_step=0), "'decoder_sparse_step' is 0"),
+    (_of("qwen2_moe", num_key_value_heads=2, use_sliding_window=True), "no 'layer_types' says in which blocks"),
+    (_of("qwen2_moe", num_key_value_heads=2, n_group=2), "'n_group'"),
+    (
+        _of("qwen3_moe", num_key_value_heads=2, use_sliding_window=True, max_window_layers=1),
+        "'max_window_layers' is 1 beside a window",
+    ),
+    (_of("qwen3_moe", num_key_value_heads=2, shared_expert_intermediate_size=8), "'shared_expert_intermediate_size'"),
+    (_of("qwen3_moe", num_key_value_heads=2, num_experts_per_tok=200), "num_experts_per_tok"),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=6, attn_rotary_emb=2), "'attn_rotary_emb' is 2"),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=6, partial_rotary_factor=1.0), "'partial_rotary_factor' is 1.0"),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=6, mamba_proj_bias=True), "'mamba_proj_bias' is True"),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=5), "'mamba_n_heads': 5"),
+    (
+        _of("bamba", num_key_value_heads=2, mamba_n_heads=6, mamba_d_head=4),
+        "'mamba_n_heads': 6 times 'mamba_d_head': 4",
+    ),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=6, attn_layer_indices=[True]), "'attn_layer_indices'"),
+    (_of("bamba", num_key_value_heads=2, mamba_n_heads=6, hidden_act="gelu"), "'hidden_act' is 'gelu'"),
+    (_mamba("mamba", intermediate_size=40), "'intermediate_size': 40 and 'expand': 2 times 'hidden_size': 24"),
+    (_mamba("mamba", d_model=25), "'d_model': 25"),
+    (_mamba("mamba", ssm_cfg={"layer": "Mamba2"}), "'ssm_cfg'"),
+    (_mamba("mamba", rms_norm=False), "'rms_norm' is False"),
+    (_mamba("mamba", time_step_rank="most"), "'time_step_rank' is 'most'"),
+    (_mamba("mamba", hidden_act="gelu"), "'hidden_act' is 'gelu'"),
+    (_mamba("mamba2", num_heads=6, head_dim=8, n_groups=4), "6 heads do not divide into 4"),
+    (_mamba("mamba2", num_heads=6, head_dim=8, n_groups=2, time_step_limit=[0.1]), "'time_step_limit' is [0.1]"),
+    (_mamba("mamba2", num_heads=6, head_dim=8, n_groups=2, time_step_limit=[0.2, 0.1]), "time_step_limit"),
+    (_mamba("mamba2", num_heads=6, head_dim=8, n_groups=2, use_conv_bias=False), "'use_conv_bias' is False"),
+    (_mamba("mamba2", num_heads=6, head_dim=8, n_groups=2, d_ssm=24), "'d_ssm'"),
     (_of("bloom", intermediate_size="gone", apply_residual_connection_post_layernorm=True), "apply_residual"),
 ]
 
@@ -387,11 +459,12 @@ def test_blocks_are_permuted_each_as_it_is_paired() -> None:
     """One block with interleaved pairs among others with half ones: only its rows move."""
     other = _with(LLAMA["block"], "mixer.position.pairing", "interleaved")
     network = build(_settings(LLAMA | {"overrides": {1: other}}), seed=1)
-    bound = {one.theirs: one for one in Llama().bind(network.settings, network.state_dict())}
+    bound = {one.theirs[0]: one for one in Llama().bind(network.settings, network.state_dict())}
     moved = []
     for index in range(2):
         one = bound[f"model.layers.{index}.self_attn.q_proj.weight"]
-        moved.append(not torch.equal(one.exported(network.state_dict()).read(), network.state_dict()[one.ours[0]]))
+        (stored,) = one.exported(network.state_dict()).values()
+        moved.append(not torch.equal(stored.read(), network.state_dict()[one.ours[0]]))
     assert moved == [False, True]
 
 

@@ -131,7 +131,8 @@ class Machine(RuleBasedStateMachine):
             if not self.live:
                 break
             self.now += 1
-            self.apply(self.scheduler.plan(self.now, 8), 8, {one: one.stage for one in self.live})
+            before = {one: one.stage for one in self.live}
+            self.apply(self.scheduler.plan(self.now, 8), 8, before)
         assert not self.live, "somebody waits for ever"
         assert self.memory.held == 0
         assert len(self.scheduler._open) == SLOTS

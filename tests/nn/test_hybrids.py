@@ -85,7 +85,7 @@ def test_a_mixed_state_serves_any_chunks(form: str, agree: Any) -> None:
         for cuts in ([9, 1, 4], [1] * 14):
             state = model.init_state(3)
             agree(torch.cat([model.extend(part, state) for part in ids.split(cuts, 1)], 1), whole, 1e-4)
-        kinds = {each.kind for _, _, each in state._each()}
+        kinds = {each.kind for _, _, each in state.each()}
         assert kinds == ({"fixed", "window"} if form == "every kind" else {"fixed", "span"})
         state = model.init_state(3)
         model.extend(ids[:, :5], state)

@@ -47,6 +47,10 @@ def test_windows_follow_each_other_and_stay_within_the_limit() -> None:
     assert begin == len(flat)
     again = HeldOut.take(store, window=9, tokens=24, isolate=False, seed=0)  # type: ignore[arg-type]
     assert again is not None and again.documents is None and torch.equal(again.ids, held.ids)
+    tasks = [4, 2, 0, 1, 3]
+    told = HeldOut.take(store, window=9, tokens=24, isolate=True, seed=0, tasks=tasks)  # type: ignore[arg-type]
+    assert told is not None and told.tasks is not None and told.documents is not None
+    assert torch.equal(told.tasks, torch.tensor(tasks)[told.documents]) and held.tasks is None
 
 
 def test_too_little_text() -> None:

@@ -26,13 +26,16 @@ SIZES: tuple[Field, ...] = (
 
 
 class Decoder(Family):
-    """norms: their norms of a block beside ours; whole: whether readers need a width that the heads divide."""
+    """norms: their norms of a block beside ours; channel, last: their names of the feed-forward and the last norm;
+    whole: whether readers need a width that the heads divide."""
 
     prefix: ClassVar[str] = "model."
     norms: ClassVar[tuple[tuple[str, str], ...]] = (
         ("input_layernorm", "mixer.norm"),
         ("post_attention_layernorm", "channel.norm"),
     )
+    channel: ClassVar[str] = "mlp"
+    last: ClassVar[str] = "model.norm"
     whole: ClassVar[bool] = False
     template: ClassVar[Mapping[str, Any]] = {
         "form": "decoder",
@@ -65,7 +68,7 @@ class Decoder(Family):
         return wanted
 
     def check(self, wanted: Facts) -> None:
-        width, heads = wanted["width"], wanted["blocks.0.mixer.heads"]
+        width, heads = wanted["width"], wanted.get("attention.mixer.heads", wanted.get("blocks.0.mixer.heads"))
         if self.whole and width % heads:
             raise UnsupportedError(
                 f"model.width: {width} is not a multiple of {heads} heads, which readers of the '{self.kind}' layout "
@@ -74,35 +77,42 @@ class Decoder(Family):
 
     def table(self, settings: ModelSettings) -> Sequence[Entry]:
         theirs, ours = "model.layers.{i}", "blocks.{i}"
-        of_o = "hidden_size, num_attention_heads × head_dim"
-        of_v = "num_key_value_heads × head_dim, hidden_size"
+        channel = f"{theirs}.{self.channel}"
         of_up = "intermediate_size, hidden_size"
         entries = [
             Entry("model.embed_tokens.weight", "embed.weight", sizes="vocab_size, hidden_size"),
             *(Entry(f"{theirs}.{a}.weight", f"{ours}.{b}.weight", sizes="hidden_size") for a, b in self.norms),
-            Entry(f"{theirs}.self_attn.v_proj.weight", f"{ours}.mixer.inner.v.weight", sizes=of_v),
-            Entry(f"{theirs}.self_attn.v_proj.bias", f"{ours}.mixer.inner.v.bias", sizes=of_v.split(", ")[0]),
-            Entry(f"{theirs}.self_attn.o_proj.weight", f"{ours}.mixer.inner.o.weight", sizes=of_o),
-            Entry(f"{theirs}.self_attn.o_proj.bias", f"{ours}.mixer.inner.o.bias", sizes="hidden_size"),
-            Entry(f"{theirs}.mlp.gate_proj.weight", f"{ours}.channel.inner.gate.weight", sizes=of_up),
-            Entry(f"{theirs}.mlp.gate_proj.bias", f"{ours}.channel.inner.gate.bias", sizes="intermediate_size"),
-            Entry(f"{theirs}.mlp.up_proj.weight", f"{ours}.channel.inner.up.weight", sizes=of_up),
-            Entry(f"{theirs}.mlp.up_proj.bias", f"{ours}.channel.inner.up.bias", sizes="intermediate_size"),
-            Entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.channel.inner.down.weight", sizes=of_up),
-            Entry(f"{theirs}.mlp.down_proj.bias", f"{ours}.channel.inner.down.bias", sizes="hidden_size"),
-            Entry("model.norm.weight", "norm.weight", sizes="hidden_size"),
+            Entry(f"{channel}.gate_proj.weight", f"{ours}.channel.inner.gate.weight", sizes=of_up),
+            Entry(f"{channel}.gate_proj.bias", f"{ours}.channel.inner.gate.bias", sizes="intermediate_size"),
+            Entry(f"{channel}.up_proj.weight", f"{ours}.channel.inner.up.weight", sizes=of_up),
+            Entry(f"{channel}.up_proj.bias", f"{ours}.channel.inner.up.bias", sizes="intermediate_size"),
+            Entry(f"{channel}.down_proj.weight", f"{ours}.channel.inner.down.weight", sizes=of_up),
+            Entry(f"{channel}.down_proj.bias", f"{ours}.channel.inner.down.bias", sizes="hidden_size"),
+            Entry(f"{self.last}.weight", "norm.weight", sizes="hidden_size"),
             Entry("lm_head.weight", "head.product.weight", sizes="vocab_size, hidden_size"),
         ]
         known = facts(settings)
         for index in range(settings.depth):
-            entries += self._turned(known, index)
+            entries += self._attention(known, index)
         return entries
 
-    def _turned(self, known: Facts, index: int) -> list[Entry]:
-        """Queries and keys of one block: what the pairing of its positions is about."""
+    def _attention(self, known: Facts, index: int) -> list[Entry]:
+        """One block's, if it attends; the pairing of its positions is about its queries and keys."""
         theirs, ours = f"model.layers.{index}.self_attn", f"blocks.{index}.mixer"
+        if f"{ours}.position.pairing" not in known:
+            return []
         interleaved = known[f"{ours}.position.pairing"] == "interleaved"
-        entries = []
+        of_v = "num_key_value_heads × head_dim"
+        entries = [
+            Entry(f"{theirs}.v_proj.weight", f"{ours}.inner.v.weight", sizes=f"{of_v}, hidden_size"),
+            Entry(f"{theirs}.v_proj.bias", f"{ours}.inner.v.bias", sizes=of_v),
+            Entry(
+                f"{theirs}.o_proj.weight",
+                f"{ours}.inner.o.weight",
+                sizes="hidden_size, num_attention_heads × head_dim",
+            ),
+            Entry(f"{theirs}.o_proj.bias", f"{ours}.inner.o.bias", sizes="hidden_size"),
+        ]
         for name, heads, count in (
             ("q", known[f"{ours}.heads"], "num_attention_heads"),
             ("k", known[f"{ours}.kv_heads"], "num_key_value_heads"),

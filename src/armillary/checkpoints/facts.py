@@ -15,7 +15,10 @@ from armillary.base.settings import Choice, Settings
 from armillary.nn.block import BlockSettings, BranchSettings
 from armillary.nn.channels.ffn import FFNSettings
 from armillary.nn.channels.gated import GatedSettings
+from armillary.nn.channels.moe import ExpertSettings, MoESettings
 from armillary.nn.mixers.attention import AttentionSettings
+from armillary.nn.mixers.mamba import MambaSettings
+from armillary.nn.mixers.mamba2 import Mamba2Settings
 from armillary.nn.network import ModelSettings
 from armillary.nn.positions.rope import RopeScaling
 from armillary.nn.stack import StackSettings
@@ -24,6 +27,8 @@ Facts = dict[str, Any]
 
 _STACK = ("block", "blocks", "pattern", "overrides")  # replaced by the block of every index
 _TRAINING = ("dropout", "deviation")
+_ROUTER_TRAINING = ("balance", "balance_weight", "z_weight", "capacity", "jitter")
+_FIRST_WEIGHTS = ("decays", "steps")
 _SCALING = {
     "llama3": ("trained_length", "low", "high"),
     "yarn": ("trained_length", "beta_fast", "beta_slow", "temperature"),
@@ -104,8 +109,14 @@ def _plain(value: Any, width: int) -> Any:
         data["out_bias"] = value.bias if value.out_bias is None else value.out_bias
         if value.norm is None:
             del data["norm_over"]
-    elif isinstance(value, (FFNSettings, GatedSettings)):
+    elif isinstance(value, (FFNSettings, GatedSettings, ExpertSettings)):
         data["hidden"] = value.features(width)
+        if isinstance(value, MoESettings):
+            data = {name: item for name, item in data.items() if name not in _ROUTER_TRAINING}
+    elif isinstance(value, MambaSettings):
+        data["rank"] = value.features(width)
+    elif isinstance(value, Mamba2Settings):
+        data = {name: item for name, item in data.items() if name not in _FIRST_WEIGHTS}
     elif isinstance(value, RopeScaling):
         data["temperature"] = value.temperature or yarn_temperature(value.factor)
         data = {name: data[name] for name in ("kind", "factor", *_SCALING.get(value.kind, ()))}

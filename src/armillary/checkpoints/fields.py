@@ -20,7 +20,8 @@ Data = dict[str, Any]
 # More than any model has; beyond, a wrong number would fill the memory before it is noticed.
 LARGEST = 2**31 - 1
 DEPTHS = ("depth", "encoder.depth")
-MOST = dict.fromkeys(DEPTHS, 10_000) | {"width": 2**20, "block.mixer.heads": 2**16, "block.mixer.head_width": 2**16}
+MOST = dict.fromkeys(DEPTHS, 10_000) | {"width": 2**20}
+MOST |= {"mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -115,7 +116,7 @@ class Same(Field):
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
-            most = min(MOST.get(path, LARGEST) for path in self.paths)
+            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in self.paths)
             if value > most:
                 raise config.wrong(key, value, f"at most {most}")
             if value < 1 and any(path in DEPTHS for path in self.paths):
@@ -125,14 +126,23 @@ class Same(Field):
                 put(data, path, value)
 
     def write(self, facts: Facts, config: Data) -> None:
-        config[self.keys[0]] = facts[first(self.paths[0])]
+        path = held(self.paths, facts)
+        if path is None:
+            return  # no block is of the kind that it is about
+        value = facts[path]
+        if self.kind is int and isinstance(value, float):
+            if not value.is_integer():
+                raise UnsupportedError(f"model.{path}: {value:g} is no whole number, as '{self.keys[0]}' has to be")
+            value = int(value)
+        config[self.keys[0]] = value
 
 
 class Word(Field):
     """A name that is another name on our side; the first of several that mean the same is written."""
 
-    def __init__(self, key: str, path: str, names: Mapping[str, str], default: str) -> None:
-        self.keys, self.paths, self.names, self.default = (key,), (path,), names, default
+    def __init__(self, key: str, path: str | tuple[str, ...], names: Mapping[str, str], default: str) -> None:
+        self.paths = (path,) if isinstance(path, str) else path
+        self.keys, self.names, self.default = (key,), names, default
 
     def read(self, config: Config, data: Data) -> None:
         value = config.take(self.keys[0], self.default)
@@ -142,13 +152,16 @@ class Word(Field):
                 where=config.where,
                 hint=f"known: {', '.join(self.names)}",
             )
-        put(data, self.paths[0], self.names[value])
+        for path in self.paths:
+            put(data, path, self.names[value])
 
     def write(self, facts: Facts, config: Data) -> None:
-        (path,) = self.paths
-        name = next((name for name, meaning in self.names.items() if meaning == facts[first(path)]), None)
+        path = held(self.paths, facts)
+        if path is None:
+            return
+        name = next((name for name, meaning in self.names.items() if meaning == facts[path]), None)
         if name is None:
-            raise UnsupportedError(f"model.{first(path)}: {facts[first(path)]!r} has no name for '{self.keys[0]}'")
+            raise UnsupportedError(f"model.{path}: {facts[path]!r} has no name for '{self.keys[0]}'")
         config[self.keys[0]] = name
 
 
@@ -220,3 +233,8 @@ def put(data: Data, path: str, value: Any) -> None:
 def first(path: str) -> str:
     """The fact that a setting of every block is read from."""
     return re.sub(r"^(encoder\.)?block\.", r"\1blocks.0.", path)
+
+
+def held(paths: tuple[str, ...], facts: Facts) -> str | None:
+    """The first fact that there is of those that these settings are read from."""
+    return next((name for name in map(first, paths) if name in facts), None)

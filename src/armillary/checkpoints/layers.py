@@ -1,13 +1,14 @@
-"""Windows in config.json: how far blocks look, where all look alike and where near and far ones alternate."""
+"""Blocks of several kinds in config.json, above all how far they look: near and far ones that alternate."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from armillary.base.errors import CheckpointError, UnsupportedError
 from armillary.checkpoints.facts import Facts
-from armillary.checkpoints.fields import Config, Data, Field, put
+from armillary.checkpoints.fields import Config, Data, Field
 
 NEAR, FAR = "sliding_attention", "full_attention"
 
@@ -104,19 +105,35 @@ class UseWindow(Layers):
 
 def arrange(data: Data, near: list[bool], size: int | None, nearby: Data | None = None) -> None:
     """Give the blocks that look at a window theirs; blocks of two kinds become a pattern."""
-    far = data.pop("block")
-    close = copy.deepcopy(far)
-    put(close, "mixer.kind", "window")
-    put(close, "mixer.window", size)
-    for name, value in (nearby or {}).items():
-        put(close, f"mixer.{name}", value)
-    if len(set(near)) < 2:
-        data["block"] = close if any(near) else far
+    close = {"mixer": {"kind": "window", "window": size, **(nearby or {})}}
+    vary(data, ["near" if one else "far" for one in near], {"near": close, "far": {}})
+
+
+def vary(data: Data, kinds: Sequence[str], besides: Mapping[str, Data]) -> None:
+    """Make the block of every index one of the kind named for it, with these settings of its mixer and channel besides.
+
+    It may be called again, for what differs in another way. Blocks that differ become a pattern.
+    """
+    if not kinds:
+        return  # a depth of 0 or less, which is refused when all is read
+    if "block" in data:
+        before, held = [""] * len(kinds), {"": data.pop("block")}
+    else:
+        held, pattern = data.pop("blocks"), data.pop("pattern")
+        before = [pattern[index % len(pattern)] for index in range(len(kinds))]
+    one = len(set(kinds)) == 1
+    names = [had if one and had else f"{had}_{kind}".strip("_") for had, kind in zip(before, kinds, strict=True)]
+    blocks: Data = {}
+    for name, had, kind in zip(names, before, kinds, strict=True):
+        if name not in blocks:
+            blocks[name] = copy.deepcopy(held[had])
+            for part, settings in besides[kind].items():
+                blocks[name].setdefault(part, {}).update(copy.deepcopy(settings))
+    if len(blocks) == 1:
+        (data["block"],) = blocks.values()
         return
-    names = ["near" if one else "far" for one in near]
     period = next(n for n in range(1, len(names) + 1) if all(a == b for a, b in zip(names, names[n:], strict=False)))
-    data["blocks"] = {"near": close, "far": far}
-    data["pattern"] = names[:period]
+    data["blocks"], data["pattern"] = blocks, names[:period]
 
 
 def windowed(facts: Facts) -> list[bool]:

@@ -88,7 +88,7 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     settings = sentence.read(root, family.suit(settings, found))
     network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
-    bound = family.bind(settings, ours)
+    bound = family.bind(settings, ours, found)
     left_out = ours.keys() - {name for one in bound for name in one.ours}
     assert not left_out, f"the table of '{family.kind}' has no entry for {', '.join(sorted(left_out))}"
     repeats = {name: first for name, first in family.repeats.items() if name in found and first in found}
@@ -96,8 +96,8 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     raise_for(
         fit(
             {name: tensor for name, tensor in found.items() if name not in second},
-            {one.theirs: one.stages[0][0] for one in bound},
-            {one.theirs: one.sizes for one in bound},
+            {name: like for one in bound for name, like in zip(one.theirs, one.stages[0], strict=True)},
+            {name: one.sizes for one in bound for name in one.theirs},
         ),
         root,
         hint=f"{CONFIG} and the weights must be of one model",
@@ -144,7 +144,8 @@ def save_open(
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
         sentence.write(temporary, network.settings)
-        write_tensors(temporary, {one.theirs: one.exported(ours) for one in bound}, max_shard=max_shard)
+        theirs = {name: tensor for one in bound for name, tensor in one.exported(ours).items()}
+        write_tensors(temporary, theirs, max_shard=max_shard)
         if tokenizer is not None:
             tokenizer.save(temporary)
             if tokenizer.chat_template is not None:  # ours goes unsaid in our own folders
@@ -220,15 +221,15 @@ def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Store
 
 def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     for one in bound:
-        yield from one.imported(found[one.theirs].read()).items()
+        yield from one.imported(found).items()
 
 
 def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:
     """Names on disk that would repeat another tensor → that tensor's name (both are plain renames)."""
-    names = {one.ours: one.theirs for one in bound}
+    names = {one.ours: one.theirs[0] for one in bound}
     parameters = dict(network.named_parameters(remove_duplicate=False))
     tied = {name: parameters[name] for name in network.tied_names()}
-    return {one.theirs: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
+    return {one.theirs[0]: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
 
 
 def _tokenizer(root: Path) -> Tokenizer | None:

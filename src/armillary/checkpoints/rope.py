@@ -24,14 +24,12 @@ _NAMES = {
 
 
 class Rope(Field):
-    """The rotary positions of every block.
+    """The rotary positions of every block, or of those at `position`.
 
     theta, share: the older keys of the base and of the share of each head that turns; fraction: what
     that share is without a key, None where the readers turn whole heads whatever it says; scalings:
-    those that the readers know by these names.
+    those that the readers know by these names; base: what it is without a key.
     """
-
-    paths = (POSITION,)
 
     def __init__(
         self,
@@ -39,9 +37,13 @@ class Rope(Field):
         share: str = "partial_rotary_factor",
         fraction: float | None = None,
         scalings: tuple[str, ...] = SCALINGS,
+        base: float = 10000.0,
+        position: str = POSITION,
     ) -> None:
         self.keys = (theta, "rope_scaling", "rope_parameters", share)
+        self.paths = (position,)
         self.theta, self.share, self.fraction, self.scalings = theta, share, fraction, scalings
+        self.base = base
 
     def read(self, config: Config, data: Data) -> None:
         newer, older = config.take("rope_parameters"), config.take("rope_scaling")
@@ -53,16 +55,17 @@ class Rope(Field):
             name,
             newer or older,
             theta=(self.theta, config.take(self.theta)),
+            base=self.base,
             share=(self.share, config.take(self.share)),
             fraction=self.fraction,
             scalings=self.scalings,
         )
         for key, value in position.items():
-            put(data, f"{POSITION}.{key}", value)
+            put(data, f"{self.paths[0]}.{key}", value)
 
     def write(self, facts: Facts, config: Data) -> None:
         # The older keys: old and new readers know them.
-        position = first(POSITION)
+        position = first(self.paths[0])
         config[self.theta] = facts[f"{position}.base"]
         config["rope_scaling"] = scaled(facts, position)
         if self.fraction is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +64,30 @@ class Split(Step):
         return [torch.cat(parts, self.axis)]
 
 
+class Stack(Step):
+    """Several tensors of one shape stored for one of ours, which has them along its first axis; undone by parting."""
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.stack(parts)]
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        (whole,) = parts
+        return list(whole.unbind(0))
+
+
+class Squeeze(Step):
+    """An axis of size 1 that is stored and that ours do not have."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def apply(self, parts: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        return [part.squeeze(self.axis) for part in parts]
+
+    def undo(self, parts: list[Tensor]) -> list[Tensor]:
+        return [part.unsqueeze(self.axis) for part in parts]
+
+
 class SplitByHead(Step):
     """Rows of queries, keys and values stored as one tensor head after head, [H, 3, K]."""
 
@@ -100,42 +125,59 @@ class Entry:
 
     `{i}` in a name stands for every block. An entry holds where a network has its parameters (so a
     bias that settings leave out needs no condition). sizes: the keys of config.json that decide the
-    shape, for messages.
+    shape, for messages; other: the same parameters under the names of some folders, read where a folder
+    has them and never written.
     """
 
-    theirs: str
+    theirs: str | tuple[str, ...]
     ours: str | tuple[str, ...]
     steps: tuple[Step, ...] = ()
     sizes: str = ""
+    other: bool = False
+
+    def names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Their names and ours for a block."""
+        pair = ((part,) if isinstance(part, str) else part for part in (self.theirs, self.ours))
+        theirs, ours = (tuple(name.replace("{i}", str(index)) for name in names) for names in pair)
+        return theirs, ours
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it is one of every block."""
+        return "{i}" in (self.theirs if isinstance(self.theirs, str) else self.theirs[0])
 
 
 @dataclass(frozen=True)
 class Bound:
     """An entry for one block of one network. stages: tensors without storage, theirs first, ours last."""
 
-    theirs: str
+    theirs: tuple[str, ...]
     ours: tuple[str, ...]
     steps: tuple[Step, ...]
     sizes: str
     stages: tuple[tuple[Tensor, ...], ...]
 
-    def imported(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Their tensor → our parameters by name, each alone in its storage."""
-        parts = [tensor]
+    def imported(self, tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
+        """Their tensors → our parameters by name, each alone in its storage."""
+        parts = [tensors[name].read() for name in self.theirs]
         for step, like in zip(self.steps, self.stages[1:], strict=True):
             parts = step.apply(parts, like)
         return {name: owned(part) for name, part in zip(self.ours, parts, strict=True)}
 
-    def exported(self, tensors: Mapping[str, Tensor]) -> Stored:
-        """Our parameters → their tensor, formed when it is read."""
+    def exported(self, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+        """Our parameters → their tensors by name, each formed when it is read."""
 
-        def read() -> Tensor:
-            parts = [tensors[name].detach().cpu() for name in self.ours]
+        def read(place: int) -> Tensor:
+            parts = [tensors[name].detach() for name in self.ours]
             for step in reversed(self.steps):
                 parts = step.undo(parts)
-            return owned(parts[0])
+            return owned(parts[place].cpu())
 
-        return Stored(tuple(self.stages[0][0].shape), tensors[self.ours[0]].dtype, read)
+        dtype = tensors[self.ours[0]].dtype
+        return {
+            name: Stored(tuple(like.shape), dtype, partial(read, place))
+            for place, (name, like) in enumerate(zip(self.theirs, self.stages[0], strict=True))
+        }
 
 
 class Family:
@@ -143,10 +185,12 @@ class Family:
 
     source: who published it; architectures: values of that key that can be read, the first one is
     written; prefix: what the names of a whole model's tensors begin with, left out by folders of the
-    bare body; head: what the others begin with; template: the settings that all members have; fields
-    and entries: the two halves of the table; ignored: keys that leave the computation alone;
-    leftovers: tensors that do; older: other names of tensors (a pattern and what replaces it); repeats:
-    names of tensors that may be there beside those that they repeat; constants: keys written besides.
+    bare body; head: what the others begin with; template: the settings that all members have; kinds:
+    blocks of several kinds, by name the fact that tells one and its value, so that `NAME.mixer.heads`
+    can be a path of fields beside `block.mixer.heads`; optional: those that a model may lack; fields and
+    entries: the two halves of the table; ignored: keys that leave the computation alone; leftovers: tensors
+    that do; older: other names of tensors (a pattern and what replaces it); repeats: names of tensors that
+    may be there beside those that they repeat; constants: keys written besides.
     """
 
     kind: ClassVar[str] = ""
@@ -155,6 +199,8 @@ class Family:
     prefix: ClassVar[str] = ""
     head: ClassVar[str] = "lm_head."
     template: ClassVar[Mapping[str, Any]] = {}
+    kinds: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    optional: ClassVar[frozenset[str]] = frozenset()
     fields: ClassVar[tuple[Field, ...]] = ()
     entries: ClassVar[tuple[Entry, ...]] = ()
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -175,6 +221,8 @@ class Family:
         own = {key for field in self.fields for key in field.keys}
         for field in (*(one for one in COMMON if not own & set(one.keys)), *self.fields):
             field.read(config, ready)
+        if ready.get("depth", 1) < 1:  # our own may have none; theirs say what they compute by their blocks
+            raise config.wrong(self.behind(("depth",))[0], ready["depth"], "at least 1")
         strange = sorted(config.unread - IGNORED - self.ignored)
         if strange:
             known = [key for field in self.fields for key in field.keys]
@@ -185,6 +233,8 @@ class Family:
                 where=where,
                 hint=f"{close} {hint}" if close.startswith("did") else hint,
             )
+        if ready.get("depth") == 0:
+            raise CheckpointError(f"'{self.behind(('depth',))[0]}' is 0", where=where, hint="a model has blocks")
         try:
             return parse(ModelSettings, ready)
         except SettingsError as error:
@@ -200,14 +250,19 @@ class Family:
         """Settings → config.json. Raises UnsupportedError naming the setting that has no counterpart."""
         wanted = self.equivalent(facts(settings))
         template = {first(path): value for path, value in flat(self.template).items()}
+        missing = [name for name in self.kinds if self._block(name, wanted) is None]
+        for path, value in (self.kinds[name] for name in missing if name not in self.optional):
+            raise UnsupportedError(
+                f"model.blocks: {path} is never {value!r}, which has no counterpart in the '{self.kind}' layout"
+            )
         for path, value in template.items():
-            if wanted.get(path) != value:
+            if path.partition(".")[0] not in missing and wanted.get(path) != value:
                 raise self._without(path, wanted, value)
         config: Data = {"architectures": [self.architectures[0]], "model_type": self.kind}
         for field in self.fields:
             field.write(wanted, config)
         again = self.equivalent(facts(self.settings(config, "config.json")))
-        for path in (*wanted, *again):
+        for path in (*wanted, *again):  # their kinds of blocks, which repeat what the blocks say, stand last
             if path not in wanted or path not in again or wanted[path] != again[path]:
                 raise self._without(path, wanted, again.get(path))
         self.check(wanted)
@@ -215,14 +270,29 @@ class Family:
 
     def equivalent(self, wanted: Facts) -> Facts:
         """Facts of a network that computes the same once `table` has changed the parameters: here, a
-        window is attention that looks less far."""
+        window is attention that looks less far. Those of the first block of every kind are added under the
+        kind's name."""
         wanted = dict(wanted)
         for name in [name for name, value in wanted.items() if value == "window" and name.endswith(".kind")]:
             wanted[name] = "attention"
             dilation = f"{name.removesuffix('.kind')}.dilation"
             if wanted.get(dilation) == 1:
                 del wanted[dilation]
+        for kind in self.kinds:
+            block = self._block(kind, wanted)
+            if block is not None:
+                wanted |= {
+                    f"{kind}.{name.removeprefix(block)}": held
+                    for name, held in wanted.items()
+                    if name.startswith(block)
+                }
         return wanted
+
+    def _block(self, kind: str, wanted: Facts) -> str | None:
+        """What the facts of the first block of a kind begin with."""
+        path, value = self.kinds[kind]
+        like = (f"blocks.{index}." for index in range(wanted["depth"]))
+        return next((one for one in like if wanted.get(f"{one}{path}") == value), None)
 
     def check(self, wanted: Facts) -> None:
         """Raise UnsupportedError for what the readers of such folders refuse."""
@@ -231,17 +301,23 @@ class Family:
         """The tensors' half of the table for a network with these settings."""
         return self.entries
 
-    def bind(self, settings: ModelSettings, ours: Mapping[str, Tensor]) -> list[Bound]:
-        """Every entry that holds for a network with parameters `ours`, of which only shapes matter."""
+    def bind(self, settings: ModelSettings, ours: Mapping[str, Tensor], found: Container[str] = ()) -> list[Bound]:
+        """Every entry that holds for a network with parameters `ours`, of which only shapes matter.
+
+        found: the names in a folder, which decide between two that hold.
+        """
         bound = []
         deepest = max(settings.depth, settings.encoder.depth if settings.encoder else 0)
-        for entry in self.table(settings):
-            for index in range(deepest if "{i}" in entry.theirs else 1):
-                names = (entry.ours,) if isinstance(entry.ours, str) else entry.ours
-                names = tuple(name.replace("{i}", str(index)) for name in names)
-                if all(name in ours for name in names):
-                    theirs = entry.theirs.replace("{i}", str(index))
-                    bound.append(Bound(theirs, names, entry.steps, entry.sizes, _stages(entry, names, ours)))
+        taken: set[str] = set()
+        for entry in sorted(self.table(settings), key=lambda entry: not entry.other):
+            for index in range(deepest if entry.repeated else 1):
+                theirs, names = entry.names(index)
+                if any(name not in ours or name in taken for name in names):
+                    continue
+                if entry.other and any(name not in found for name in theirs):
+                    continue
+                taken.update(names)
+                bound.append(Bound(theirs, names, entry.steps, entry.sizes, _stages(entry, names, ours)))
         return bound
 
     def _check_architecture(self, config: Config) -> None:
@@ -257,11 +333,12 @@ class Family:
     def behind(self, where: Sequence[str], what: str = "") -> list[str]:
         """The keys of config.json behind a mistake in the settings made from them, at `where` or said in `what`."""
         path = re.sub(r"^(encoder\.)?blocks\.\w+", r"\1block", ".".join(where))
+        kinds = re.compile(rf"^({'|'.join(self.kinds)})\.")
         near = [
             (key, name)
             for field in self.fields
             for key in field.keys
-            for name in field.paths
+            for name in ((kinds.sub("block.", name) for name in field.paths) if self.kinds else field.paths)
             if name.startswith(path) or path.startswith(f"{name}.")
         ]
         said = set(re.findall(r"\w+", what))
@@ -271,6 +348,9 @@ class Family:
     def _without(self, path: str, wanted: Facts, theirs: Any) -> UnsupportedError:
         """Name the setting: the deepest part of `path` that the network's settings do have."""
         meant = "" if theirs is None or path not in wanted else f" (it means {theirs!r})"
+        kind, _, rest = path.partition(".")
+        if kind in self.kinds:
+            path = f"{self._block(kind, wanted)}{rest}"
         while path not in wanted and "." in path:
             path = path.rpartition(".")[0]
             path = next((full for name in ("kind", "branches") if (full := f"{path}.{name}") in wanted), path)

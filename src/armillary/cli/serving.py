@@ -38,10 +38,10 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Serve models over HTTP, as OpenAI clients expect it.
+    """Serve models over HTTP.
 
-    Keys come from the environment: ARMILLARY_API_KEYS="name:secret,other:secret". Without keys the server
-    answers this machine only.
+    OpenAI clients find what they expect there. Keys come from the environment:
+    ARMILLARY_API_KEYS="name:secret,other:secret". Without keys the server answers this machine only.
 
     Example: armillary serve runs/demo
     """

@@ -127,20 +127,26 @@ class Corpus:
                 hint="prepare the data again with these settings",
             )
         used = [
-            (source.train, wanted.weight)
-            for source, wanted in zip(self.sources, settings.sources, strict=True)
+            (source.train, wanted.weight, task)
+            for source, wanted, task in zip(self.sources, settings.sources, settings.tasks(), strict=True)
             if source.record.split != "heldout"
         ]
         return Loader(
-            [store for store, _ in used],
-            [weight for _, weight in used],
+            [store for store, _, _ in used],
+            [weight for _, weight, _ in used],
             context=context,
             batch=batch,
             seed=seed,
             isolate=settings.isolate,
             rank=rank,
             ranks=ranks,
+            tasks=[task for _, _, task in used],
         )
+
+    def heldout_tasks(self, settings: DataSettings) -> list[int]:
+        """What each held-out document is for, by the sources that the documents come from."""
+        pairs = zip(self.sources, settings.tasks(), strict=True)
+        return [task for source, task in pairs for _ in range(len(source.heldout))]
 
     def verify(self) -> None:
         """Read every shard and the tokenizer and compare checksums. Raises DataError that names what differs."""

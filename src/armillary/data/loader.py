@@ -50,7 +50,8 @@ class Loader:
     Window w of a store holds tokens [w·context, w·context + context + 1): `context` inputs and their
     targets. Each epoch of a source is a permutation of its windows; sources are mixed row by row in
     the proportions of `weights`, each going through its own epochs. `batch` rows make one global batch;
-    rank r of `ranks` gets its equal share of those rows, neighbours in the batch.
+    rank r of `ranks` gets its equal share of those rows, neighbours in the batch. tasks: of each store, what
+    its rows are for; by default its place.
 
     Raises DataError when a store is shorter than one window, InputError for sizes that do not fit.
     """
@@ -66,6 +67,7 @@ class Loader:
         isolate: bool = False,
         rank: int = 0,
         ranks: int = 1,
+        tasks: Sequence[int] | None = None,
     ) -> None:
         self.stores = (stores,) if isinstance(stores, TokenStore) else tuple(stores)
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.stores)
@@ -93,6 +95,7 @@ class Loader:
         self.rows = batch // ranks
         self._first_row = rank * self.rows
         self._mixture = Mixture(self.weights)
+        self.tasks = tuple(tasks) if tasks is not None else tuple(range(len(self.stores)))
         self._windows = [(store.tokens - 1) // context for store in self.stores]
 
     @property
@@ -112,14 +115,17 @@ class Loader:
         first = index * self.batch_size + self._first_row
         ids = np.empty((self.rows, self.context + 1), np.int64)
         documents = np.empty_like(ids) if self.isolate else None
+        tasks = np.empty(self.rows, np.int64)
         for source, rows, windows in self._assigned(first):
             store = self.stores[source]
             for row, window in zip(rows, windows.tolist(), strict=True):
                 start = window * self.context
+                tasks[row] = self.tasks[source]
                 ids[row] = store.read(start, start + self.context + 1)
                 if documents is not None:
                     documents[row] = store.documents_of(start, start + self.context + 1)
-        return Batch(torch.from_numpy(ids), None if documents is None else torch.from_numpy(documents))
+        own = None if documents is None else torch.from_numpy(documents)
+        return Batch(torch.from_numpy(ids), own, tasks=torch.from_numpy(tasks))
 
     def iterate(self, start: int = 0, *, ahead: int = 2) -> Iterator[Batch]:
         """Batches start, start + 1, … without end, read by a thread up to `ahead` in advance.

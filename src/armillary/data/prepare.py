@@ -121,7 +121,7 @@ def _survey(readers: Sequence[Reader]) -> tuple[str, int]:
 def _key(
     settings: DataSettings, tokenizer_settings: TokenizerSettings | None, tokenizer: Tokenizer | None, inputs: str
 ) -> str:
-    """What decides the bytes of a corpus; weights, isolation and workers do not."""
+    """What decides the bytes of a corpus; weights, tasks, isolation and workers do not."""
     if tokenizer is not None:
         how: Any = {"fingerprint": tokenizer.fingerprint, "config": tokenizer.config}
     elif tokenizer_settings is not None:
@@ -130,7 +130,7 @@ def _key(
         raise DataError("neither a tokenizer nor settings to learn one are given")
     data = settings.derive(workers=0, isolate=False).to_data()
     for source in data["sources"]:
-        del source["weight"]
+        del source["weight"], source["task"]
     asked = {"schema_version": SCHEMA_VERSION, "data": data, "tokenizer": how, "inputs": inputs}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

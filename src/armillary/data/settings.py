@@ -30,6 +30,9 @@ class SourceSettings(Settings):
     split: Literal["hash", "train", "heldout"] = Field(
         "hash", description="hash: each document's content decides its side; or all of it on one side"
     )
+    task: int | None = Field(
+        None, ge=0, description="what its text is for, as models that route by task hear it; by default its place here"
+    )
 
 
 class DataSettings(Settings):
@@ -46,3 +49,7 @@ class DataSettings(Settings):
     tokenizer_sample: int = Field(2**25, ge=1024, description="bytes of training text that the tokenizer learns from")
     shard_tokens: int = Field(2**25, ge=1, description="tokens after which a shard is closed; finished ones survive")
     workers: int = Field(0, ge=0, description="processes that tokenise; 0: one per core")
+
+    def tasks(self) -> tuple[int, ...]:
+        """What the text of each source is for."""
+        return tuple(place if source.task is None else source.task for place, source in enumerate(self.sources))

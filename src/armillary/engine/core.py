@@ -94,7 +94,8 @@ class Engine:
         self.cost = 0.0  # seconds per prompt token, learnt
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
-        self._side = {name: torch.zeros(slots, dtype=torch.int64) for name in network.side_names}
+        # −1 where nothing is said of what may be left out
+        self._side = {name: torch.full((slots,), -1) for name in network.side_names | network.takes}
         self._runs: dict[Progress, _Running] = {}
         self._new: list[_Running] = []
         self._lock = threading.Lock()
@@ -218,8 +219,8 @@ class Engine:
             self.slots.begin(progress.slot, run.match, run.answer.request.source)
             run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
             for name, values in self._side.items():
-                whole = len(run.answer.request.ids) if name == "prefix" else run.answer.request.side[name]
-                values[progress.slot] = whole
+                request = run.answer.request
+                values[progress.slot] = len(request.ids) if name == "prefix" else request.side.get(name, -1)
             run.match = Match()
 
     def _compute(self, works: list[Work]) -> None:
@@ -507,6 +508,9 @@ class Engine:
                 f"prompt and completion need {needed} tokens, and the engine holds {self.capacity} of one answer",
                 hint="shorten the prompt or max_new_tokens, or give the engine a larger capacity",
             )
-        for name in self._side:
-            if name != "prefix" and name not in request.side:
+        for name in self.network.side_names - {"prefix"}:
+            if name not in request.side:
                 raise InputError(f"this network needs the side number '{name}'")
+        for name in request.side:
+            if name not in self._side:
+                raise InputError(f"no mechanism here takes the side number '{name}'")

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from armillary.nn.network import Network, NetworkState
+from armillary.nn.network import Network
+from armillary.nn.network_state import NetworkState
 
 
 class Drafter(Protocol):

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 from armillary.base.errors import InputError
 from armillary.engine.core import Engine
@@ -65,11 +67,15 @@ def generate(
     sampling: Sampling,
     *,
     sources: Sequence[Sequence[int]] | None = None,
+    side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
 ) -> Completions:
-    """Complete every prompt (token ids); sources: what an encoder–decoder reads for each."""
+    """Complete every prompt (token ids).
+
+    sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name.
+    """
     done = Completions(Completion() for _ in prompts)
-    for piece in stream(network, tokenizer, prompts, sampling, into=done, sources=sources, taps=taps):
+    for piece in stream(network, tokenizer, prompts, sampling, into=done, sources=sources, side=side, taps=taps):
         done[piece.row].text += piece.text
     return done
 
@@ -82,6 +88,7 @@ def stream(
     *,
     into: Completions | None = None,
     sources: Sequence[Sequence[int]] | None = None,
+    side: Mapping[str, Tensor] | None = None,
     taps: Taps | None = None,
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
@@ -96,8 +103,17 @@ def stream(
     done = into if into is not None else Completions(Completion() for _ in prompts)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
     engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, taps=taps)
+    given = _numbers(side or {}, len(prompts))
     answers = [
-        engine.submit(Request(tuple(prompt), sampling, None if sources is None else tuple(sources[row]), stream=row))
+        engine.submit(
+            Request(
+                tuple(prompt),
+                sampling,
+                source=None if sources is None else tuple(sources[row]),
+                side={name: numbers[row] for name, numbers in given.items()},
+                stream=row,
+            )
+        )
         for row, prompt in enumerate(prompts)
     ]
     open_ = list(range(len(prompts)))
@@ -120,3 +136,12 @@ def _new(answer: Answer) -> Iterator[Given]:
         if piece.finish == "error":
             raise GenerationError(answer.error or "the engine failed")
         yield piece
+
+
+def _numbers(side: Mapping[str, Tensor], rows: int) -> dict[str, list[int]]:
+    for name, tensor in side.items():
+        if tensor.shape != (rows,):
+            raise InputError(
+                f"the side tensor '{name}' has shape {tuple(tensor.shape)}", hint=f"give one number a prompt, [{rows}]"
+            )
+    return {name: tensor.tolist() for name, tensor in side.items()}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from armillary.engine.prefix import Entries, Match, Snapshot
-from armillary.nn.network import Network, NetworkState
+from armillary.nn.network import Network
+from armillary.nn.network_state import NetworkState
 from armillary.nn.state import SpanState, State
 from armillary.nn.taps import Taps
 

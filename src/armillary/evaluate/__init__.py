@@ -22,6 +22,7 @@ from armillary.evaluate.environment import environment, peak_memory
 
 if TYPE_CHECKING:
     from armillary.evaluate.card import write_card
+    from armillary.evaluate.experts import ExpertLoad, expert_load
     from armillary.evaluate.heldout import corpus_folder
     from armillary.evaluate.intervals import Interval
     from armillary.evaluate.lengths import LengthScore, evaluate_lengths
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "DocumentScore": "perplexity",
     "Evaluation": "measure",
+    "ExpertLoad": "experts",
     "Interval": "intervals",
     "LengthScore": "lengths",
     "Throughput": "throughput",
     "corpus_folder": "heldout",
     "evaluate": "measure",
     "evaluate_lengths": "lengths",
+    "expert_load": "experts",
     "score_documents": "perplexity",
     "write_card": "card",
     "write_report": "report",
@@ -48,6 +51,7 @@ __all__ = [
     "Baseline",
     "DocumentScore",
     "Evaluation",
+    "ExpertLoad",
     "Interval",
     "LengthScore",
     "Throughput",
@@ -56,6 +60,7 @@ __all__ = [
     "environment",
     "evaluate",
     "evaluate_lengths",
+    "expert_load",
     "kneser_ney",
     "peak_memory",
     "score_documents",

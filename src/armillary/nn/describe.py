@@ -68,10 +68,11 @@ def _idle(settings: ModelSettings, network: Network) -> int:
     idle = 0
     for block, module in zip(settings.layers(), network.blocks, strict=True):
         for branch in block.all():
-            part = branch.mixer or branch.channel
-            if part is not None:
-                held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
-                idle += held - part.active(held)
+            held = sum(p.numel() for p in module.get_submodule(f"{branch.name}.inner").parameters())
+            if branch.mixer is not None:
+                idle += held - branch.mixer.active(held)
+            elif branch.channel is not None:
+                idle += held - branch.channel.active(held, settings.width)
     return idle
 
 

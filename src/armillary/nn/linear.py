@@ -19,7 +19,7 @@ from armillary.base.registry import Registry
 from armillary.base.settings import Choice
 from armillary.native.rows import few_rows_product, fits
 from armillary.nn.ops import plain
-from armillary.nn.ops.experts import expert_product
+from armillary.nn.ops.experts import Groups, expert_product, grouped_product
 
 linears: Registry[LinearSettings] = Registry("linear", "armillary.nn.linear", default="dense")
 
@@ -211,6 +211,21 @@ class ExpertLinear(nn.Module):
         chosen = experts.reshape(-1, 1) if own else experts.reshape(-1, experts.shape[-1])
         y = expert_product(x.reshape(-1, self.inputs), self.weight, chosen).view(*experts.shape, self.outputs)
         return y if self.bias is None else y + self.bias.to(x.dtype)[experts]
+
+    def grouped(self, rows: Tensor, groups: Groups) -> Tensor:
+        """The same for rows [M, inputs] that stand sorted by their experts → [M, outputs]."""
+        y = grouped_product(rows, self.weight, groups)
+        return y if self.bias is None else y + self.bias.to(rows.dtype)[groups.owners]
+
+    def single(self, row: Tensor, expert: int) -> Tensor:
+        """[1, inputs] through one expert, where `reads_once` says that it can be."""
+        y = few_rows_product(row, self.weight[expert])
+        return y if self.bias is None else y + self.bias[expert].to(row.dtype)
+
+    def stacked(self, rows: Tensor) -> Tensor:
+        """As many rows for every expert: [E, M, inputs] → [E, M, outputs]."""
+        y = torch.bmm(rows, self.weight.to(rows.dtype).transpose(1, 2))
+        return y if self.bias is None else y + self.bias.to(rows.dtype)[:, None]
 
     def extra_repr(self) -> str:
         return f"{self.experts} × {self.inputs} → {self.outputs}, role={self.role}, bias={self.bias is not None}"

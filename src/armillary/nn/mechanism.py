@@ -76,8 +76,9 @@ class Capabilities:
     packed: documents side by side in one row; padding: rows with padded tokens; mask: a predicate
     from the objective; rollback: how its state goes back; chunking: whether any chunking gives the
     same numbers; sight: whether it has an exact token-to-token matrix; side: the named tensors that
-    it needs; noise: whether it draws noise in training updates (and only there); driven: whether it
-    looks at what a driver's state holds for it (`SlideState`), so that a driver decides what it sees.
+    it needs; takes: those that it uses where they are given; noise: whether it draws noise in training
+    updates (and only there); driven: whether it looks at what a driver's state holds for it (`SlideState`),
+    so that a driver decides what it sees.
     """
 
     causal: bool = True
@@ -92,6 +93,7 @@ class Capabilities:
     chunking: bool = True
     sight: Literal["exact", "jacobian"] = "exact"
     side: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
     noise: bool = False
     driven: bool = False
 
@@ -129,10 +131,19 @@ class MixerSettings(MechanismSettings):
         return parameters
 
 
+# What a channel mixer can do that works within each position.
+WITHIN = Capabilities(bidirectional=True, prefix=True, state="fixed")
+
+
 class ChannelSettings(MechanismSettings):
-    """Settings of a channel mixer."""
+    """Settings of a channel mixer; `mixes`: whether what a token gets depends on others."""
 
     choices: ClassVar[Registry[ChannelSettings]] = channels
+    mixes: ClassVar[bool] = False
+
+    def can(self) -> Capabilities:
+        """What a channel mixer with these settings honours."""
+        return WITHIN
 
     def build(self, place: Place) -> ChannelMixer:
         raise NotImplementedError
@@ -140,8 +151,8 @@ class ChannelSettings(MechanismSettings):
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:
         raise NotImplementedError
 
-    def active(self, parameters: int) -> int:
-        """Of `parameters`, how many take part for one token (fewer than all for experts)."""
+    def active(self, parameters: int, width: int) -> int:
+        """Of `parameters` at a `width`, how many take part for one token (fewer than all for experts)."""
         return parameters
 
 
@@ -373,6 +384,8 @@ class Mixer(nn.Module):
 
 class ChannelMixer(nn.Module):
     """Works within each position; x and the result are [B, T, D]. Most carry no state."""
+
+    capabilities: Capabilities = WITHIN
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         raise NotImplementedError

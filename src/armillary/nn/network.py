@@ -6,8 +6,7 @@ exist. Parameters keep their own dtype; activations flow in `dtype`, set by `com
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import InputError, SettingsError, UnsupportedError
-from armillary.nn.block import Block, BlockState
+from armillary.nn.block import Block
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
 from armillary.nn.driver import DriverSettings
@@ -23,14 +22,14 @@ from armillary.nn.heads.base import HeadSettings
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.linear import Embedding, LinearSettings
 from armillary.nn.mask import Mask
-from armillary.nn.mechanism import Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.mechanism import ChannelMixer, Mixer, NormSettings, Order, Place, PositionSettings, initialise
+from armillary.nn.network_state import NetworkState
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops import readable
 from armillary.nn.ops.cross_entropy import linear_cross_entropy, token_nll
 from armillary.nn.scaling import ScalingSettings, scale
 from armillary.nn.side import SideSettings
 from armillary.nn.stack import Stack, StackSettings, share
-from armillary.nn.state import State
 from armillary.nn.taps import Taps
 from armillary.nn.training import Training
 
@@ -120,106 +119,6 @@ class ModelSettings(StackSettings):
         return total + Cost(around)
 
 
-class NetworkState:
-    """The states of all blocks (last, of a driver), and how many tokens each row has seen."""
-
-    def __init__(self, blocks: list[BlockState], lengths: Tensor, memory: Memory | None = None) -> None:
-        self.blocks, self.lengths, self.memory = blocks, lengths, memory
-        self.positions = lengths.clone()  # the next position of each row
-
-    @property
-    def batch(self) -> int:
-        return int(self.lengths.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for _, _, state in self.each())
-
-    def select(self, rows: Tensor) -> NetworkState:
-        memory = self.memory
-        if memory is not None:
-            memory = Memory(memory.hidden[rows], None if memory.padding is None else memory.padding[rows])
-        return self._map(lambda state: state.select(rows), self.lengths[rows], self.positions[rows], memory)
-
-    @classmethod
-    def join(cls, states: Sequence[NetworkState]) -> NetworkState:
-        first = states[0]
-        other = copy.copy(first)
-        other.blocks = [
-            {name: type(held).join([s.blocks[i][name] for s in states]) for name, held in block.items()}
-            for i, block in enumerate(first.blocks)
-        ]
-        other.lengths = torch.cat([s.lengths for s in states])
-        other.positions = torch.cat([s.positions for s in states])
-        memories = [s.memory for s in states if s.memory is not None]
-        if memories:
-            paddings = [m.padding for m in memories if m.padding is not None]
-            padding = torch.cat(paddings) if len(paddings) == len(memories) else None
-            other.memory = Memory(torch.cat([m.hidden for m in memories]), padding)
-        return other
-
-    def rows(self, first: int, count: int) -> NetworkState:
-        """The state of `count` rows from `first` on, over the same storage; give it back to `absorb` after
-        every chunk."""
-        memory, part = self.memory, slice(first, first + count)
-        if memory is not None:
-            memory = Memory(memory.hidden[part], None if memory.padding is None else memory.padding[part])
-        return self._map(
-            lambda s: s.rows(first, count), self.lengths[part].clone(), self.positions[part].clone(), memory
-        )
-
-    def absorb(self, first: int, part: NetworkState) -> None:
-        """Make the rows from `first` on those of `part`: what `rows` gave, or a state of its own."""
-        for index, name, state in self.each():
-            state.absorb(first, part.blocks[index][name])
-        place = slice(first, first + part.batch)
-        self.lengths, self.positions = self.lengths.clone(), self.positions.clone()
-        self.lengths[place], self.positions[place] = part.lengths, part.positions
-
-    def snapshot(self) -> NetworkState:
-        return self._map(lambda state: state.snapshot(), self.lengths.clone(), self.positions.clone(), self.memory)
-
-    def restore(self, snapshot: NetworkState) -> None:
-        for index, name, state in self.each():
-            state.restore(snapshot.blocks[index][name])
-        self.lengths, self.positions = snapshot.lengths.clone(), snapshot.positions.clone()
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget the tokens from lengths[b] on; raises, with nothing changed, where a state cannot."""
-        for _, _, state in self.each():
-            if state.kind not in ("span", "fixed") or (state.kind == "fixed" and not _constant(state)):
-                state.truncate(lengths)
-        kept = torch.minimum(self.lengths, lengths.to(self.lengths))
-        for _, _, state in self.each():
-            if state.kind == "span":
-                state.truncate(kept)
-        self.positions = self.positions - (self.lengths - kept)
-        self.lengths = kept
-
-    def to(self, device: torch.device | str) -> NetworkState:
-        memory = self.memory
-        if memory is not None:
-            memory = Memory(memory.hidden.to(device), None if memory.padding is None else memory.padding.to(device))
-        return self._map(lambda state: state.to(device), self.lengths.to(device), self.positions.to(device), memory)
-
-    def each(self) -> Iterator[tuple[int, str, State]]:
-        """(index of the block, name of the branch, its state), of every state."""
-        for index, block in enumerate(self.blocks):
-            for name, state in block.items():
-                yield index, name, state
-
-    def _map(self, change: Any, lengths: Tensor, positions: Tensor, memory: Memory | None) -> NetworkState:
-        other = copy.copy(self)
-        other.blocks = [{name: change(state) for name, state in block.items()} for block in self.blocks]
-        other.lengths, other.positions, other.memory = lengths, positions, memory
-        return other
-
-
-def _constant(state: State) -> bool:
-    """An encoder's keys and values do not change with the tokens, so cutting them back is nothing."""
-    return "k" in state.tensors and "v" in state.tensors
-
-
 class Network(nn.Module):
     """ids [B, T] int64 → what the head gives (logits [B, T, V] for a language model)."""
 
@@ -245,6 +144,13 @@ class Network(nn.Module):
         if settings.encoder is not None:
             self.encoder = Stack(settings.encoder, settings.source_place())
             self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
+            for part in self.encoder.modules():
+                if isinstance(part, Mixer) and part.capabilities.side:
+                    raise UnsupportedError(
+                        f"'{part.kind}' needs side tensors, which a source does not bring",
+                        where=part.path,
+                        hint="use it in form: encoder, or in the decoder",
+                    )
             self.blocks = Stack(settings, place.at("decoder"))
         else:
             self.blocks = Stack(settings, place)
@@ -255,6 +161,7 @@ class Network(nn.Module):
         self.tie()
         self._side = self._needed_side()
         self._compares = any(getattr(mixer, "compares", False) for mixer in self.mixers())
+        self.takes = frozenset(name for part in self._parts() for name in part.capabilities.takes)
         for name in settings.side:
             if name not in self._side:
                 raise SettingsError(f"no mechanism here needs the side tensor '{name}'", path=("model", "side", name))
@@ -310,8 +217,9 @@ class Network(nn.Module):
 
     @property
     def side_names(self) -> frozenset[str]:
-        """The side tensors that have to be given."""
-        return self._side
+        """The side tensors that have to be given: all but those that the model makes by itself (`takes`: those
+        that may be given)."""
+        return self._side - set(self.settings.side)
 
     @property
     def device(self) -> torch.device:
@@ -578,13 +486,16 @@ class Network(nn.Module):
         self._check_side(given)
         return given
 
+    def _parts(self) -> list[Mixer | ChannelMixer]:
+        return [module for module in self.modules() if isinstance(module, (Mixer, ChannelMixer))]
+
     def _needed_side(self) -> frozenset[str]:
-        needed = {name for mixer in self.mixers() for name in mixer.capabilities.side}
+        needed = {name for part in self._parts() for name in part.capabilities.side}
         return frozenset(needed | ({"prefix"} if self.settings.form == "prefix" else set()))
 
     def _check_side(self, side: Mapping[str, Tensor]) -> None:
         for name in side:
-            if name not in self._side:
+            if name not in self._side and name not in self.takes:
                 raise InputError(f"no mechanism here needs the side tensor '{name}'")
         for name in self._side:
             if name not in side:

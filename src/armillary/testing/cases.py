@@ -24,6 +24,7 @@ from armillary.nn.example import Example
 from armillary.nn.heads.base import HeadSettings
 from armillary.nn.linear import Embedding
 from armillary.nn.mechanism import (
+    WITHIN,
     Capabilities,
     ChannelMixer,
     ChannelSettings,
@@ -36,7 +37,7 @@ from armillary.nn.mechanism import (
     initialise,
 )
 from armillary.nn.mixers.attention import AttentionSettings
-from armillary.nn.network import NetworkState
+from armillary.nn.network_state import NetworkState
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.stack import Stack, StackSettings
 from armillary.nn.state import State
@@ -44,7 +45,6 @@ from armillary.nn.state import State
 WIDTH = 16
 SOURCE = 7  # tokens of the memory that cross mixers look at
 VOCABULARY = 24
-EVERYWHERE = Capabilities(bidirectional=True, prefix=True, state="fixed")  # what works within a position can do
 
 
 class NotApplicable(Exception):
@@ -172,12 +172,17 @@ class Case:
     @property
     def mixes(self) -> bool:
         """Whether information moves between positions."""
-        return isinstance(self.settings, (MixerSettings, DriverSettings))
+        settings = self.settings
+        if isinstance(settings, ChannelSettings):
+            return settings.mixes
+        return isinstance(settings, (MixerSettings, DriverSettings))
 
     @property
     def can(self) -> Capabilities:
         settings = self.settings
-        return type(settings).capabilities if isinstance(settings, (MixerSettings, DriverSettings)) else EVERYWHERE
+        if isinstance(settings, ChannelSettings):
+            return settings.can()
+        return type(settings).capabilities if isinstance(settings, (MixerSettings, DriverSettings)) else WITHIN
 
     @property
     def extends(self) -> bool:

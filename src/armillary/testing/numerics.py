@@ -245,7 +245,7 @@ def noise(case: Case) -> None:
     one, again, other = (_run(trial, training=Training.of(seed)) for seed in (1, 1, 2))
     for a, b in zip(one, again, strict=True):
         same(a, b, "the same seed twice")
-    drawn = case.mixes and case.can.noise
+    drawn = case.can.noise
     if drawn:
         require(not torch.equal(one[0], other[0]), "noise is declared, yet another seed changes nothing")
     else:

@@ -206,6 +206,7 @@ class Session:
             tokens=training.evaluate_tokens,
             isolate=recipe.data.isolate,
             seed=recipe.seed,
+            tasks=self.corpus.heldout_tasks(recipe.data),
         )
         causal = training.objective.kind == "causal"  # others do not ask for every token
         self.tokens_per_byte = _tokens_per_byte(self.corpus, recipe) if causal else None
@@ -355,6 +356,7 @@ class Session:
             "memory": _peak_memory(self.trainer.network.device),
         }
         line |= {name: value for name, value in update.metrics.items() if name not in ("nats", *line)}
+        line |= self.trainer.observe()
         if course.skipped:
             line["skipped"] = course.skipped
         if self._heldout_now is not None and self.heldout is not None:

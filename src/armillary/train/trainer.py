@@ -27,6 +27,7 @@ from armillary.objectives.base import Prepared, Vocabulary
 from armillary.recipe.training import TrainingSettings
 from armillary.train import compiling, distributed
 from armillary.train.distributed import World
+from armillary.train.heldout import told
 from armillary.train.optimiser import build_optimiser, parameter_groups, set_rate
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -102,6 +103,8 @@ class Trainer:
         self.optimiser = build_optimiser(groups, training.optimiser)
         found = (getattr(module, "after_step", None) for module in network.modules())
         self.hooks: list[Callable[[int, int], object]] = [hook for hook in found if callable(hook)]
+        asked = (getattr(module, "observe", None) for module in network.modules())
+        self.observers: list[Callable[[], Mapping[str, float]]] = [ask for ask in asked if callable(ask)]
         self.steps_done = 0
         self.progress = None if training.seconds is None else 0.0  # of the time, moved on by who holds the clock
         self.last: Update | None = None
@@ -147,11 +150,19 @@ class Trainer:
         self.last = Update(self.steps_done, loss, grad_norm, rate, tokens, why, metrics)
         return loss
 
+    def observe(self) -> dict[str, float]:
+        """What modules saw in the last update (the load of experts), of each name the largest."""
+        found: dict[str, float] = {}
+        for ask in self.observers:
+            for name, value in ask().items():
+                found[name] = max(found.get(name, value), value)
+        return found
+
     def _gradients(self, batch: Batch, step: int) -> tuple[dict[str, float], float, int]:
         """Leaves the gradient of the mean loss in the parameters; returns loss, weight and metrics
         summed over the whole update, the divisor used, and how many tokens the network saw."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "objective", step))
-        prepared = beside(self.objective.prepare(batch, generator), batch)
+        prepared = told(beside(self.objective.prepare(batch, generator), batch), batch, self.network)
         divisor = float(prepared.weights.sum()) or 1.0
         scale = self.world.size / divisor  # processes' gradients are averaged, and a sum is wanted
         rows = prepared.ids.shape[0]

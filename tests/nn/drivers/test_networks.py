@@ -12,7 +12,8 @@ import armillary as arm
 from armillary.base.errors import ArmillaryError, SettingsError
 from armillary.base.settings import parse
 from armillary.nn.describe import describe
-from armillary.nn.network import ModelSettings, Network, NetworkState, build
+from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.network_state import NetworkState
 from armillary.recipe.training import TrainingSettings
 from armillary.text import TokenizerSettings, train_tokenizer
 from armillary.train import Trainer

@@ -72,7 +72,7 @@ class Phi3(Decoder):
     def table(self, settings: ModelSettings) -> Sequence[Entry]:
         theirs, ours = "model.layers.{i}", "blocks.{i}"
         return [
-            *(entry for entry in super().table(settings) if entry.theirs.split(".")[-2] not in _FUSED),
+            *(entry for entry in super().table(settings) if str(entry.theirs).split(".")[-2] not in _FUSED),
             Entry(
                 f"{theirs}.self_attn.qkv_proj.weight",
                 tuple(f"{ours}.mixer.inner.{name}.weight" for name in "qkv"),

@@ -79,7 +79,7 @@ class EmergentSettings(ChannelSettings):
     def build(self, place: Place) -> Emergent:
         return Emergent(self, place)
 
-    def active(self, parameters: int) -> int:
+    def active(self, parameters: int, width: int) -> int:
         return round(parameters * self.top / self.experts)
 
     def cost(self, place: Place, length: int, itemsize: int = 2) -> Cost:

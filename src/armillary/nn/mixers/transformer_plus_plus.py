@@ -89,6 +89,8 @@ class TransformerPlusPlusSettings(MixerSettings):
 class TailedState(SpanState):
     """A span, and tensors "…_tail" [B, n, C] of constant size, which no truncation can bring back."""
 
+    divisible: ClassVar[bool] = False
+
     def truncate(self, lengths: Tensor) -> None:
         State.truncate(self, lengths)
 

@@ -19,7 +19,8 @@ from armillary.checkpoints.table import families
 from armillary.checkpoints.tensors import INDEX
 from armillary.nn.network import ModelSettings, Network, build
 
-# By the name of the model: the parts of its config.json that decide the computation, and how many parameters it has.
+# By the name of the model: the parts of its config.json that decide the computation, and how many parameters
+# it has (BERT without its pooler, an encoder of sentences as a bare body).
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     name.rpartition("/")[2]: (held["parameters"], held["config"])
     for name, held in json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8")).items()

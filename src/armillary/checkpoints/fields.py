@@ -20,7 +20,8 @@ Data = dict[str, Any]
 # More than any model has; beyond, a wrong number would fill the memory before it is noticed.
 LARGEST = 2**31 - 1
 DEPTHS = ("depth", "encoder.depth")
-MOST = {"depth": 10_000, "width": 2**20, "mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
+MOST = dict.fromkeys(DEPTHS, 10_000) | {"width": 2**20}
+MOST |= {"mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -115,8 +116,7 @@ class Same(Field):
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
-            inner = [path.removeprefix("encoder.") for path in self.paths]
-            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in inner)
+            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in self.paths)
             if value > most:
                 raise config.wrong(key, value, f"at most {most}")
             if value < 1 and any(path in DEPTHS for path in self.paths):

@@ -36,7 +36,7 @@ class Stream:
 
     def __init__(self, network: Any, weights: str, rows: int) -> None:
         self.rows = rows
-        self.slots = Slots(network, rows, PROMPT + 64 * TOKENS, weights)  # type: ignore[arg-type]
+        self.slots = Slots(network, rows, PROMPT + 64 * TOKENS, weights=weights)  # type: ignore[arg-type]
         prompt = [3 + place % 1000 for place in range(PROMPT)]
         for row in range(rows):
             self.logits = self.slots.extend([row], [prompt])[0, 0].clone()
@@ -95,7 +95,7 @@ def apart(network: Any, weights: str) -> float:
     """How far the scores after a short prompt are from float64's over the same weights, relative; in int8
     and int4 the rounding of what the weights are multiplied with is all that is left."""
     ids = [3 + 7 * place % 1000 for place in range(24)]
-    slots = Slots(network, 1, 32, weights)  # type: ignore[arg-type]
+    slots = Slots(network, 1, 32, weights=weights)  # type: ignore[arg-type]
     found = torch.cat([slots.extend([0], [[token]])[0].clone() for token in ids]).double()
     expected = held(network, weights)(torch.tensor([ids]))[0]
     return float((found - expected).norm() / expected.norm())

@@ -87,7 +87,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def both(made: Network, weights: str = "float32") -> tuple[Slots, Slots]:
-    return Slots(made, 3, 64, weights), Slots(made, 3, 64, "plain")  # type: ignore[arg-type]
+    return Slots(made, 3, 64, weights=weights), Slots(made, 3, 64, weights="plain")  # type: ignore[arg-type]
 
 
 def follow(taped: Slots, plain: Slots) -> float:
@@ -131,11 +131,11 @@ def test_the_tape_gives_what_plain_steps_give(name: str) -> None:
 def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(**NETWORKS["everything"])
     threads = torch.get_num_threads()
-    plain = Slots(made, 3, 64, "float32")
+    plain = Slots(made, 3, 64, weights="float32")
     monkeypatch.setattr(replay, "ALONE", 0)
     try:
         torch.set_num_threads(3)
-        taped = Slots(made, 3, 64, "float32")
+        taped = Slots(made, 3, 64, weights="float32")
         assert taped.replay is not None and taped.replay.tape.threads == 3
         assert follow(taped, plain) == 0
     finally:
@@ -166,7 +166,7 @@ def test_a_row_does_not_depend_on_its_neighbours(weights: str) -> None:
     blocks = {"look": look(position="rope", kv_heads=2), "state": NETWORKS["retention"]["block"]}
     made = network(width=72, vocabulary=101, depth=3, blocks=blocks, pattern=["look", "state"])
     prompts = [[1, 2, 3, 4, 5, 6], [9, 8, 7, 9, 9, 1], [7, 7, 7, 7, 7, 7]]
-    alone, together = Slots(made, 3, 64, weights), Slots(made, 3, 64, weights)  # type: ignore[arg-type]
+    alone, together = Slots(made, 3, 64, weights=weights), Slots(made, 3, 64, weights=weights)  # type: ignore[arg-type]
     single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(prompts)]
     begun = together.extend([0, 1, 2], [ids[:3] for ids in prompts], last=False).clone()
     rest = together.extend([0, 1, 2], [prompts[0][3:5], prompts[1][3:], prompts[2][3:4]], last=False).clone()
@@ -223,10 +223,10 @@ def test_what_quantising_loses(inputs: int) -> None:
 @torch.no_grad()
 def test_quantised_scores_stay_close() -> None:
     made = network(**NETWORKS["grouped"])
-    plain = Slots(made, 1, 64, "plain").extend([0], [list(range(30))], last=False)
+    plain = Slots(made, 1, 64, weights="plain").extend([0], [list(range(30))], last=False)
     apart = {}
     for weights in ("int8", "int4"):
-        found = Slots(made, 1, 64, weights).extend([0], [list(range(30))], last=False)
+        found = Slots(made, 1, 64, weights=weights).extend([0], [list(range(30))], last=False)
         apart[weights] = float((found - plain).norm() / plain.norm())
     # Of normal weights in groups of 32 the largest is 2.1 deviations, so a step is 2.1/8 of one, and a product
     # is off by 1/√12 of it, 7.6 %; there are 15, each but the last two beside the stream. In int8 the
@@ -247,22 +247,24 @@ def test_poisoned_rows_stay_alone() -> None:
 @torch.no_grad()
 def test_weights_that_changed_are_packed_again() -> None:
     made = network(**NETWORKS["grouped"])
-    before = Slots(made, 1, 64, "int8").extend([0], [[1, 2]]).clone()
+    before = Slots(made, 1, 64, weights="int8").extend([0], [[1, 2]]).clone()
     made.blocks.get_parameter("0.channel.inner.down.weight").mul_(3.0)
-    after = Slots(made, 1, 64, "int8").extend([0], [[1, 2]])
+    after = Slots(made, 1, 64, weights="int8").extend([0], [[1, 2]])
     assert (before - after).abs().max() > 1e-3
     made.to(torch.bfloat16).to(torch.float32)
-    rounded = Slots(made, 1, 64, "int8").extend([0], [[1, 2]]).clone()
+    rounded = Slots(made, 1, 64, weights="int8").extend([0], [[1, 2]]).clone()
     fresh = build(made.settings, seed=9)
     fresh.load_state_dict(made.state_dict())
-    assert torch.equal(Slots(fresh.eval(), 1, 64, "int8").extend([0], [[1, 2]]), rounded)
+    assert torch.equal(Slots(fresh.eval(), 1, 64, weights="int8").extend([0], [[1, 2]]), rounded)
 
 
 @torch.no_grad()
 def test_what_cannot_be_done_is_said() -> None:
     made = network(form="prefix", block=look())
     with pytest.warns(UserWarning, match="int8"):
-        assert Slots(made, 1, 64, "int8").replay is None
+        assert Slots(made, 1, 64, weights="int8").replay is None
     assert Slots(made, 1, 64).replay is None
     with pytest.warns(UserWarning, match=r"blocks\.0\.mixer"):
-        assert Slots(network(block={"mixer": "performer", "channel": "gated"}), 1, 64, "int4").replay is not None
+        assert (
+            Slots(network(block={"mixer": "performer", "channel": "gated"}), 1, 64, weights="int4").replay is not None
+        )

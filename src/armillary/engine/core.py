@@ -103,7 +103,7 @@ class Engine:
         if drafter is not None and self.lossy:
             raise InputError("guesses cannot be taken back where tokens are dropped", hint="leave out the drafter")
         self.slots = (Apart if form == "encoder_decoder" else Slots)(
-            network, slots, self.capacity, cache, weights if taps is None else "plain"
+            network, slots, self.capacity, cache, weights=weights if taps is None else "plain"
         )
         # a prefix that sees itself both ways cannot be gone on from in the middle
         # nor from what was dropped

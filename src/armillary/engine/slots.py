@@ -27,7 +27,7 @@ class Slots:
     replay: Replay | None = None  # takes the steps that it is better at
 
     def __init__(
-        self, network: Network, count: int, capacity: int, cache: Cache | None = None, weights: Held = "auto"
+        self, network: Network, count: int, capacity: int, cache: Cache | None = None, *, weights: Held = "auto"
     ) -> None:
         self.network, self.count, self.capacity = network, count, capacity
         self.state = network.init_state(count, capacity, cache=cache)
@@ -147,7 +147,7 @@ class Apart(Slots):
     of its own and is computed by itself; nothing is kept of it."""
 
     def __init__(
-        self, network: Network, count: int, capacity: int, cache: Cache | None = None, weights: Held = "auto"
+        self, network: Network, count: int, capacity: int, cache: Cache | None = None, *, weights: Held = "auto"
     ) -> None:
         self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         source = torch.zeros(1, 1, dtype=torch.int64, device=network.device)

@@ -360,17 +360,26 @@ INLINE void score(const int bf16, const int heads, const void *key, int64_t at, 
 INLINE void gather(const int bf16, const int heads, const void *values, int64_t base, int64_t first, int64_t count,
                    int64_t room, int64_t width, const float *weights, float *out) {
     int64_t c = 0;
-    for (; c + WIDE <= width; c += WIDE) {
-        wide sums[4];
-        for (int h = 0; h < heads; h++) sums[h] = (wide){0};
-        int64_t slot = first % room;
-        for (int64_t i = 0; i < count; i++) {
-            wide each = get(values, base + slot * width + c, bf16);
-            for (int h = 0; h < heads; h++) sums[h] = fuse(each, wide_of(weights[h * count + i]), sums[h]);
-            slot = slot + 1 == room ? 0 : slot + 1;
-        }
-        for (int h = 0; h < heads; h++) *(wide *)(out + h * width + c) = sums[h];
+#define STRIPES(N)                                                                                      \
+    for (; c + (N) * WIDE <= width; c += (N) * WIDE) {                                                  \
+        wide sums[4][N];                                                                                \
+        for (int h = 0; h < heads; h++)                                                                 \
+            for (int s = 0; s < (N); s++) sums[h][s] = (wide){0};                                       \
+        int64_t slot = first % room;                                                                    \
+        for (int64_t i = 0; i < count; i++) {                                                           \
+            for (int s = 0; s < (N); s++) {                                                             \
+                wide each = get(values, base + slot * width + c + s * WIDE, bf16);                      \
+                for (int h = 0; h < heads; h++)                                                         \
+                    sums[h][s] = fuse(each, wide_of(weights[h * count + i]), sums[h][s]);               \
+            }                                                                                           \
+            slot = slot + 1 == room ? 0 : slot + 1;                                                     \
+        }                                                                                               \
+        for (int h = 0; h < heads; h++)                                                                 \
+            for (int s = 0; s < (N); s++) *(wide *)(out + h * width + c + s * WIDE) = sums[h][s];       \
     }
+    STRIPES(2)
+    STRIPES(1)
+#undef STRIPES
     for (; c < width; c++)
         for (int h = 0; h < heads; h++) {
             float sum = 0.0f;

@@ -52,9 +52,9 @@ def test_what_goes_wrong(served, monkeypatch) -> None:
     try:
         with pytest.raises(InputError, match="no model 'huge'"):
             shown("generate", "huge", "ab", "--url", f"{running.url}/v1")
-        network = running.server.models["tiny"].network
-        inner = network.extend
-        network.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
+        slots = running.server.models["tiny"].engine.slots
+        inner = slots.extend
+        slots.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
         with pytest.raises(InputError, match="finite"):
             shown(*ask, f"{running.url}/v1")
     finally:

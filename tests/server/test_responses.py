@@ -129,9 +129,9 @@ def test_what_is_not_there_is_refused_by_name(served, options, field) -> None:
 def test_a_failure_in_a_stream_is_an_event() -> None:
     running = Served(Server([hosted()]))
     try:
-        network = running.server.models["tiny"].network
-        inner = network.extend
-        network.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
+        slots = running.server.models["tiny"].engine.slots
+        inner = slots.extend
+        slots.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
         events = list(running.client().responses.create(**ASK, stream=True))
         assert events[-1].type == "response.failed"
         assert "finite" in events[-1].response.error.message

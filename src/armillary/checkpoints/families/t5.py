@@ -140,9 +140,10 @@ class _T5(Family):
     }
 
     def suit(self, settings: ModelSettings, names: Collection[str]) -> ModelSettings:
-        """A head of its own is one whose weight is there."""
+        """A head of its own is one whose weight is there, or one that is not said to be tied: tied ones scale."""
         assert isinstance(settings.head, LanguageModelHeadSettings)
-        return settings.derive(head=settings.head.derive(tied="lm_head.weight" not in names))
+        own = "lm_head.weight" in names or settings.head.scale == 1.0
+        return settings.derive(head=settings.head.derive(tied=not own))
 
     def equivalent(self, wanted: Facts) -> Facts:
         wanted = super().equivalent(wanted)

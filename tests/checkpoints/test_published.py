@@ -17,7 +17,11 @@ from armillary.base.errors import ArmillaryError
 from armillary.checkpoints import load_open, save_open
 from armillary.checkpoints.table import families
 from armillary.checkpoints.tensors import INDEX
+from armillary.nn.example import Example
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.stack import StackSettings
+from armillary.testing.cases import Case
+from armillary.testing.suite import laws_of
 
 # By the name of the model: the parts of its config.json that decide the computation, and how many parameters
 # it has (BERT without its pooler, an encoder of sentences as a bare body).
@@ -77,6 +81,34 @@ def _small(name: str) -> dict[str, Any]:
     config = PUBLISHED[name][1]
     sizes |= OWN.get(config["model_type"], {})
     return {key: sizes.get(key, value) for key, value in config.items()}
+
+
+def _parts(name: str) -> list[Case]:
+    """Every kind of mixer and channel mixer of a small model, placed as it is there."""
+    model = _settings(_small(name))
+    stacks: list[tuple[StackSettings, str]] = [(model, "bidirectional" if model.form == "encoder" else "causal")]
+    if model.encoder is not None:
+        stacks.append((model.encoder, "bidirectional"))
+    found: dict[str, Case] = {}
+    for stack, order in stacks:
+        for branch in (branch for block in stack.layers() for branch in block.all()):
+            role, part = ("mixer", branch.mixer) if branch.mixer is not None else ("channel", branch.channel)
+            assert part is not None
+            if getattr(part, "head_width", 0) is None:  # the laws put it into a place of another width
+                part = part.derive(head_width=model.width // part.heads)
+            place = {"order": order, "cross": branch.look == "memory"} if role == "mixer" else {}
+            found[f"{part!r} {place}"] = Case(role, part.kind, Example("imported", part, place))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_read_obeys_the_laws(name: str) -> None:
+    """The conformance suite on the parts of imported models, with the settings that their config.json gives."""
+    for case in _parts(name):
+        laws = laws_of(case)
+        for law in ("chunking", "causality", "padding", "rollback", "cost"):
+            if law in laws:
+                laws[law]()
 
 
 @pytest.fixture(scope="module")

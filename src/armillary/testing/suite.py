@@ -112,6 +112,11 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
 )
 
 
+def laws_of(case: Case) -> dict[str, Callable[[], None]]:
+    """The laws that apply to one case, by name, each as a check (see `laws_for`)."""
+    return {law: partial(run, case) for law, run, applies in _LAWS if applies(case)}
+
+
 def laws_for(role: str, name: str, *, thorough: bool = True) -> list[tuple[str, Callable[[], None]]]:
     """Every law of a registered mechanism as (name, check); a check returns when the law holds and
     raises LawBroken when not, NotApplicable when it cannot be tried here.
@@ -130,12 +135,8 @@ def laws_for(role: str, name: str, *, thorough: bool = True) -> list[tuple[str, 
     for example in settings.examples():
         case = Case(role, name, example)
         shape = (case.order, case.cross)
-        for law, run, applies in _LAWS:
-            if not applies(case) or (law == "graph" and not thorough and shape in compiled):
-                continue
-            if law == "graph" and not thorough and example.compiled:
-                continue
-            laws.append((f"{law}[{example.name}]", partial(run, case)))
+        once = thorough or not (shape in compiled or example.compiled)
+        laws += [(f"{law}[{example.name}]", run) for law, run in laws_of(case).items() if law != "graph" or once]
         compiled.add(shape)
     return laws + [(f"limit[{limit}]", run) for limit, run in numerics.limits(role, name, settings)]
 

@@ -147,6 +147,8 @@ def test_a_damaged_folder_names_the_tensor(
     _, homes = _copy(folders / name, folder)
     shapes = {key: tensor.shape for file in set(homes.values()) for key, tensor in load_file(folder / file).items()}
     able = sorted(key for key, shape in shapes.items() if fault != "transposed" or len(set(shape)) == 2)
+    if fault == "missing" and "t5" in name:  # there a head without a weight is one that is tied
+        able.remove("lm_head.weight") if "lm_head.weight" in able else None
     key = able[choice % len(able)]
     file, named = folder / homes[key], key
     held = load_file(file)

@@ -36,7 +36,7 @@ def compress(
     dtype: Dtype = "auto",
     json: AsJson = False,
 ) -> None:
-    """Remove what a model hardly ever attends to, or let a token compute only some of its features.
+    """Prune attention, or make experts out of dense weights.
 
     --prune-attention: attention weights are averaged over text by position; the smallest are masked for
     every input, the rest of the model stays. --experts: the features of feed-forward networks that look

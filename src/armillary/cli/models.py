@@ -228,7 +228,9 @@ def detect(
     watermark_kind: MarkKind = "gumbel",
     json: AsJson = False,
 ) -> None:
-    """Whether a text carries a watermark: z and p (how probable as many marks are by chance).
+    """Whether a text carries a watermark.
+
+    Prints z, and p: how probable as many marks are by chance.
 
     The model is the one whose tokens the text was written in; the key is in the file, or in the
     environment's ARMILLARY_WATERMARK_KEY.

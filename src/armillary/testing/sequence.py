@@ -131,12 +131,12 @@ def _gradients(trial: Trial) -> None:
 def _storage(trial: Trial) -> None:
     """Without gradients, with room, storage is written in place."""
     state = trial.state(capacity=trial.length)
-    before = {} if state is None else {name: t.data_ptr() for name, t in state.tensors.items()}
+    before = {} if state is None else dict(state.tensors)  # held, so that no new tensor comes to lie in its place
     trial.fill(state, trial.first())
     trial.fill(state, trial.length, trial.first())
     if state is not None:
-        after = {name: t.data_ptr() for name, t in state.tensors.items()}
-        require(after == before, "without gradients the state was not written in place")
+        same_place = all(t.data_ptr() == before[name].data_ptr() for name, t in state.tensors.items())
+        require(same_place, "without gradients the state was not written in place")
 
 
 def selection(case: Case) -> None:

@@ -25,8 +25,8 @@ from armillary.checkpoints.native import load_native
 from armillary.data.batch import Batch
 from armillary.data.corpus import Corpus
 from armillary.data.prepare import prepare
+from armillary.engine import GenerationError, Sampling
 from armillary.engine.generate import generate
-from armillary.engine.sampling import Sampling
 from armillary.nn.heads.language_model import LanguageModelHead
 from armillary.nn.network import build
 from armillary.objectives.base import Vocabulary
@@ -384,12 +384,11 @@ class Session:
             for number, prompt in enumerate(training.sample_prompts or ("",)):
                 ids = [*start, *self.tokenizer.encode(prompt)][-(room - 1) :] or [0]
                 count = min(training.sample_tokens, room - len(ids))
-                done = generate(
-                    network,
-                    self.tokenizer,
-                    [ids],
-                    Sampling(max_new_tokens=max(1, count), seed=self.recipe.seed + number),
-                )
+                asked = Sampling(max_new_tokens=max(1, count), seed=self.recipe.seed + number)
+                try:
+                    done = generate(network, self.tokenizer, [ids], asked)
+                except GenerationError:  # no finite scores: the loss will say so
+                    return
                 if self.samples is not None:
                     self.samples.add({"step": step, "prompt": prompt, "text": done[0].text})
                 if self.board is not None:

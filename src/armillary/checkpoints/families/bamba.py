@@ -36,7 +36,10 @@ class HalfTurned(Rope):
         turned, width, heads = config.take("attn_rotary_emb"), data["width"], data[_ATTENTION]["mixer"]["heads"]
         if turned is not None and (isinstance(turned, bool) or turned != width / heads / 2):
             raise UnsupportedError(
-                f"'attn_rotary_emb' is {turned!r}", where=config.where, hint="only half of each head can be read"
+                f"'attn_rotary_emb' is {turned!r}, but half of a head is {width / heads / 2:g} by 'hidden_size' and "
+                "'num_attention_heads'",
+                where=config.where,
+                hint="only half of each head can be read",
             )
 
 

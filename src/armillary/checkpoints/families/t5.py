@@ -140,10 +140,9 @@ class _T5(Family):
     }
 
     def suit(self, settings: ModelSettings, names: Collection[str]) -> ModelSettings:
-        """A head of its own is one whose weight is there, or one that is not said to be tied: tied ones scale."""
+        """A head of its own is one whose weight is there."""
         assert isinstance(settings.head, LanguageModelHeadSettings)
-        own = "lm_head.weight" in names or settings.head.scale == 1.0
-        return settings.derive(head=settings.head.derive(tied=not own))
+        return settings.derive(head=settings.head.derive(tied="lm_head.weight" not in names))
 
     def equivalent(self, wanted: Facts) -> Facts:
         wanted = super().equivalent(wanted)

@@ -35,9 +35,13 @@ def native_here(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _native()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _native() -> bool:
     return available()
+
+
+# What torch.compiler.assume_constant_result does, without importing the whole compiler for it: two seconds
+# of every command. A version of PyTorch that asks for something else fails the law of graphs.
+_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

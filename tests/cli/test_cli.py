@@ -20,6 +20,7 @@ import pytest
 import typer
 
 from armillary.cli.main import app, main
+from armillary.train.precision import computes_bf16
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 TINY = (
@@ -182,7 +183,7 @@ def test_a_new_recipe_is_explained_and_shown(
     facts = json.loads(shown.out)
     assert (facts["name"], len(facts["blocks"]), facts["length"]) == ("mine", 2, 64)
     # keys and values of two blocks in two bytes: [2 × 2, 64, 48]
-    assert facts["state_bytes"] == 2 * 2 * 64 * 48 * 2
+    assert facts["state_bytes"] == 2 * 2 * 64 * 48 * (2 if computes_bf16() else 4)  # precision: auto
     text = armillary("show", "mine.yaml").out
     assert "training memory" in text and "native steps" in text
     text = armillary("show", "mine.yaml", "model.block={mixer: performer, channel: gated}").out

@@ -80,7 +80,9 @@ def show(
     training = recipe.training if recipe is not None else None
     tokens = length or (training.context if training is not None else settings.context)
     rows = (training.micro_batch or training.batch) if training is not None else 1
-    bf16 = training is None or training.precision == "bf16"
+    from armillary.train.precision import settled
+
+    bf16 = training is None or settled(training).precision == "bf16"
     found = describe(
         settings,
         length=tokens,

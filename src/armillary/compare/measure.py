@@ -26,7 +26,7 @@ from armillary.nn.network import ModelSettings, Network, build
 from armillary.recipe import Recipe
 from armillary.recipe.training import TrainingSettings
 from armillary.train import Trainer
-from armillary.train.session import computes_bf16
+from armillary.train.precision import computes_bf16, settled
 from armillary.train.trainer import DTYPES
 
 SHORTEST, LONGEST = 256, 4096  # bounds of the longest row that is timed
@@ -40,7 +40,7 @@ Report = Callable[[float], None]
 def measure(recipe: Recipe, vocabulary: int, report: Report = lambda share: None) -> dict[str, Any]:
     """Plain data: what the variant declares and what was measured of it (None where it could not be)."""
     model = recipe.model if recipe.model.vocabulary else recipe.model.derive(vocabulary=vocabulary)
-    training = recipe.training
+    training = settled(recipe.training)
     rows = training.micro_batch or training.batch
     if training.threads is not None:
         torch.set_num_threads(training.threads)

@@ -22,6 +22,7 @@ from armillary.compare.vary import HALF, Role, Variant, explained
 from armillary.nn.describe import Description, describe
 from armillary.nn.network import build
 from armillary.recipe import Recipe
+from armillary.train.precision import settled
 
 PLAN, DATA, VARIANTS = "comparison.json", "data", "variants"
 SCHEMA_VERSION = 1
@@ -194,7 +195,7 @@ def settle(
 
 def check(recipe: Recipe, vocabulary: int) -> Description:
     """Build the model without storage and pass tokens through it as training and decoding will."""
-    model, training = recipe.model, recipe.training
+    model, training = recipe.model, settled(recipe.training)
     if model.form not in ("decoder", "prefix"):
         raise UnsupportedError(
             f"a network of the form '{model.form}' does not predict a text token by token",

@@ -64,8 +64,10 @@ class TrainingSettings(Settings):
         gt=0,
         description="time in updates after which the run ends, the schedule following the clock; null: steps decide",
     )
-    precision: Literal["float32", "bf16"] = Field(
-        "bf16", description="dtype of activations; parameters and the optimiser stay float32"
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto",
+        description="dtype of activations; parameters and the optimiser stay float32; auto: bf16 where it is computed "
+        "in hardware",
     )
     optimiser: OptimiserSettings = Field(OptimiserSettings(), description="AdamW")
     schedule: ScheduleSettings = Field(CosineSettings(), description="how the learning rate moves")

@@ -21,6 +21,7 @@ from armillary.train.distributed import World
 from armillary.train.layout import BOARD, CHECKPOINTS, DATA, FILES, LEDGER, LOCK, METRICS, RECIPE, REPORT, SAMPLES
 from armillary.train.ledger import Ledger
 from armillary.train.metrics import read
+from armillary.train.precision import settled
 from armillary.train.progress import Progress
 from armillary.train.session import Session
 
@@ -96,6 +97,7 @@ def train(
     SettingsError, TrainingError.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe = recipe.derive(training=settled(recipe.training))  # a run that goes on elsewhere computes alike
     path = Path(folder) if folder is not None else Path("runs") / recipe.name
     world = distributed.begin()
     with _locked(path, world, lambda: _claim(path, recipe, overwrite)):

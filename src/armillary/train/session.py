@@ -40,6 +40,7 @@ from armillary.train.layout import BOARD, CHECKPOINTS, DATA, LEDGER, METRICS, SA
 from armillary.train.ledger import Ledger
 from armillary.train.metrics import Board, StepLines
 from armillary.train.pace import Pace
+from armillary.train.precision import computes_bf16
 from armillary.train.progress import Progress
 from armillary.train.signals import StopSignals
 from armillary.train.trainer import Trainer, derived_seed
@@ -527,15 +528,6 @@ def _tokens_per_byte(corpus: Corpus, recipe: Recipe) -> float:
             total += wanted.weight
             bytes_per_token += wanted.weight * int(source.train.document_bytes.sum()) / source.train.tokens
     return total / bytes_per_token
-
-
-def computes_bf16() -> bool:
-    """Whether the processor has bf16 products; true where that cannot be told."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return True
-    return "flags" not in flags or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -29,6 +29,7 @@ from armillary.train import compiling, distributed
 from armillary.train.distributed import World
 from armillary.train.heldout import told
 from armillary.train.optimiser import build_optimiser, parameter_groups, set_rate
+from armillary.train.precision import settled
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,6 +80,7 @@ class Trainer:
         network = model if isinstance(model, Network) else getattr(model, "network", None)
         if not isinstance(network, Network):
             raise InputError(f"a trainer needs a model, found {type(model).__name__}", hint="pass arm.build(…)")
+        training = settled(training)
         training.objective.check(network.settings)
         self.model, self.network, self.training, self.seed = model, network, training, seed
         self.world = world or World()

@@ -46,7 +46,10 @@ class Registry(Generic[T]):
 
     def get(self, kind: str) -> type[T]:
         """The class registered as `kind`; raises SettingsError naming the nearest known one."""
-        self._discover()
+        if kind not in self._entries:
+            self._import(kind)
+        if kind not in self._entries:
+            self._discover()
         if kind not in self._entries:
             raise SettingsError(f"unknown {self.role} '{kind}'", hint=nearest(kind, self._entries))
         return self._entries[kind]
@@ -57,6 +60,12 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[tuple[str, type[T]]]:
         return ((name, self._entries[name]) for name in self.names())
+
+    def _import(self, kind: str) -> None:
+        """The module called as the kind, if there is one: looking one up need not import all the others."""
+        package = importlib.import_module(self.package)
+        if kind in (module.name for module in pkgutil.iter_modules(getattr(package, "__path__", ()))):
+            importlib.import_module(f"{self.package}.{kind}")
 
     def _discover(self) -> None:
         if self._discovered:

@@ -73,6 +73,7 @@ class Served:
         self.thread = threading.Thread(target=lambda: asyncio.run(self.inner.serve([self.listening])), daemon=True)
         self.thread.start()
         while not self.inner.started:
+            assert self.thread.is_alive(), "the server did not start"
             time.sleep(0.01)
 
     def client(self, key: str = "secret-of-a", **options) -> openai.OpenAI:

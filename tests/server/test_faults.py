@@ -169,6 +169,9 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
         assert httpx.get(f"{running.url}/ready").status_code == 200
         text = httpx.get(f"{running.url}/metrics").text
         assert 'armillary_answers_total{finish="error",model="tiny"} 3.0' in text
+        counted = 'armillary_requests_total{route="/v1/chat/completions",status="%d"} %d.0'
+        assert counted % (500, 2) in text  # the stream that failed had begun with 200
+        assert counted % (200, 4) in text
     finally:
         running.close()
 

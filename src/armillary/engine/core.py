@@ -105,8 +105,7 @@ class Engine:
         self.slots = (Apart if form == "encoder_decoder" else Slots)(
             network, slots, self.capacity, cache, weights=weights if taps is None else "plain"
         )
-        # a prefix that sees itself both ways cannot be gone on from in the middle
-        # nor from what was dropped
+        # a prefix that sees itself both ways cannot be gone on from in the middle, nor what was dropped from
         self.keeps = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
@@ -376,7 +375,8 @@ class Engine:
         self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps)
 
     def _score_prompt(self, run: _Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
-        for place in range(min(len(logits), len(prompt) - 1 - start)):
+        known = len(run.answer.prompt_choices)  # of an answer that made way and reads its prompt again
+        for place in range(max(0, known - start), min(len(logits), len(prompt) - 1 - start)):
             own = torch.log_softmax(logits[place].float(), -1)
             token = prompt[start + place + 1]
             top = likeliest(own, run.chooser.sampling.alternatives) if run.chooser.sampling.alternatives else ()
@@ -435,14 +435,14 @@ class Engine:
                     self._enter(follower)
             run.followers = []
 
-    def _end_all(self, finish: Finish) -> None:
+    def _end_all(self, finish: Finish, error: str | None = None) -> None:
         with self._lock:
             while self._runs or self._new:
                 for run in self._new:
                     self._runs[run.progress] = run
                 self._new.clear()
                 for run in list(self._runs.values()):
-                    self._end(run, finish)
+                    self._end(run, finish, error)
 
     # -- what is kept for later
 
@@ -521,7 +521,12 @@ class Engine:
                     self.progressed = time.monotonic()
                 if self._closing is not None and (not self.busy or time.monotonic() > self._closing):
                     break
-            if not self.step():
+            try:
+                worked = self.step()
+            except Exception as error:  # of a plan, a place or a guess: whose fault it is cannot be told
+                self.failures, self.failing, worked = self.failures + 1, self.failing + 1, True
+                self._end_all("error", f"{type(error).__name__}: {error}")
+            if not worked:
                 time.sleep(0.001)
         self._end_all("cancelled")
 

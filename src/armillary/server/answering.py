@@ -82,22 +82,25 @@ class Answered(Response):
         self.given = headers or {}
         self.status_code, self.background = 200, None
         self._started = False
+        self._unread: dict[int, int] = {}  # prompt tokens by the number of the first answer to them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job, answers = self.job, list[Answer]()
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         load, count = job.hosted.load, sum(len(group) for group in job.groups)
-        entered = unread = 0
+        entered = 0
         try:
             engine = job.hosted.engine
             load.admit(count, job.prompt_tokens, engine.cost)
             self.context.door.admit(job.client, job.prompt_tokens)
-            entered, unread = count, job.prompt_tokens
+            entered = count
             load.answers += entered
-            load.waiting_tokens += unread
             for group in job.groups:
-                places = range(len(answers), len(answers) + len(group))
+                first = len(answers)
+                self._unread[first] = len(group[0].ids)  # the copies of an answer are read with the first
+                load.waiting_tokens += self._unread[first]
+                places = range(first, first + len(group))
                 answers += engine.submit_copies(group, [_listener(loop, pieces, place) for place in places])
             leaving = asyncio.create_task(gone(receive))
             work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
@@ -117,7 +120,8 @@ class Answered(Response):
             await response(scope, receive, send)
         finally:
             load.answers -= entered
-            load.waiting_tokens -= unread
+            load.waiting_tokens -= sum(self._unread.values())
+            scope.setdefault("state", {})["finish"] = [answer.finish or "cancelled" for answer in answers]
             for answer in answers:
                 answer.cancel()
                 self.context.metrics.answered(job.hosted.name, answer)
@@ -129,7 +133,8 @@ class Answered(Response):
         if self.whole is not None:
             open_ = len(answers)
             while open_:
-                _, piece = await pieces.get()
+                place, piece = await pieces.get()
+                self._read(place)
                 open_ -= piece.finish is not None
             _raise(answers)
             self.job.heard(answers)
@@ -154,6 +159,7 @@ class Answered(Response):
                 batch.append(pieces.get_nowait())
             events = []
             for place, piece in batch:
+                self._read(place)
                 open_ -= piece.finish is not None
                 if piece.finish == "error":
                     problem = HTTPError(500, answers[place].error or "the engine failed", code="generation_failed")
@@ -165,6 +171,10 @@ class Answered(Response):
         await self._event(send, self.last(answers))
         end = b"data: [DONE]\n\n" if self.done else b""
         await sent(send, {"type": "http.response.body", "body": end, "more_body": False})
+
+    def _read(self, place: int) -> None:
+        """Something came of an answer: its prompt is no longer in line."""
+        self.job.hosted.load.waiting_tokens -= self._unread.pop(place, 0)
 
     async def _event(self, send: Send, events: Sequence[Any]) -> None:
         if events:

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from armillary.server import chat, completions, responses
 from armillary.server.answering import Context
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
+LEFT = 499  # in place of a status, when the client left before there was one
 
 
 class Server:
@@ -87,7 +89,7 @@ class Server:
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
         routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
         routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
-        self.app = Starlette(
+        self._inner = Starlette(
             routes=routes,
             exception_handlers={HTTPException: self._lost, HTTPError: self._wrong, Exception: self._wrong},
             lifespan=self._lifespan,
@@ -119,34 +121,42 @@ class Server:
 
     def _guarded(self, path: str, handle: Any) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            started, status, client = time.monotonic(), 500, None
             try:
                 client = self.door.enter(request.headers.get("authorization"))
+                request.state.client = client.name
                 if self.draining and request.method == "POST":
                     raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
                 response: Response = await handle(request, client)
-                status = getattr(response, "status_code", 200)
                 return response
             except Exception as error:
                 problem = explained(error)
-                status = problem.status
-                if status == 500:
+                if problem.status == 500:
                     log.exception("a request failed", extra={"route": path})
                 return self._problem(problem, request)
-            finally:
-                self.metrics.requests.labels(path, status).inc()
-                log.info(
-                    "request",
-                    extra={
-                        "route": path,
-                        "status": status,
-                        "client": client.name if client else None,
-                        "id": request.state.id if hasattr(request.state, "id") else None,
-                        "seconds": round(time.monotonic() - started, 4),
-                    },
-                )
 
         return guarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application: every request is counted and logged once it is over, with what was sent."""
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        started, status = time.monotonic(), LEFT
+        state = scope.setdefault("state", {})
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._inner(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            seen = {"route": route, "status": status, "seconds": round(time.monotonic() - started, 4)}
+            log.info("request", extra=seen | {name: state.get(name) for name in ("client", "id", "finish")})
 
     def _marks(self, request: Request) -> dict[str, str]:
         """Headers of every answer: the id that the client gave its request, or a new one."""

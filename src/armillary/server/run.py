@@ -19,7 +19,7 @@ from armillary.base.errors import InputError
 from armillary.server.app import Server
 from armillary.server.connection import Connection
 
-_EXTRAS = ("route", "status", "client", "id", "seconds")
+_EXTRAS = ("route", "status", "client", "id", "seconds", "finish")
 
 
 def check_address(host: str, keys: bool) -> None:
@@ -55,7 +55,7 @@ def run(server: Server, host: str, port: int, drain: float, started: Callable[[i
 
 def config(server: Server) -> uvicorn.Config:
     return uvicorn.Config(
-        server.app,
+        server,
         http=Connection,
         ws="none",
         log_config=None,

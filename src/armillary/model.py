@@ -18,6 +18,8 @@ from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
 from armillary.engine.beam import Beams
 from armillary.engine.core import Engine
+from armillary.engine.embed import embed, padded, whole
+from armillary.engine.embed import texts as whole_texts
 from armillary.engine.generate import Completion, Completions, Piece, generate, generate_beams, stream
 from armillary.engine.replay import Held
 from armillary.engine.sampling import Sampling
@@ -26,9 +28,8 @@ from armillary.nn import network as networks
 from armillary.nn.cache import Cache
 from armillary.nn.describe import Description, describe
 from armillary.nn.driver import drivers
-from armillary.nn.heads.base import heads, pooled
+from armillary.nn.heads.base import Pool, heads
 from armillary.nn.heads.classification import ClassifierSettings
-from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.mechanism import channels, mixers, norms, positions
 from armillary.nn.network import ModelSettings, Network
 from armillary.nn.network_state import NetworkState
@@ -151,20 +152,15 @@ class Model(nn.Module):
         starts = [self.tokenizer.encode_chat(list(messages))]
         return self._complete(starts, True, sampling, stream, mark=watermark)
 
-    def embed(self, texts: str | Sequence[str], *, pool: str = "mean", normalise: bool = False) -> Tensor:
+    def embed(self, texts: str | Sequence[str], *, pool: Pool = "mean", normalise: bool = False) -> Tensor:
         """One vector per text, [N, D] float32 ([D] for one text): the pooled last hidden states.
 
         pool: mean, first or last; a model with an embedding head uses its own pooling.
         """
         if pool not in ("mean", "first", "last"):
             raise InputError(f"pool is '{pool}'", hint="use mean, first or last")
-        ids, padding = self._padded(texts)
-        with torch.no_grad():
-            h = self.hidden(ids, padding=padding)
-            if isinstance(self.settings.head, EmbeddingHeadSettings):
-                vectors: Tensor = self.network.head(h, padding).float()
-            else:
-                vectors = pooled(h, padding, pool).float()
+        many = [texts] if isinstance(texts, str) else list(texts)
+        vectors = embed(self.network, whole_texts(self.network, self.tokenizer, many), pool, self.hidden)
         vectors = F.normalize(vectors, dim=-1) if normalise else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -199,7 +195,7 @@ class Model(nn.Module):
             if labels is not None:
                 raise InputError("this model has its own classes; leave labels out")
             names = list(head.labels or [str(i) for i in range(head.classes)])
-            ids, padding = self._padded(many)
+            ids, padding = padded(whole_texts(self.network, self.tokenizer, many), self.device)
             with torch.no_grad():
                 scores = self(ids, padding=padding).float()
         else:
@@ -293,16 +289,10 @@ class Model(nn.Module):
             return [numbers], True
         raise InputError("a prompt is text, a list of texts, or token ids")
 
-    def _whole(self, ids: list[int], longest: int | None = None) -> list[int]:
-        """A text that stands alone, between the tokens that its tokenizer puts around it; cut to `longest` in all."""
-        before, after = self.tokenizer.around
-        room = None if longest is None else max(1, longest - len(before) - len(after))
-        return [*before, *ids[:room], *after]
-
     def _begun(self, ids: list[int]) -> list[int]:
         """Documents begin with a boundary token, so prompts do too; what an encoder reads is a whole text."""
         if self.settings.form == "encoder_decoder":
-            return self._whole(ids)
+            return whole(self.tokenizer, ids)
         begin = self.tokenizer.begin
         return ids if begin is None else [begin, *ids]
 
@@ -342,21 +332,6 @@ class Model(nn.Module):
         if asked.returned > 1:
             return done[0] if single else done
         return done[0][0] if single else Completions(one[0] for one in done)
-
-    def _padded(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        many = [texts] if isinstance(texts, str) else list(texts)
-        head = self.settings.head
-        most = head.longest if isinstance(head, EmbeddingHeadSettings) else None
-        rows = [self._whole(ids, most) for ids in self.tokenizer.encode_batch(many)]
-        if not rows or not all(rows):
-            raise InputError("there is an empty text", hint="give at least one token of text")
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        padding = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            padding[index, : len(row)] = True
-        return ids.to(self.device), padding.to(self.device)
 
     def _fit(self, text: str, label: str) -> float:
         before, _ = self.score(text) if text else ([], [])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from armillary.base.errors import InputError
 from armillary.engine import Engine, GenerationError, Request, Sampling
 from armillary.nn.network import ModelSettings, build
 
@@ -56,3 +59,69 @@ def test_a_prompt_is_scored_once_whoever_goes_first(network) -> None:
     assert [choice.token for choice in found] == list(PROMPT[1:])
     expected = own.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0].tolist()
     assert [choice.logprob for choice in found] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_source_belongs_to_an_encoder_decoder(network) -> None:
+    asked = Sampling(max_new_tokens=2, temperature=0)
+    with pytest.raises(InputError, match="no encoder"):
+        Engine(network).submit(Request(PROMPT, asked, source=PROMPT))
+    look = {"kind": "attention", "heads": 2}
+    settings = {
+        "form": "encoder_decoder",
+        "encoder": {"depth": 1, "block": {"mixer": look, "channel": "ffn"}},
+        "block": {"mixer": look, "cross": look, "channel": "ffn"},
+    }
+    both = build(ModelSettings(width=16, depth=1, vocabulary=24, context=64, **settings), seed=1).eval()
+    engine = Engine(both)
+    for source, message in ((None, "needs a source"), ((), "no tokens"), ((99,), "outside the vocabulary")):
+        with pytest.raises(InputError, match=message):
+            engine.submit(Request((1,), asked, source=source))
+    assert not engine.busy
+
+
+def test_states_are_shared_only_by_what_they_depend_on() -> None:
+    """The same prompt for another task: compared with an engine that has seen neither."""
+    block = {"mixer": BLOCK["mixer"], "channel": {"kind": "task_moe", "experts": 4, "top": 2, "hidden": 16, "tasks": 3}}
+    routed = build(ModelSettings(width=16, depth=2, vocabulary=24, context=64, block=block), seed=2).eval()
+    asked = Sampling(max_new_tokens=3, temperature=0)
+    engine = Engine(routed)
+    engine.run([Request(PROMPT, asked, side={"tasks": 2})])
+    (found,) = engine.run([Request(PROMPT, asked, side={"tasks": 1})])
+    (fresh,) = Engine(routed).run([Request(PROMPT, asked, side={"tasks": 1})])
+    assert found.reused == 0
+    assert [one.logprob for one in found.choices] == pytest.approx([one.logprob for one in fresh.choices], abs=1e-5)
+    (again,) = engine.run([Request(PROMPT, asked, side={"tasks": 1})])
+    assert again.reused == len(PROMPT) - 1
+
+
+def test_several_threads_may_wait_for_one_engine(network) -> None:
+    asked = Sampling(max_new_tokens=12, temperature=0)
+    prompts = [PROMPT[start:] for start in range(4)]
+    expected = [[one.token for one in Engine(network).run([Request(p, asked)])[0].choices] for p in prompts]
+    engine = Engine(network, slots=2)
+    answers = [engine.submit(Request(prompt, asked)) for prompt in prompts]
+    threads = [threading.Thread(target=answer.wait) for answer in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert [[one.token for one in answer.choices] for answer in answers] == expected
+
+
+def test_a_step_of_one_answer_that_fails_in_any_way_ends_that_one_only(network) -> None:
+    class Broken:
+        def apply(self, scores, ids):
+            raise ValueError("unforeseen")
+
+        def accept(self, token):
+            raise AssertionError
+
+    asked = Sampling(max_new_tokens=4, temperature=0)
+    engine = Engine(network, slots=2)
+    bad = engine.submit(Request(PROMPT, asked, steps=(Broken(),)))
+    good = engine.submit(Request(PROMPT, asked))
+    assert len(good.wait().choices) == 4
+    with pytest.raises(GenerationError, match="unforeseen"):
+        bad.wait()
+    assert bad.inside

@@ -92,6 +92,7 @@ class Machine(RuleBasedStateMachine):
         for sequence in plan.preempted:
             assert before[sequence] == "running"
             sequence.computed = 0
+        assert not set(plan.preempted) & set(plan.admitted), "who made way came back in the same step"
         for sequence in plan.admitted:
             assert sequence.stage == "running"
         assert len({one.sequence for one in plan.work}) == len(plan.work)
@@ -198,3 +199,17 @@ def test_patience_lifts_whoever_waits() -> None:
             scheduler.finish(one)
     assert served is not None
     assert 20 <= served <= 40  # two steps of patience make up for two of priority
+
+
+def test_what_is_kept_is_not_given_up_for_a_sequence_that_does_not_fit_all_the_same() -> None:
+    memory = Memory(100, 0, 1, page=1, cached=40)
+
+    def shrink(size: int) -> None:
+        memory.cached = max(0, memory.cached - size)
+
+    scheduler = Scheduler(2, memory, shrink=shrink)
+    scheduler.submit(Sequence(known=59, limit=60), 0)
+    drain(scheduler, scheduler.plan(0, 100))
+    scheduler.submit(Sequence(known=80, limit=90), 1)
+    assert not scheduler.plan(2, 100).admitted
+    assert memory.cached == 40

@@ -129,13 +129,18 @@ def test_rates_of_keys() -> None:
             running.client().chat.completions.create(**ASK)
         assert caught.value.response.headers["retry-after"] == "30"
         now = 31.0
+        with pytest.raises(openai.BadRequestError):  # what is refused counts, too: it may have cost a lot
+            running.client().chat.completions.create(**ASK, extra_body={"regex": "(("})
+        with pytest.raises(openai.RateLimitError):
+            running.client().chat.completions.create(**ASK)
+        now = 62.0
         answer = running.client().chat.completions.with_raw_response.create(**ASK)
         assert answer.headers["x-ratelimit-limit-requests"] == "2"
     finally:
         running.close()
 
 
-def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
+def test_a_step_that_fails_ends_its_answers_and_nothing_else(caplog) -> None:
     running = Served(Server([hosted()]))
     try:
         client = running.client()
@@ -150,8 +155,10 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else() -> None:
             return inner(*args, **kwargs)
 
         slots.extend = broken
-        with pytest.raises(openai.InternalServerError, match="out of luck"):
+        with caplog.at_level("ERROR", "armillary.engine"), pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(**ASK)
+        assert "out of luck" not in str(caught.value)  # our insides are for the log
+        assert "out of luck" in caplog.text
         del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
 
@@ -182,6 +189,9 @@ def test_timeouts(served) -> None:
             **ASK | {"max_tokens": 200}, extra_body={"timeout": 0.001, "min_tokens": 200}
         )
     assert caught.value.status_code == 408
+    more = {"timeout": 0.05, "min_tokens": 1500}
+    with pytest.raises(openai.APIError, match="within its timeout"):
+        list(served.client().chat.completions.create(**ASK | {"max_tokens": 1500}, stream=True, extra_body=more))
     served.quiet()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import httpx
 import openai
 import pytest
@@ -96,5 +98,23 @@ def test_nobody_behind() -> None:
         assert caught.value.status_code == 502
         assert httpx.get(f"{front.url}/ready").status_code == 503
         assert httpx.get(f"{front.url}/live").status_code == 200
+    finally:
+        front.close()
+
+
+def test_what_comes_compressed_is_not_asked_for() -> None:
+    """The server behind packs what it may; the one in front hands bytes on as they come."""
+
+    def behind(request: httpx.Request) -> httpx.Response:
+        data = b'data: {"choices": []}\n\ndata: [DONE]\n\n'
+        headers = {"content-type": "text/event-stream"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            data, headers["content-encoding"] = gzip.compress(data), "gzip"
+        return httpx.Response(200, content=data, headers=headers)
+
+    front = Served(Server([], Door(), Upstream("http://behind.example/v1", transport=httpx.MockTransport(behind))))
+    try:
+        found = httpx.post(f"{front.url}/v1/chat/completions", json=ASK | {"stream": True})
+        assert found.text.startswith("data: {")
     finally:
         front.close()

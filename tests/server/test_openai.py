@@ -170,6 +170,24 @@ def test_embeddings(served) -> None:
     assert math.dist(plain.data[0].embedding, plain.data[1].embedding) > 1e-3
 
 
+def test_embeddings_are_those_of_the_model(served) -> None:
+    """Texts that stand alone, with the tokens that their tokenizer puts around them."""
+    from armillary.model import Model
+
+    one = served.server.models["tiny"]
+    expected = Model(one.network, one.tokenizer).embed(["one", "two"])
+    before = one.tokenizer.around
+    try:
+        one.tokenizer.around = ([5], [6, 7])  # as an encoder's tokenizer has them
+        surrounded = Model(one.network, one.tokenizer).embed(["one", "two"])
+        found = served.client().embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
+    finally:
+        one.tokenizer.around = before
+    for data, vector, other in zip(found.data, surrounded.tolist(), expected.tolist(), strict=True):
+        assert data.embedding == pytest.approx(vector, abs=1e-6)
+        assert data.embedding != pytest.approx(other, abs=1e-3)
+
+
 def test_models(served) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["tiny"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 
 import pytest
 from server_parts import Served, hosted
@@ -59,3 +61,52 @@ def test_what_goes_wrong(served, monkeypatch) -> None:
             shown(*ask, f"{running.url}/v1")
     finally:
         running.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (HEAD + b"content-length: 999\r\n\r\n" + b"data: {}\n\n", "did not answer|broke off"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\nff\r\ndata", "did not answer"),
+        (b"nonsense\r\n\r\n", "did not answer"),
+        (HEAD + b'\r\ndata: {"error": "no"}\n\n', "the server failed: no"),
+        (HEAD + b'\r\ndata: {"choices": null}\n\n', "broke off"),
+        (HEAD + b'\r\ndata: {"choices": [{"text": "abc"}]}\n\n', "broke off"),
+        (HEAD + b"\r\ndata: [1]\n\n", "no JSON objects"),
+    ],
+)
+def test_a_server_that_breaks_off_or_says_nonsense(answer, message) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def once() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+
+    thread = threading.Thread(target=once, daemon=True)
+    thread.start()
+    with pytest.raises(InputError, match=message):
+        shown("generate", "tiny", "ab", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+    thread.join(10)
+    listening.close()
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["generate", "m", "ab", "--url", "http://x/v1", "--weights", "int8"], "--weights"),
+        (["generate", "m", "ab", "--url", "http://x/v1", "--beams", "2", "--device", "cpu"], "--beams, --device"),
+        (["generate", "m", "ab", "--length-penalty", "2"], "--length-penalty"),
+        (["chat", "m", "--url", "http://x/v1", "--dtype", "bf16"], "--dtype"),
+        (["serve", "--upstream", "http://x/v1", "--kv", "int8", "--guess"], "--kv, --guess"),
+        (["serve", "m", "--rpm", "0"], "--rpm is 0"),
+        (["serve", "m", "--memory", "0"], "--memory is 0"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, named) -> None:
+    with pytest.raises(InputError, match=named):
+        shown(*words)

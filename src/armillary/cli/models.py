@@ -23,6 +23,7 @@ from armillary.cli.shared import (
     note,
     open_model,
     read_text,
+    refuse_unused,
     table,
     watermark_of,
     write,
@@ -40,6 +41,7 @@ MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this shar
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")]
 Url = Annotated[str | None, typer.Option(help="A server that answers instead, with /v1; MODEL is then its name there.")]
+THERE = "with --url the server decides that"
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 Width = Annotated[int | None, typer.Option("--beams", help="Search for the likeliest text with so many beams.", min=1)]
 LengthPenalty = Annotated[float, typer.Option(help="Of the search: above 0 favours long texts.")]
@@ -167,15 +169,17 @@ def generate(
     Example: armillary generate runs/demo "def main(" --tokens 64
     """
     text = read_text(prompt)
+    if beams is None and length_penalty != 1.0:
+        refuse_unused({"--length-penalty": length_penalty}, "it goes with --beams")
     if url is not None:
-        from armillary.base.errors import InputError
         from armillary.cli.remote import generated
 
-        if beams is not None or watermark is not None:
-            raise InputError("a server decides by itself about beams and watermarks", hint="leave out --url, or these")
+        refuse_unused(
+            {"--beams": beams, "--watermark": watermark, **_changed(weights=weights, device=device, dtype=dtype)}, THERE
+        )
         asked: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
-        asked |= {name: value for name, value in (("top_p", top_p), ("stop", stop)) if value}
-        asked |= {name: value for name, value in (("top_k", top_k), ("min_p", min_p)) if value}
+        given = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": stop}
+        asked |= {name: value for name, value in given.items() if value is not None}
         asked |= {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
         pieces = generated(url, model, text, asked)
         if json:
@@ -211,6 +215,11 @@ def generate(
         emit({"prompt": text, **fields})
         return
     _shown(text, opened.generate(text, stream=True, **options))
+
+
+def _changed(**options: str) -> dict[str, str]:
+    """Those that are not left at auto, by their names on the command line."""
+    return {f"--{name}": value for name, value in options.items() if value != "auto"}
 
 
 def _shown(text: str, pieces: Iterable[str]) -> None:
@@ -270,6 +279,7 @@ def chat(
     if url is not None:
         from armillary.cli.remote import said
 
+        refuse_unused(_changed(device=device, dtype=dtype), THERE)
         options = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
         answers = partial(said, url, model, options=options)
     else:
@@ -306,7 +316,8 @@ def embed(
     import json as codec
 
     many = texts or [line for line in read_text(None).splitlines() if line]
-    for text, vector in zip(many, open_model(model, device, dtype).embed(many, pool=pool), strict=True):
+    vectors = open_model(model, device, dtype).embed(many, pool=pool)  # type: ignore[arg-type]  # it says what it takes
+    for text, vector in zip(many, vectors, strict=True):
         print(codec.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -33,9 +34,10 @@ def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]
                     if one == "[DONE]":
                         return
                     yield _checked(json.loads(one))
+            raise InputError(f"the server at {url} broke off before its answer was complete")
     except urllib.error.HTTPError as error:
         raise InputError(_said(error), hint=_hint(error.code)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"the server at {url} did not answer: {getattr(error, 'reason', error)}") from None
 
 
@@ -43,7 +45,8 @@ def _checked(event: Any) -> dict[str, Any]:
     if not isinstance(event, dict):
         raise ValueError("its events are no JSON objects")
     if "error" in event:
-        raise InputError(f"the server failed: {event['error'].get('message')}")
+        error = event["error"]
+        raise InputError(f"the server failed: {error.get('message') if isinstance(error, dict) else error}")
     return event
 
 
@@ -61,12 +64,12 @@ def _hint(status: int) -> str | None:
 def generated(url: str, model: str, prompt: str, options: dict[str, Any]) -> Iterator[str]:
     """Pieces of a completion."""
     for event in stream(url, "/completions", {"model": model, "prompt": prompt} | options):
-        for choice in event.get("choices", ()):
+        for choice in event.get("choices") or ():
             yield choice.get("text") or ""
 
 
 def said(url: str, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
     """Pieces of an answer in a conversation."""
     for event in stream(url, "/chat/completions", {"model": model, "messages": messages} | options):
-        for choice in event.get("choices", ()):
-            yield choice.get("delta", {}).get("content") or ""
+        for choice in event.get("choices") or ():
+            yield (choice.get("delta") or {}).get("content") or ""

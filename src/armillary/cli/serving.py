@@ -66,14 +66,16 @@ def serve(
     import logging
     import sys
 
-    from armillary.cli.shared import open_model, watermark_of
+    from armillary.cli.shared import open_model, refuse_unused, watermark_of
     from armillary.engine.core import Engine
     from armillary.engine.drafts import PromptLookup
     from armillary.server import Door, Hosted, Lines, Load, Server, check_address, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
-    mark = None if watermark is None else watermark_of(watermark, watermark_kind)
+    for option, number in (("--rpm", rpm), ("--tpm", tpm), ("--memory", memory)):
+        if number is not None and number <= 0:
+            raise InputError(f"{option} is {number:g}", hint="give more than 0, or leave it out for no bound")
     if bool(models) == (upstream is not None):
         raise InputError("give models, or --upstream, and not both", hint="armillary serve runs/demo")
     if upstream_key_env is not None and (upstream is None or not os.environ.get(upstream_key_env)):
@@ -84,11 +86,19 @@ def serve(
         )
     behind = None
     if upstream is not None:
+        ours = {"--watermark": watermark, "--kv": kv, "--guess": guess or None, "--memory": memory}
+        ours |= {"--capacity": capacity} | {
+            option: value
+            for option, value in (("--weights", weights), ("--device", device), ("--dtype", dtype))
+            if value != "auto"
+        }
+        refuse_unused(ours, "the server behind --upstream holds the models")
         try:
             from armillary.server.upstream import Upstream
         except ImportError:
             raise InputError("a gateway needs an extra", hint="pip install 'armillary[server]'") from None
         behind = Upstream(upstream, os.environ[upstream_key_env] if upstream_key_env else None, most=4 * slots)
+    mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
     for given in models or ():
         name, _, folder = given.rpartition("=")
@@ -96,6 +106,8 @@ def serve(
         name = name or Path(folder).name or folder
         if any(one.name == name for one in hosted):
             raise InputError(f"two models are called '{name}'", hint=f"name one: other={folder}")
+        if model.settings.form == "encoder_decoder":
+            raise InputError(f"'{name}' is an encoder–decoder, which cannot be served yet", hint="armillary generate")
         generates = model.settings.form != "encoder" and model.settings.head.kind == "language_model"
         engine = None
         if generates:
@@ -137,6 +149,8 @@ def read_keys(text: str) -> dict[str, str]:
                 f"entry {place + 1} of {KEYS} is no name with a secret of 8 characters or more",
                 hint="write name:secret, several with commas between",
             )
+        if secret in found:
+            raise InputError(f"two names of {KEYS} have one secret: '{found[secret]}' and '{name}'")
         found[secret] = name
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,3 +84,14 @@ def read_text(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise InputError("no text was given", hint="write it behind the model, or pipe it in")
     return sys.stdin.read()
+
+
+def refuse_unused(options: Mapping[str, Any], why: str) -> None:
+    """Raises InputError naming the options that were given (not None) and would do nothing."""
+    from armillary.base.errors import InputError
+
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise InputError(
+            f"{', '.join(given)} would do nothing: {why}", hint="leave it out" if len(given) == 1 else "leave them out"
+        )

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,16 @@ REFERENCES = 256
 PATTERN = 1024  # characters
 VALUES = 2000  # of an enumeration
 KEPT = 64  # compiled grammars
+WAITING = 8  # callers at a time
 WAIT = 10.0  # seconds for the trial: its own limit is on time of the processor
+
+
+class Busy(InputError):
+    """Too many constraints are waited for; after `seconds` there may be room."""
+
+    def __init__(self) -> None:
+        super().__init__("too many constraints are being compiled", hint="try again later")
+        self.seconds = WAIT
 
 
 class Constraint:
@@ -69,6 +78,7 @@ class Grammars:
         self._tokenizer, self.vocabulary = tokenizer, vocabulary or tokenizer.size
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
+        self._places = threading.Semaphore(WAITING)
         self._tokens: Any = None
         self._trial: subprocess.Popen[str] | None = None
 
@@ -76,7 +86,7 @@ class Grammars:
         """A fresh constraint. Raises InputError for one that is too large, wrong, or cannot be tried."""
         grammar = _grammar(kind, text)
         key = hashlib.sha256(grammar.encode()).hexdigest()
-        with self._lock:
+        with self._turn(), self._lock:
             compiled = self._kept.get(key)
             if compiled is None:
                 self._try(grammar)
@@ -86,6 +96,16 @@ class Grammars:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             return Constraint(compiled.deep_copy(), self.vocabulary)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Raises Busy when too many wait: each may take the time of a trial."""
+        if not self._places.acquire(blocking=False):
+            raise Busy
+        try:
+            yield
+        finally:
+            self._places.release()
 
     def close(self) -> None:
         if self._trial is not None:

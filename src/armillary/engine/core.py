@@ -7,6 +7,7 @@ without, whoever waits for an answer drives it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,13 @@ from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
-WHOLE = 2048  # prompt tokens in a step when nobody waits for the next token
+log = logging.getLogger("armillary.engine")
+
+WHOLE = 2048  # prompt tokens in a step, at the most
+FIRST = 256  # while it is not known how long a token takes
 LEAST = 16  # prompt tokens in a step, however slow
 STEP = 0.05  # seconds that a step should take while answers are running
+LONGEST = 5.0  # and when nobody waits for the next token
 APART = 1024  # tokens between snapshots in a long prompt
 BRANCH = 32  # tokens beyond a match from which a common beginning is worth a snapshot
 RECENT = 0.3  # weight of the last step in what a token is thought to cost
@@ -121,7 +126,8 @@ class Engine:
         self._side = {name: torch.full((slots,), -1) for name in network.side_names | network.takes}
         self._runs: dict[Progress, _Running] = {}
         self._new: list[_Running] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is in line and under way
+        self._stepping = threading.RLock()  # one step at a time, whoever drives
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing: float | None = None
@@ -140,7 +146,7 @@ class Engine:
             self._prepared(request, listener)
             for request, listener in zip(requests, listeners or [None] * len(requests), strict=True)
         ]
-        if any(request.ids != requests[0].ids or request.space != requests[0].space for request in requests):
+        if any((request.ids, request.origin) != (requests[0].ids, requests[0].origin) for request in requests):
             raise InputError("copies need one prompt")
         first = runs[0]
         if len(runs) > 1 and self.keeps:
@@ -209,7 +215,7 @@ class Engine:
         else:
             while self.busy and time.monotonic() < self._closing:
                 self.step()
-            self._end_all("cancelled")
+            self._end_all()
 
     @property
     def busy(self) -> bool:
@@ -217,9 +223,12 @@ class Engine:
 
     # -- one step
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Compute the next step; False when there was nothing to do."""
+        with self._stepping, torch.no_grad():
+            return self._step()
+
+    def _step(self) -> bool:
         with self._lock:
             for run in self._new:
                 self._runs[run.progress] = run
@@ -250,7 +259,12 @@ class Engine:
                 progress.stops = tuple(range(run.chooser.begun, len(run.ids)))
         for progress in plan.admitted:
             run = self._runs[progress]
-            self.slots.begin(progress.slot, run.match, run.answer.request.source)
+            try:
+                self.slots.begin(progress.slot, run.match, run.answer.request.source)
+            except Exception as error:
+                plan.work = [one for one in plan.work if one.sequence is not progress]
+                self._fail(run, error)
+                continue
             run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
             for name, values in self._side.items():
                 request = run.answer.request
@@ -280,11 +294,11 @@ class Engine:
             self.failing = 0
         except Exception as error:
             # Rows of other sequences are untouched: they were no part of the call.
-            self.failures, self.failing = self.failures + 1, self.failing + 1
+            self._faulty("a step failed")
             with self._lock:
                 for run in runs:
                     if run.answer.finish is None:
-                        self._end(run, "error", f"{type(error).__name__}: {error}")
+                        self._fail(run, error)
             return
         if len(works) == 1 and works[0].count >= LEAST:
             each = (time.monotonic() - started) / works[0].count
@@ -319,9 +333,10 @@ class Engine:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
         try:
             choices = choose(logits, [run.chooser for run in runs])
-        except ArmillaryError as error:
-            for run in runs:
-                self._end_now(run, "error", error.what)
+        except Exception as error:
+            with self._lock:
+                for run in runs:
+                    self._fail(run, error)
             return
         for run, choice in zip(runs, choices, strict=True):
             self._keep(run)
@@ -346,8 +361,9 @@ class Engine:
         for step in range(one.drafts + 1):
             try:
                 choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
-            except ArmillaryError as error:
-                self._end_now(run, "error", error.what)
+            except Exception as error:
+                with self._lock:
+                    self._fail(run, error)
                 return
             given.append(choice)
             ended = (
@@ -427,6 +443,15 @@ class Engine:
             piece = Piece(rest, (), finish)
         run.answer.give(piece)
 
+    def _fail(self, run: _Running, error: Exception) -> None:
+        """End an answer with what went wrong; what is not said for people (`what`) stays out of their sight."""
+        run.answer.inside = not isinstance(error, ArmillaryError)
+        self._end(run, "error", f"{type(error).__name__}: {error}" if run.answer.inside else str(error))
+
+    def _faulty(self, what: str) -> None:
+        self.failures, self.failing = self.failures + 1, self.failing + 1
+        log.exception(what)
+
     def _follow(self, run: _Running) -> None:
         """The prompt has been read: its copies may begin."""
         if run.followers:
@@ -435,14 +460,17 @@ class Engine:
                     self._enter(follower)
             run.followers = []
 
-    def _end_all(self, finish: Finish, error: str | None = None) -> None:
+    def _end_all(self, error: Exception | None = None) -> None:
         with self._lock:
             while self._runs or self._new:
                 for run in self._new:
                     self._runs[run.progress] = run
                 self._new.clear()
                 for run in list(self._runs.values()):
-                    self._end(run, finish, error)
+                    if error is None:
+                        self._end(run, "cancelled")
+                    else:
+                        self._fail(run, error)
 
     # -- what is kept for later
 
@@ -460,7 +488,7 @@ class Engine:
             return 0
         # prompt tokens whose own scores are asked for have to be computed
         most = 0 if run.answer.request.prompt_logprobs else len(run.ids) - 1
-        run.match = self.prefixes.match(run.ids, most, run.answer.request.space)
+        run.match = self.prefixes.match(run.ids, most, run.answer.request.origin)
         common = min(run.match.common, most)
         if not self.slots.divisible and common >= run.match.length + BRANCH:
             progress.stops = tuple(sorted({*progress.stops, common}))
@@ -478,7 +506,7 @@ class Engine:
         ids = run.ids[: run.progress.computed]
         snapshot = None if self.slots.divisible else self.slots.snapshot(slot)
         self.prefixes.insert(
-            ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.answer.request.space
+            ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.answer.request.origin
         )
         self.memory.cached = self.prefixes.nbytes
         if self.memory.free < 0:
@@ -501,16 +529,21 @@ class Engine:
                 progress.drafts = len(run.drafts)
 
     def _budget(self) -> int:
-        if self.cost == 0 or not any(run.progress.decoding for run in self._runs.values()):
-            return WHOLE
-        return max(LEAST, min(WHOLE, int(STEP / self.cost)))
+        if self.cost == 0:
+            return FIRST
+        seconds = STEP if any(run.progress.decoding for run in self._runs.values()) else LONGEST
+        return max(LEAST, min(WHOLE, int(seconds / self.cost)))
 
     def _drive(self, answer: Answer) -> bool:
         """Somebody waits for an answer: go on, unless the engine goes by itself (False)."""
         if self._thread is not None:
             return False
-        if not self.step() and answer.finish is None and not self.busy:
-            raise AssertionError("nothing is left to do, and an answer is not complete")
+        with self._stepping:  # who waits for another's step may find its own answer complete
+            if answer.finish is None:
+                worked = self.step()
+                assert worked or answer.finish is not None or self.busy, (
+                    "an answer is not complete, and nothing is left"
+                )
         return True
 
     def _loop(self) -> None:
@@ -523,12 +556,13 @@ class Engine:
                     break
             try:
                 worked = self.step()
-            except Exception as error:  # of a plan, a place or a guess: whose fault it is cannot be told
-                self.failures, self.failing, worked = self.failures + 1, self.failing + 1, True
-                self._end_all("error", f"{type(error).__name__}: {error}")
+            except Exception as error:  # of a plan or a guess: whose fault it is cannot be told
+                self._faulty("a plan failed")
+                self._end_all(error)
+                worked = True
             if not worked:
                 time.sleep(0.001)
-        self._end_all("cancelled")
+        self._end_all()
 
     def _check(self, request: Request) -> None:
         vocabulary = self.network.settings.vocabulary or 0
@@ -548,6 +582,15 @@ class Engine:
                 f"prompt and completion need {needed} tokens, and the engine holds {self.capacity} of one answer",
                 hint="shorten the prompt or max_new_tokens, or give the engine a larger capacity",
             )
+        reads = self.network.settings.form == "encoder_decoder"
+        if reads != (request.source is not None):
+            raise InputError(
+                "an encoder–decoder needs a source" if reads else "this network has no encoder to read one"
+            )
+        if request.source is not None and not (request.source and min(request.source) >= 0):
+            raise InputError("the source has no tokens, or negative ones")
+        if request.source is not None and max(request.source) >= vocabulary:
+            raise InputError(f"the source holds an id outside the vocabulary of {vocabulary}")
         for name in self.network.side_names - {"prefix"}:
             if name not in request.side:
                 raise InputError(f"this network needs the side number '{name}'")

@@ -4,12 +4,13 @@ An edge holds tokens and, for states that are divisible, the entries of those to
 with a common beginning share it. States of other kinds (windows, recurrent matrices, scored memories)
 are kept whole, as snapshots, at single places: a place can be gone on from if every state is there,
 entries along the way and a snapshot in the place itself. Without states that need snapshots every
-token is such a place. Trees of different `space`s never meet: a space is a tenant, or an adapter.
+token is such a place. Trees of different `space`s never meet: a space is a tenant, an adapter, or
+whatever else the states depend on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,10 +63,10 @@ class Prefixes:
     def __init__(self, divisible: bool) -> None:
         self.divisible = divisible
         self.nbytes = 0
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[Hashable, Node] = {}
         self._clock = 0
 
-    def match(self, ids: Sequence[int], most: int, space: str = "") -> Match:
+    def match(self, ids: Sequence[int], most: int, space: Hashable = "") -> Match:
         """The longest beginning of at most `most` tokens that can be gone on from."""
         node, at, path = self._roots.get(space), 0, list[tuple[Node, int]]()
         best, best_path = 0, 0
@@ -96,7 +97,7 @@ class Prefixes:
         return Match(best, at, tuple(taken), None if self.divisible else path[best_path - 1][0].snapshot)
 
     def insert(
-        self, ids: Sequence[int], cut: Callable[[int, int], Entries], snapshot: Snapshot | None, space: str = ""
+        self, ids: Sequence[int], cut: Callable[[int, int], Entries], snapshot: Snapshot | None, space: Hashable = ""
     ) -> None:
         """Keep a sequence; cut(start, stop) gives the entries of tokens that are not kept yet."""
         node = self._roots.setdefault(space, Node((), {}, None))
@@ -133,10 +134,6 @@ class Prefixes:
                     self.nbytes -= node.snapshot_bytes
                     node.snapshot = None
         return before - self.nbytes
-
-    def clear(self) -> None:
-        self._roots.clear()
-        self.nbytes = 0
 
     def _drop(self, node: Node) -> None:
         assert node.parent is not None and not node.children

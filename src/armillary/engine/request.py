@@ -45,6 +45,11 @@ class Request:
     mark: Mark | None = None
     prompt_logprobs: bool = False
 
+    @property
+    def origin(self) -> tuple[object, ...]:
+        """What the states of a prompt depend on besides its tokens: only requests of one origin share them."""
+        return (self.space, *sorted(self.side.items()))
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -71,6 +76,7 @@ class Answer:
         self.prompt_choices: list[Choice] = []
         self.finish: Finish | None = None
         self.error: str | None = None
+        self.inside = False  # whether the error speaks of our insides, not of the request
         self.reused = self.drafted = self.accepted = 0
         self.submitted, self.first_at, self.done_at = time.monotonic(), 0.0, 0.0
         self.cancelled = False

@@ -172,8 +172,9 @@ class Scheduler:
     # -- places
 
     def _admit(self, plan: Plan, now: float) -> None:
-        while self.waiting:
-            sequence = min(self.waiting, key=lambda one: self._rank(one, now))
+        while len(self.waiting) > len(plan.preempted):  # who made way in this step does not come back in it
+            others = [one for one in self.waiting if one not in plan.preempted]
+            sequence = min(others, key=lambda one: self._rank(one, now))
             need = self._expected(sequence)
             while (not self._open or not self._room(need)) and self._yield(plan, sequence, now):
                 pass
@@ -191,7 +192,7 @@ class Scheduler:
         return self.memory.of(min(sequence.limit, sequence.known + int(later) + 1))
 
     def _room(self, need: int) -> bool:
-        if self.memory.free < need and self.memory.cached:
+        if self.memory.free < need <= self.memory.free + self.memory.cached:  # else it would be for nothing
             self.shrink(need - self.memory.free)
         return self.memory.free >= need
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
 from armillary.server.turns import Spoken
 
+log = logging.getLogger("armillary.server")
 ALIVE = 15.0  # seconds between comments that keep a silent stream open
 READS = 30.0  # seconds that a client may take to read what was sent
 
@@ -93,7 +95,7 @@ class Answered(Response):
         try:
             engine = job.hosted.engine
             load.admit(count, job.prompt_tokens, engine.cost)
-            self.context.door.admit(job.client, job.prompt_tokens)
+            self.context.door.admit_tokens(job.client, job.prompt_tokens)
             entered = count
             load.answers += entered
             for group in job.groups:
@@ -114,6 +116,8 @@ class Answered(Response):
             if self._started:
                 raise
             problem = explained(error)
+            if problem.code == "internal_error":
+                log.exception("an answer failed")
             if problem.status in (429, 503):
                 self.context.metrics.rejections.labels(problem.code or "").inc()
             response = JSONResponse(problem.body(), problem.status, headers=problem.headers() | self.given)
@@ -136,7 +140,9 @@ class Answered(Response):
                 place, piece = await pieces.get()
                 self._read(place)
                 open_ -= piece.finish is not None
-            _raise(answers)
+            problems = [found for found in map(problem_of, answers) if found is not None]
+            if problems:
+                raise problems[0]
             self.job.heard(answers)
             self._started = True
             await JSONResponse(self.whole(answers), headers=self._marks())(scope, receive, send)
@@ -161,8 +167,8 @@ class Answered(Response):
             for place, piece in batch:
                 self._read(place)
                 open_ -= piece.finish is not None
-                if piece.finish == "error":
-                    problem = HTTPError(500, answers[place].error or "the engine failed", code="generation_failed")
+                problem = None if piece.finish is None else problem_of(answers[place])
+                if problem is not None:
                     events += self.failed(problem)
                 else:
                     events += self.piece(place, piece, answers[place])
@@ -213,14 +219,16 @@ async def gone(receive: Receive) -> None:
             return
 
 
-def _raise(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        if answer.finish == "error":
-            raise HTTPError(500, answer.error or "the engine failed", code="generation_failed")
-        if answer.finish == "deadline":
-            raise HTTPError(408, "the answer was not complete within its timeout", param="timeout", code="timeout")
-        if answer.finish == "cancelled":
-            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+def problem_of(answer: Answer) -> HTTPError | None:
+    """Why an answer is none, whole or in a stream."""
+    if answer.finish == "error":
+        said = None if answer.inside else answer.error
+        return HTTPError(500, said or "the engine failed", code="generation_failed")
+    if answer.finish == "deadline":
+        return HTTPError(408, "the answer was not complete within its timeout", param="timeout", code="timeout")
+    if answer.finish == "cancelled":
+        return HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+    return None
 
 
 def now() -> int:

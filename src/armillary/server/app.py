@@ -14,6 +14,8 @@ import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
+WORKERS = 32  # requests whose texts are prepared at a time
 LEFT = 499  # in place of a status, when the client left before there was one
 
 
@@ -59,6 +62,7 @@ class Server:
         self.door, self.metrics = door or Door(), Metrics()
         self.context, self.kept = Context(self.door, self.metrics), Kept()
         self.draining = False
+        self._workers = ThreadPoolExecutor(WORKERS, "armillary-text")
         posts: list[tuple[str, type[BaseModel], Any]] = [
             ("/v1/chat/completions", ChatRequest, self._chat),
             ("/v1/responses", ResponsesRequest, self._responses),
@@ -100,11 +104,14 @@ class Server:
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
             if self.upstream is not None:
+                self.door.admit(client)
                 given = await read_as_it_is(request, form)
                 return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
+            self.door.admit(client)
             asked = await read(request, form)
             # templates, tokenizers and grammars take their time: others are not to wait for it
-            response: Response = await asyncio.to_thread(call, asked, client, self._marks(request))
+            work = partial(call, asked, client, self._marks(request))
+            response: Response = await asyncio.get_running_loop().run_in_executor(self._workers, work)
             return response
 
         return self._guarded(path, handle)
@@ -220,7 +227,7 @@ class Server:
 
     def _embeddings(self, asked: EmbeddingRequest, client: Client, marks: dict[str, str]) -> Response:
         hosted = self._hosted(asked.model)
-        rows = hosted.prompts(asked.input)
+        rows = hosted.alone(asked.input)
         longest = max(len(row) for row in rows)
         if longest > hosted.network.settings.context:
             raise HTTPError(
@@ -231,16 +238,17 @@ class Server:
             )
         if not all(rows):
             raise HTTPError(400, "there is an empty input", param="input")
+        features = hosted.network.settings.width
+        if asked.dimensions not in (None, features):
+            raise HTTPError(400, f"vectors of this model have {features} dimensions", param="dimensions")
         tokens = sum(len(row) for row in rows)
         hosted.load.admit(len(rows), tokens, 0.0)
-        self.door.admit(client, tokens)
+        self.door.admit_tokens(client, tokens)
         hosted.load.answers += len(rows)
         try:
             vectors = hosted.embed(rows)
         finally:
             hosted.load.answers -= len(rows)
-        if asked.dimensions is not None and asked.dimensions != len(vectors[0]):
-            raise HTTPError(400, f"vectors of this model have {len(vectors[0])} dimensions", param="dimensions")
         data = [
             {"object": "embedding", "index": index, "embedding": _coded(vector, asked.encoding_format)}
             for index, vector in enumerate(vectors)
@@ -276,6 +284,7 @@ class Server:
                 engine = hosted.engine
                 self.metrics.running.labels(name).set(len(engine.scheduler.running))
                 self.metrics.waiting.labels(name).set(len(engine.scheduler.waiting))
+                self.metrics.failures.labels(name).set(engine.failures)
                 for kind in ("held", "cached", "free"):
                     self.metrics.state.labels(name, kind).set(getattr(engine.memory, kind))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -14,7 +14,7 @@ from armillary.server.limits import Client
 from armillary.server.protocol import ChatRequest
 from armillary.text import Tokenizer
 
-FINISH = {"stop": "stop", "end": "stop", "length": "length", "deadline": "length", "cancelled": "length"}
+FINISH = {"stop": "stop", "end": "stop", "length": "length"}  # what else there is, is an error
 
 
 def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest, headers: dict[str, str]) -> Answered:

@@ -22,6 +22,7 @@ class Connection(H11Protocol):
     reads_within = 30.0
     _coming: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _ending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -49,6 +50,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._coming, self._unread = _cancelled(self._coming), _cancelled(self._unread)
+        self._ending = _cancelled(self._ending)
         super().connection_lost(exc)
 
     def _late(self) -> None:
@@ -60,9 +62,9 @@ class Connection(H11Protocol):
 
     def _aborted_later(self) -> None:
         """Closing waits until everything is read, which may be never."""
-        self._unread = _cancelled(self._unread)
+        self._ending = _cancelled(self._ending)
         abort: Callable[[], None] = self.transport.abort
-        self._unread = self.loop.call_later(self.reads_within, abort)
+        self._ending = self.loop.call_later(self.reads_within, abort)
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

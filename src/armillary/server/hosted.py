@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from armillary.base.errors import ArmillaryError
-from armillary.engine.constraints import Grammars, Kind
+from armillary.engine.constraints import Busy, Grammars, Kind
 from armillary.engine.core import Engine
+from armillary.engine.embed import embed, texts
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling, Step
-from armillary.nn.heads.base import pooled
 from armillary.nn.network import Network
 from armillary.server.calls import grammar
 from armillary.server.errors import HTTPError
@@ -57,6 +57,7 @@ class Hosted:
         self.created = int(time.time())
         self._engine = engine
         self._grammars: Grammars | None = None
+        self._making = threading.Lock()
         self.turns = Turns()
 
     @property
@@ -80,11 +81,24 @@ class Hosted:
             return [[*begin, *self.tokenizer.encode(given)]]
         if all(isinstance(item, str) for item in given):
             return [[*begin, *ids] for ids in self.tokenizer.encode_batch(list(given))]
+        return self._known(given, "prompt")
+
+    def alone(self, given: str | Sequence[Any]) -> list[list[int]]:
+        """Inputs that stand alone, texts or ids, one or several → ids of each, as `Model.embed` reads them."""
+        many = [given] if isinstance(given, str) else list(given)
+        if not all(isinstance(item, str) for item in many):
+            return self._known(given, "input")
+        try:
+            return texts(self.network, self.tokenizer, many)
+        except ArmillaryError as error:
+            raise HTTPError(400, error.what, param="input", hint=error.hint) from None
+
+    def _known(self, given: Sequence[Any], param: str) -> list[list[int]]:
         rows = [list(given)] if all(isinstance(item, int) for item in given) else [list(row) for row in given]
         for row in rows:
             if min(row) < 0 or max(row) >= self.tokenizer.size:
                 raise HTTPError(
-                    400, f"the prompt holds an id outside the vocabulary of {self.tokenizer.size}", param="prompt"
+                    400, f"the {param} holds an id outside the vocabulary of {self.tokenizer.size}", param=param
                 )
         return rows
 
@@ -187,7 +201,7 @@ class Hosted:
             logit_bias=bias,
             alternatives=alternatives,
             stop=asked.stops,
-            seed=asked.seed if asked.seed is not None else torch.seed() % 2**31,
+            seed=asked.seed if asked.seed is not None else secrets.randbits(31),
         )
         return [
             Request(
@@ -215,14 +229,17 @@ class Hosted:
             return ()
         try:
             return (self.grammars.constraint(constraint.kind, constraint.text),)
+        except Busy as error:
+            raise HTTPError(429, error.what, code="overloaded", retry=error.seconds) from None
         except ArmillaryError as error:
             raise unusable(error, constraint.param) from None
 
     @property
     def grammars(self) -> Grammars:
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.network.settings.vocabulary)
-        return self._grammars
+        with self._making:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.network.settings.vocabulary)
+            return self._grammars
 
     def close(self) -> None:
         """Answers that are under way end."""
@@ -231,19 +248,7 @@ class Hosted:
         if self._grammars is not None:
             self._grammars.close()
 
-    @torch.no_grad()
     def embed(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """One vector per row of ids, as `Model.embed` makes them."""
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        padding = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            padding[index, : len(row)] = True
-        hidden = self.network.hidden(ids, padding=padding)
-        if self.network.settings.head.kind == "embedding":
-            vectors = self.network.head(hidden, padding)
-        else:
-            vectors = pooled(hidden, padding, "mean")
-        found: list[list[float]] = vectors.float().tolist()
+        found: list[list[float]] = embed(self.network, rows).tolist()
         return found

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from armillary.server.errors import HTTPError
 
@@ -23,6 +23,9 @@ class Bucket:
     most: float
     level: float = 0.0
     at: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.rate is None or self.rate > 0
 
     def wait(self, amount: float, now: float) -> float:
         """Seconds until `amount` can be taken; 0: now."""
@@ -102,16 +105,22 @@ class Door:
             raise HTTPError(401, "the key is not known", code="invalid_api_key")
         return found
 
-    def admit(self, client: Client, tokens: int) -> None:
-        """A request of so many prompt tokens. Raises HTTPError 429."""
+    def admit(self, client: Client) -> None:
+        """A request, before anything is done for it. Raises HTTPError 429."""
+        self._take(client.requests, 1)
+
+    def admit_tokens(self, client: Client, tokens: int) -> None:
+        """So many prompt tokens. Raises HTTPError 429."""
+        self._take(client.tokens, tokens)
+
+    def _take(self, bucket: Bucket, amount: int) -> None:
         now = self.clock()
-        wait = max(client.requests.wait(1, now), client.tokens.wait(tokens, now))
+        wait = bucket.wait(amount, now)
         if wait > 0:
             raise HTTPError(
                 429, "this key has used up its rate", code="rate_limit_exceeded", retry=wait, hint="try again later"
             )
-        client.requests.take(1, now)
-        client.tokens.take(tokens, now)
+        bucket.take(amount, now)
 
     def charge(self, client: Client, tokens: int) -> None:
         """Tokens that an answer took."""
@@ -132,7 +141,6 @@ class Load:
     answers: int = 0
     waiting_tokens: int = 0
     draining: bool = False
-    taken: dict[int, int] = field(default_factory=dict)
 
     def admit(self, answers: int, tokens: int, seconds_per_token: float) -> None:
         """Raises HTTPError 429 when there is too much, 503 when no more is taken."""

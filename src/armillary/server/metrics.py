@@ -23,6 +23,7 @@ class Metrics:
         self.between = self._seconds("token_seconds", "Time per further token of an answer")
         self.running = self._gauge("running", "Answers that have a place", "model")
         self.waiting = self._gauge("waiting", "Answers that wait for a place", "model")
+        self.failures = self._gauge("failures", "Steps that failed so far", "model")
         self.state = self._gauge("state_bytes", "Bytes of states: held, cached, free", "model", "kind")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

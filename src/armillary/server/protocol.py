@@ -45,7 +45,7 @@ class Asked(Form):
     stream_options: StreamOptions | None = None
     min_tokens: int = Field(0, ge=0)
     target_tokens: int | None = Field(None, gt=0)
-    priority: int = Field(0, ge=-10, le=10)
+    priority: int = Field(0, ge=-10, le=0)  # who asks may step back behind others, not push them aside
     timeout: float | None = Field(None, gt=0, le=3600)
     user: str | None = Field(None, max_length=256)
     regex: str | None = Field(None, min_length=1)

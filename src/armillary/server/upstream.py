@@ -43,7 +43,8 @@ class Upstream:
         if not url.startswith(("http://", "https://")):
             raise InputError(f"'{url}' is no address of a server", hint="for example http://10.0.0.2:8000/v1")
         self.url, self.load = url.rstrip("/"), Load(most)
-        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._headers = {"accept-encoding": "identity"}  # bytes are handed on as they come
+        self._headers |= {} if key is None else {"authorization": f"Bearer {key}"}
         self._silence, self._transport = silence, transport
         self._made: httpx.AsyncClient | None = None
 
@@ -98,7 +99,7 @@ class Passed(Response):
         load, entered = self.upstream.load, 0
         try:
             load.admit(1, 0, 0.0)
-            self.context.door.admit(self.client, len(self.asked) // PER_TOKEN)
+            self.context.door.admit_tokens(self.client, len(self.asked) // PER_TOKEN)
             entered = 1
             load.answers += entered
             leaving = asyncio.create_task(gone(receive))

@@ -96,10 +96,9 @@ LAWS = {
 
 NOT_YET = """## Not yet
 
-Other sequence mixers and channel mixers than those above (state-space, convolutional, mixtures of experts), further \
-objectives, adapting models, compressing them by more than pruning their attention and splitting their feed-forward \
-networks, explaining and guarding them, \
-retrieval, agents, serving and other domains than text are not here yet.
+Further objectives, adapting models, compressing them by more than pruning their attention and splitting their \
+feed-forward networks, explaining and guarding them, reasoning, retrieval, agents and other domains than text are not \
+here yet.
 """
 
 

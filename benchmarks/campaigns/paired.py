@@ -71,7 +71,9 @@ class Campaign:
     def __init__(self, name: str, budget: Budget, tiny: bool) -> None:
         self.name, self.budget, self.tiny = name, budget, tiny
         self.folder = ROOT / "runs" / "campaigns" / (f"{name}-tiny" if tiny else name)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.trained = self.folder.parent / "trained"  # an arm that several campaigns ask for is trained once
+        for folder in (self.folder, self.trained):
+            folder.mkdir(parents=True, exist_ok=True)
         self.corpus = self._corpus()
         if tiny:
             common.RESULTS = self.folder / "figures.jsonl"
@@ -135,7 +137,7 @@ class Campaign:
             "schedule": {"kind": "cosine", "warmup": spent.steps // 10},
         }
         said = json.dumps([model, training, self.corpus.fingerprint], sort_keys=True)
-        place = self.folder / f"{arm}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
+        place = self.trained / f"{arm}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
         if place.exists():
             return load(place, device="cpu", dtype="float32").network.eval()
         start = time.perf_counter()

@@ -81,10 +81,6 @@ class Slots:
         if self.replay is not None:
             self.replay.settle()
 
-    def length(self, row: int) -> int:
-        self.settle()
-        return int(self.state.lengths[row])
-
     def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
         """Put a row where an earlier sequence was, or at the beginning."""
         assert source is None

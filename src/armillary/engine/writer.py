@@ -28,15 +28,12 @@ class Writer:
             self.stopped = True
             text, self.held = self.held[: min(found)], ""
             return text
-        waiting = 0 if last else max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        waiting = 0 if last else max((overlap(self.held, stop) for stop in self.stops), default=0)
         cut = len(self.held) - waiting
         text, self.held = self.held[:cut], self.held[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that begins `mark`."""
+    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)

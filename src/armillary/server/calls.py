@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from armillary.engine.constraints import measure
+from armillary.engine.writer import overlap
 from armillary.text.tools import BETWEEN, CLOSE, HEAD, MIDDLE, OPEN, TAIL
 
 CALLS = 8  # most calls in one answer
@@ -107,7 +108,7 @@ class Parts:
         held = self._held
         if self._where == "said":
             at = held.find(OPEN)
-            cut = at if at >= 0 else len(held) - (0 if last else _overlap(held, OPEN))
+            cut = at if at >= 0 else len(held) - (0 if last else overlap(held, OPEN))
             if cut:
                 found.append(Said(held[:cut]))
             self._held = held[cut:]
@@ -159,8 +160,3 @@ class Parts:
                 if self._depth == 0:
                     return place + 1
         return None
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)

@@ -141,7 +141,7 @@ def main() -> None:
             figures[f"scatterbrain error at deviation {size}, {name}"] = value
         if size < 1:
             reach[f"scatterbrain error at deviation {size}, both"] = (min(wrong["sparse"], wrong["low rank"]), "max")
-    report("lowrank", figures, reach)
+    report("subquadratic", figures, reach)
 
 
 if __name__ == "__main__":

@@ -190,10 +190,10 @@ def peak_rss() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def report(name: str, figures: dict[str, Any], reach: dict[str, tuple[float, str]]) -> None:
+def report(name: str, figures: dict[str, Any], reach: dict[str, tuple[float, str]], **more: Any) -> None:
     """Print a benchmark's figures against what they should reach, and append them to the results.
 
-    reach: figure → (value, "min" or "max").
+    reach: figure → (value, "min" or "max"); more: what else the record holds.
     """
     print(f"\n{name}")
     for key, value in figures.items():
@@ -212,6 +212,7 @@ def report(name: str, figures: dict[str, Any], reach: dict[str, tuple[float, str
         "processor": _processor(),
         "figures": figures,
         "reach": {key: {"bound": bound, "kind": kind} for key, (bound, kind) in reach.items()},
+        **more,
     }
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -1,10 +1,11 @@
 """Memory beyond the window: constant state over a million tokens, and what the memory of each driver can hold.
 
 (a) A million tokens through `extend` in chunks: resident memory at the end against that after the first 10,000.
-(b) Copying: a string of 16 random symbols fills window 1 and is asked for in window 9; in between stand
-fillers and nothing of the string. Networks learn it from one window's distance on, then two, four and
-eight, on strings drawn anew for every update; 1,000 fresh strings decide. With the memory set to zero
-the string is gone; Transformer-XL sees as far as its layers' memories reach together, and no further.
+(b) Copying: a string of 16 random symbols fills window 1 and is asked for in window 9, one place after the
+other by name; in between stand fillers and nothing of the string. Networks learn it from one window's
+distance on, then two, four and eight, on strings drawn anew for every update; 1,000 fresh strings decide.
+With the memory set to zero the string is gone; Transformer-XL sees as far as its layers' memories reach
+together, and no further.
 
 `python benchmarks/memory_drivers.py [driver …]` runs (b) for these drivers only and reports nothing.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from common import report
 
 LENGTH, SYMBOLS, FILLERS = 16, 32, 4  # tokens of a window; what strings are made of; what stands between
-ASK = SYMBOLS + FILLERS
+ASK = SYMBOLS + FILLERS  # the first of LENGTH tokens that ask, each for its place
 STREAM, EARLY, CHUNK = 1_000_000, 10_000, 2000
 
 DRIVERS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ def network(driver: str, **changes: Any) -> Any:
     data = {
         "width": 64,
         "depth": 2,
-        "vocabulary": ASK + 1,
+        "vocabulary": ASK + LENGTH,
         "block": {
             "mixer": {"kind": "attention", "heads": 4, "position": "transformer_xl"},
             "channel": {"kind": "gated", "hidden": 128},
@@ -97,7 +98,7 @@ def strings(rows: int, distance: int, generator: torch.Generator) -> tuple[Tenso
     """ids [rows, (distance + 1) · 16] and the symbols [rows, 16] that the last window asks for."""
     symbols = torch.randint(0, SYMBOLS, (rows, LENGTH), generator=generator)
     fillers = torch.randint(SYMBOLS, ASK, (rows, (distance - 1) * LENGTH), generator=generator)
-    return torch.cat([symbols, fillers, torch.full((rows, LENGTH), ASK)], 1), symbols
+    return torch.cat([symbols, fillers, torch.arange(ASK, ASK + LENGTH).expand(rows, -1)], 1), symbols
 
 
 def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool = False, **changes: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -30,7 +31,7 @@ def _tool(name: str) -> ModuleType:
 def tools() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(TOOLS))
     try:
-        yield {name: _tool(name) for name in ("results", "coverage", "models", "performance")}
+        yield {name: _tool(name) for name in ("results", "coverage", "models", "performance", "campaigns")}
     finally:
         sys.path.remove(str(TOOLS))
         sys.modules.pop("results", None)
@@ -136,3 +137,26 @@ def test_the_check_ends_with_its_status() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_campaign_has_a_page_and_a_drawing(tools: dict[str, ModuleType]) -> None:
+    """Differences 1, 2 and 3 % of 2 bits: mean 2, and 4.303 · 1 / √3 on either side (Student's t, 3 seeds)."""
+    campaigns = tools["campaigns"]
+    arms = {"reference": [2.0, 2.0, 2.0], "candidate": [2.02, 2.04, 2.06]}
+    record = {
+        "benchmark": "campaign_a_b", "time": "2026-01-02T03:04:05Z", "processor": "one", "about": "What\nis claimed.",
+        "arms": arms, "base": "reference", "budget": {"steps": 3}, "figures": {"removed": 0.3},
+        "reach": {"removed": {"bound": 0.25, "kind": "min"}},
+    }  # fmt: skip
+    assert campaigns.apart(record)["candidate"] == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    page = campaigns.page("a_b", record, "Why.")
+    assert page.startswith("# A b\n\nWhat is claimed.\n") and page.endswith("\n\nWhy.\n")
+    assert "+2.00% (-0.48 to +4.48)" in page and "| removed | 0.3 | ≥ 0.25 | reached |" in page
+    ElementTree.fromstring(campaigns.drawing(record))
+    assert campaigns.drawing(record | {"arms": {}}) is None
+
+
+def test_the_pages_of_campaigns_are_what_was_measured(tools: dict[str, ModuleType]) -> None:
+    campaigns = tools["campaigns"]
+    found = {path.name: path.read_text(encoding="utf-8") for path in campaigns.FOLDER.iterdir()}
+    assert found == campaigns.pages(), "run python tools/campaigns.py"

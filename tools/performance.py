@@ -60,14 +60,17 @@ time exponent ≤ 1.25 |
 ≤ 5% with the memory zeroed |
 | block gates; attention only where required; attention pruned by data (`make campaign`) | dense attention, and static \
 controls | ≥ 90% of scores skipped; ≥ 63% of attention blocks replaced; ≥ 25% of pairs removed; each at equal loss |
+
+Claims about loss have [pages of their own](results/README.md).
 """
 
 
-def remarks() -> dict[str, str]:
+def remarks(path: Path | None = None) -> dict[str, str]:
     """Benchmark → what is said about it."""
     found: dict[str, str] = {}
-    if REMARKS.is_file():
-        for part in ("\n" + REMARKS.read_text(encoding="utf-8")).split("\n## ")[1:]:
+    path = path or REMARKS
+    if path.is_file():
+        for part in ("\n" + path.read_text(encoding="utf-8")).split("\n## ")[1:]:
             name, _, text = part.partition("\n")
             found[name.strip()] = text.strip()
     return found
@@ -88,6 +91,8 @@ def page(records: list[dict[str, Any]]) -> str:
     if not records:
         lines += ["", "No results are recorded here yet."]
     for record in records:
+        if record["benchmark"].startswith("campaign_"):  # these have pages of their own
+            continue
         lines += section(record, said.pop(record["benchmark"], None))
     for name, text in said.items():  # a remark that belongs to no benchmark stands by itself
         lines += ["", f"## {name.capitalize()}", "", text]

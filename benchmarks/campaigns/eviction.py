@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from paired import STUDENT, Budget, Campaign, begin
 
-import common
-
 TIMES, FEW = 3.0, 16
 
 
@@ -55,14 +53,13 @@ def main() -> None:
             wide = STUDENT[len(apart)] * statistics.stdev(apart) / len(apart) ** 0.5
             figures[f"{name}: difference %"] = statistics.mean(apart)
             figures[f"{name}: difference %, high"] = statistics.mean(apart) + wide
-    figures |= {f"budget: {key}": value for key, value in vars(campaign.budget).items()}
     reach: dict[str, tuple[float, str]] = {
         "salient: times less memory": (TIMES, "min"),
         "salient: difference %, high": (2.0, "max"),
         "int8: difference %, high": (0.5, "max"),
         "few: difference %": (2.0, "min"),
     }
-    common.report("campaign_eviction", figures, reach)
+    campaign.record(figures, reach, bits, "whole")
 
 
 def smaller(network: Any, context: int, cache: Any) -> float:

@@ -93,14 +93,13 @@ def main() -> None:
         wide = STUDENT[len(apart)] * statistics.stdev(apart) / len(apart) ** 0.5
         figures[f"experts against {other} %"] = statistics.mean(apart)
         figures[f"experts against {other} %, high"] = statistics.mean(apart) + wide
-    figures |= {f"budget: {key}": value for key, value in vars(campaign.budget).items()}
     reach = {
         "experts against equal active %, high": (0.0, "max"),
         "share of the gap closed": (0.5, "min"),
         "experts against equal time %, high": (0.0, "max"),
         "load, largest of all layers and seeds": (1.2, "max"),
     }
-    common.report("campaign_experts", figures, reach)
+    campaign.record(figures, reach, bits, "equal active")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,5 +202,16 @@ class Campaign:
         goals["candidate: difference %, low"] = (-1.0, "min")
         goals["candidate: difference %, high"] = (1.0, "max")
         goals["half width: difference %"] = (2.0, "min")
-        figures |= {f"budget: {key}": value for key, value in vars(self.budget).items()}
-        common.report(f"campaign_{self.name}", figures, goals)
+        self.record(figures, goals, bits, "reference")
+
+    def record(
+        self,
+        figures: dict[str, Any],
+        goals: dict[str, tuple[float, str]],
+        bits: dict[str, list[float]] | None = None,
+        base: str = "",
+    ) -> None:
+        """Print and keep; base: the arm that the others are compared with in the drawing."""
+        about = sys.modules["__main__"].__doc__ or ""
+        more = {"about": about, "budget": vars(self.budget), "arms": bits or {}, "base": base}
+        common.report(f"campaign_{self.name}", figures, goals, **more)

@@ -14,8 +14,6 @@ from typing import Any
 
 from paired import Budget, begin
 
-import common
-
 RATES = (2.0**-11, 2.0**-10, 2.0**-9, 2.0**-8, 2.0**-7, 2.0**-6, 2.0**-5)
 BASE, WIDE = 128, 512
 
@@ -49,9 +47,9 @@ def main() -> None:
         least = figures[f"{name}, width {wide}, rate {rates[best[wide]]:.2g}: bits per byte"]
         figures[f"{name}: wide at the narrow one's best rate, % more bits"] = 100 * (lost / least - 1)
     assert all(math.isfinite(value) for value in figures.values())
-    figures |= {f"budget: {key}": value for key, value in vars(spent).items() if key != "rate"}
+    campaign.budget = spent
     goals = {"scaled: steps of the grid between the best rates": (1.0, "max")}
-    common.report(f"campaign_{campaign.name}", figures, goals)
+    campaign.record(figures, goals)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ distance on, then two, four and eight, on strings drawn anew for every update; 1
 With the memory set to zero the string is gone; Transformer-XL sees as far as its layers' memories reach
 together, and no further.
 
-`python benchmarks/memory_drivers.py [driver …]` runs (b) for these drivers only and reports nothing.
+`python benchmarks/memory_drivers.py [streaming] [copying]` runs one part.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def strings(rows: int, distance: int, generator: torch.Generator) -> tuple[Tenso
     return torch.cat([symbols, fillers, torch.arange(ASK, ASK + LENGTH).expand(rows, -1)], 1), symbols
 
 
-def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool = False, **changes: Any) -> Any:
-    model = network(driver, **changes)
+def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES) -> Any:
+    model = network(driver)
     generator = torch.Generator().manual_seed(2)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     for distance, most in stages:
@@ -122,9 +122,9 @@ def learn(driver: str, stages: tuple[tuple[int, int], ...] = STAGES, say: bool =
             if now == distance:
                 right = float((model.head(hidden.detach()).argmax(-1) == symbols).float().mean())
                 good = good + 1 if right >= GOOD else 0
-                if say and step % 50 == 0:
+                if step % 50 == 0:
                     print(
-                        f"{driver} distance {distance} step {step} loss {float(loss.detach()):.3f} right {right:.3f}",
+                        f"  {driver} distance {distance} step {step} loss {float(loss.detach()):.3f} right {right:.3f}",
                         flush=True,
                     )
                 if good == 5:
@@ -156,19 +156,7 @@ def forget(state: Any) -> None:
                     tensor.zero_()
 
 
-def main(chosen: list[str]) -> None:
-    if chosen:
-        for driver in chosen:
-            start = time.perf_counter()
-            stages = ((1, 4000), (2, 1500), (REACH, 1000)) if driver == "transformer_xl" else STAGES
-            model = learn(driver, stages, say=True)
-            print(f"{driver}: learned in {time.perf_counter() - start:.0f} s", flush=True)
-            for distance in (1, 2, 4, 8):
-                print(
-                    f"  {distance} windows: {recalled(model, distance):.4f}, "
-                    f"memory zeroed {recalled(model, distance, True):.4f}"
-                )
-        return
+def streaming() -> None:
     figures: dict[str, Any] = {}
     reach: dict[str, tuple[float, str]] = {}
     for driver in DRIVERS:
@@ -176,21 +164,28 @@ def main(chosen: list[str]) -> None:
         figures |= {f"{driver}: memory grown, %": growth, f"{driver}: tokens/s read": speed}
         reach[f"{driver}: memory grown, %"] = (2.0, "max")
     report("memory_stream", figures, reach)
-    figures, reach = {}, {}
-    for driver in ("memory_tokens", "feedback"):
+
+
+def copying() -> None:
+    figures: dict[str, Any] = {}
+    reach: dict[str, tuple[float, str]] = {}
+    for driver in DRIVERS:
         start = time.perf_counter()
-        model = learn(driver)
-        found = {"recalled, %": 100 * recalled(model, 8), "memory zeroed, %": 100 * recalled(model, 8, blank=True)}
-        figures |= {f"{driver}: {name}": value for name, value in found.items()}
+        if driver == "transformer_xl":
+            model = learn(driver, ((1, 4000), (2, 1500), (REACH, 1000)))
+            found = {
+                "recalled within reach, %": (100 * recalled(model, REACH), 99.0, "min"),
+                "recalled beyond, %": (100 * recalled(model, 8), 5.0, "max"),
+            }
+        else:
+            model = learn(driver)
+            found = {
+                "recalled, %": (100 * recalled(model, 8), 99.0, "min"),
+                "memory zeroed, %": (100 * recalled(model, 8, blank=True), 5.0, "max"),
+            }
+        figures |= {f"{driver}: {name}": value for name, (value, _, _) in found.items()}
         figures[f"{driver}: learned in, s"] = time.perf_counter() - start
-        reach |= {f"{driver}: recalled, %": (99.0, "min"), f"{driver}: memory zeroed, %": (5.0, "max")}
-    model = learn("transformer_xl", ((1, 4000), (2, 1500), (REACH, 1000)))
-    figures["transformer_xl: recalled within reach, %"] = 100 * recalled(model, REACH)
-    figures["transformer_xl: recalled beyond, %"] = 100 * recalled(model, 8)
-    reach |= {
-        "transformer_xl: recalled within reach, %": (99.0, "min"),
-        "transformer_xl: recalled beyond, %": (5.0, "max"),
-    }
+        reach |= {f"{driver}: {name}": (bound, kind) for name, (_, bound, kind) in found.items()}
     report("memory_copy", figures, reach)
 
 
@@ -198,4 +193,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["stream"]:
         stream(sys.argv[2])
     else:
-        main(sys.argv[1:])
+        parts = {"streaming": streaming, "copying": copying}
+        for part in sys.argv[1:] or parts:
+            parts[part]()

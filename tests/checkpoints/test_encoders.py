@@ -24,6 +24,9 @@ from armillary.checkpoints.assemble import fill, wanted
 from armillary.checkpoints.facts import facts
 from armillary.checkpoints.table import families
 from armillary.checkpoints.tensors import stored
+from armillary.engine.core import Engine
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
 from armillary.nn.network import Network, build
 from armillary.nn.taps import Taps
 from armillary.nn.two_stream import two_stream
@@ -299,3 +302,27 @@ def test_text_to_text(tmp_path: Path) -> None:
         start, *theirs = peer.generate(given, max_new_tokens=9, do_sample=False)[0].tolist()
         assert start == 3 and answer.ids == [i for i in theirs if i != 1]
     assert model.generate("feed a big dog in", max_new_tokens=9, temperature=0.0).ids == out[1].ids
+    arm.save(model, tmp_path / "ours", layout="open")
+    ours = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert ours.generation_config.decoder_start_token_id == 3
+    for text, answer in zip(texts, out, strict=True):
+        given = fast(text, return_tensors="pt")["input_ids"]
+        again = ours.generate(given, max_new_tokens=9, do_sample=False)[0, 1:].tolist()
+        assert [i for i in again if i != 1] == answer.ids
+
+
+@pytest.mark.parametrize(("kind", "variant"), [("t5", "tied, relu"), ("mt5", OWN)])
+def test_an_exported_folder_says_where_answers_start(tmp_path: Path, kind: str, variant: str) -> None:
+    """Without a tokenizer, too, `transformers` goes on from our folder as we do."""
+    peer = _peer(kind, variant)
+    peer.save_pretrained(tmp_path / "theirs")
+    network = load(tmp_path / "theirs", "cpu").network
+    save_open(tmp_path / "ours", network, family=kind)
+    again = type(peer).from_pretrained(tmp_path / "ours").eval()
+    source = torch.randint(5, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(1))
+    assert again.generation_config.decoder_start_token_id == peer.config.decoder_start_token_id
+    options = {"max_new_tokens": 12, "do_sample": False}
+    start, *answer = again.generate(source, **options)[0].tolist()
+    assert start == 3 and answer == peer.generate(source, **options)[0, 1:].tolist()
+    asked = Request((start,), Sampling(max_new_tokens=12, temperature=0), source=tuple(source[0].tolist()))
+    assert [one.token for one in Engine(network.eval(), capacity=16).run([asked])[0].choices] == answer

@@ -44,6 +44,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Files that the same layout knows for what tokenizer_config.json also holds.
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_ENDS = "end_token_ids"  # ours: the layout keeps them in a file of the model's
 _NOWHERE = "\U0010fffe"  # a code point that is in no vocabulary: shows what stands for the unknown
 
 
@@ -68,7 +69,8 @@ class TokenizerSettings(Settings):
 
 class Tokenizer:
     """Text ↔ ids. Special tokens: `bos`, `eos`, `pad`, `mask` are ids or None; `begin` is the id that
-    documents and prompts start with, or None; `around` are the ids before and after a whole text.
+    documents and prompts start with, or None; `around` are the ids before and after a whole text; `ends`
+    are the ids that end an answer, `eos` and those that a folder names besides.
 
     inner: the library's tokenizer, which this one takes over; config: what tokenizer_config.json
     says. What would cut, fill or vary encodings (truncation, padding, dropout) is switched off.
@@ -89,6 +91,7 @@ class Tokenizer:
         self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
+        self.end_at(self._listed(_ENDS))
         self.begin = self._begin()
         self.around: tuple[list[int], list[int]] = self._around()
         self.chat_template: str | None = self._template()
@@ -165,6 +168,14 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self)
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Let answers end at these ids, too. They are stored with the tokenizer."""
+        alone = () if self.eos is None else (self.eos,)
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys((*alone, *ids)))
+        self.config.pop(_ENDS, None)
+        if self.ends != alone:
+            self.config[_ENDS] = list(self.ends)
 
     # -- conversations
 
@@ -320,6 +331,12 @@ class Tokenizer:
 
     def _named(self, key: str) -> int | None:
         return self.special.get(_content(self.config.get(key)) or "")
+
+    def _listed(self, key: str) -> list[int]:
+        ids = self.config.get(key, [])
+        if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
+            raise TokenizerError(f"'{key}' is {ids!r}, expected a list of ids")
+        return ids
 
     def _begin(self) -> int | None:
         if "add_bos_token" in self.config:

@@ -105,8 +105,9 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     tokenizer = _tokenizer(root, settings)
     check_vocabulary(settings, tokenizer, root)
     fill(network, _imported(bound, found), place, kind)
+    parameters = {one.theirs[0]: network.get_parameter(one.ours[0]) for one in bound if not one.steps}
     for name, first in second.items():
-        if name in found and not torch.equal(found[name].read(), found[first].read()):
+        if name in found and not _equal(found[name], parameters[first], kind):
             raise CheckpointError(
                 f"tensor '{name}' differs from '{first}', but "
                 + ("both are one" if name in repeats else "'tie_word_embeddings' says that they are one"),
@@ -226,6 +227,13 @@ def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Store
 def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     for one in bound:
         yield from one.imported(found).items()
+
+
+def _equal(stored: Stored, parameter: Tensor, kind: torch.dtype | None) -> bool:
+    """Whether a stored tensor would have become this parameter, which was read from another one."""
+    tensor = stored.read().to(parameter.device, kind)
+    common = torch.promote_types(tensor.dtype, parameter.dtype)
+    return torch.equal(tensor.to(common), parameter.detach().to(common))
 
 
 def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import armillary as arm
 from armillary.base.errors import ArmillaryError
@@ -279,6 +279,17 @@ def test_two_streams() -> None:
         assert torch.equal(first, two_stream(network, changed, alone, targets[:1, :2])[1])
         with pytest.raises(ArmillaryError, match="encoder"):
             two_stream(build(settings.derive(form="decoder", block=None, queries=False)), ids, seen, targets)
+
+
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    """An older name beside the newer one is refused, even where a reader would take the last of them."""
+    _peer("bert", "bare body").save_pretrained(tmp_path)
+    held = _weights(tmp_path)
+    held["embeddings.LayerNorm.gamma"] = held["embeddings.LayerNorm.weight"] + 1
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArmillaryError, match="two names of one tensor") as caught:
+        load(tmp_path, "cpu")
+    assert all(f"'embeddings.LayerNorm.{name}'" in str(caught.value) for name in ("gamma", "weight"))
 
 
 def test_text_to_text(tmp_path: Path) -> None:

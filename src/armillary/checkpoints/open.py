@@ -84,7 +84,7 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     root = Path(folder)
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
-    found = _whole_names(family, read_tensors(root))
+    found = _whole_names(family, read_tensors(root), root)
     settings = sentence.read(root, family.suit(settings, found))
     network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
@@ -208,19 +208,24 @@ def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> N
         raise CheckpointError(f"these sizes make no tensors ({error})", where=where) from None
 
 
-def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def _whole_names(family: Family, found: Mapping[str, Stored], root: Path) -> dict[str, Stored]:
     """Their tensors under the names of a whole model, without those that carry no weights."""
     bare = not any(name.startswith(family.prefix) for name in found)
-    named = {}
-    for name, tensor in found.items():
+    names: dict[str, str] = {}
+    for name in found:
+        whole = name
         for old, new in family.older:
-            name = re.sub(old, new, name)
-        named[f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name] = tensor
+            whole = re.sub(old, new, whole)
+        if (bare or f"{family.prefix}{whole}" in found) and not whole.startswith(family.head):
+            whole = f"{family.prefix}{whole}"
+        if whole in names:
+            raise CheckpointError(f"'{names[whole]}' and '{name}' are two names of one tensor", where=str(root))
+        names[whole] = name
     unread = family.leftovers
     return {
-        name: tensor
-        for name, tensor in named.items()
-        if unread is None or not unread.fullmatch(name.removeprefix(family.prefix))
+        whole: found[name]
+        for whole, name in names.items()
+        if unread is None or not unread.fullmatch(whole.removeprefix(family.prefix))
     }
 
 

@@ -250,7 +250,7 @@ def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, s
 
 
 def _tokenizer(root: Path, settings: ModelSettings) -> Tokenizer | None:
-    found = [name for name in ("tokenizer.json", *FILES) if (root / name).exists()]
+    found = [name for name in ("tokenizer.json", "tokenizer_config.json", *FILES) if (root / name).exists()]
     for name in found:
         inside(root, name)
     if not found:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import armillary as arm
 from armillary.base.errors import ArmillaryError
@@ -24,6 +24,9 @@ from armillary.checkpoints.assemble import fill, wanted
 from armillary.checkpoints.facts import facts
 from armillary.checkpoints.table import families
 from armillary.checkpoints.tensors import stored
+from armillary.engine.core import Engine
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
 from armillary.nn.network import Network, build
 from armillary.nn.taps import Taps
 from armillary.nn.two_stream import two_stream
@@ -278,6 +281,17 @@ def test_two_streams() -> None:
             two_stream(build(settings.derive(form="decoder", block=None, queries=False)), ids, seen, targets)
 
 
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    """An older name beside the newer one is refused, even where a reader would take the last of them."""
+    _peer("bert", "bare body").save_pretrained(tmp_path)
+    held = _weights(tmp_path)
+    held["embeddings.LayerNorm.gamma"] = held["embeddings.LayerNorm.weight"] + 1
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArmillaryError, match="two names of one tensor") as caught:
+        load(tmp_path, "cpu")
+    assert all(f"'embeddings.LayerNorm.{name}'" in str(caught.value) for name in ("gamma", "weight"))
+
+
 def test_text_to_text(tmp_path: Path) -> None:
     """The encoder reads the text and its end, and the answer starts from the decoder's own token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -299,3 +313,27 @@ def test_text_to_text(tmp_path: Path) -> None:
         start, *theirs = peer.generate(given, max_new_tokens=9, do_sample=False)[0].tolist()
         assert start == 3 and answer.ids == [i for i in theirs if i != 1]
     assert model.generate("feed a big dog in", max_new_tokens=9, temperature=0.0).ids == out[1].ids
+    arm.save(model, tmp_path / "ours", layout="open")
+    ours = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert ours.generation_config.decoder_start_token_id == 3
+    for text, answer in zip(texts, out, strict=True):
+        given = fast(text, return_tensors="pt")["input_ids"]
+        again = ours.generate(given, max_new_tokens=9, do_sample=False)[0, 1:].tolist()
+        assert [i for i in again if i != 1] == answer.ids
+
+
+@pytest.mark.parametrize(("kind", "variant"), [("t5", "tied, relu"), ("mt5", OWN)])
+def test_an_exported_folder_says_where_answers_start(tmp_path: Path, kind: str, variant: str) -> None:
+    """Without a tokenizer, too, `transformers` goes on from our folder as we do."""
+    peer = _peer(kind, variant)
+    peer.save_pretrained(tmp_path / "theirs")
+    network = load(tmp_path / "theirs", "cpu").network
+    save_open(tmp_path / "ours", network, family=kind)
+    again = type(peer).from_pretrained(tmp_path / "ours").eval()
+    source = torch.randint(5, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(1))
+    assert again.generation_config.decoder_start_token_id == peer.config.decoder_start_token_id
+    options = {"max_new_tokens": 12, "do_sample": False}
+    start, *answer = again.generate(source, **options)[0].tolist()
+    assert start == 3 and answer == peer.generate(source, **options)[0, 1:].tolist()
+    asked = Request((start,), Sampling(max_new_tokens=12, temperature=0), source=tuple(source[0].tolist()))
+    assert [one.token for one in Engine(network.eval(), capacity=16).run([asked])[0].choices] == answer

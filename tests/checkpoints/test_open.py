@@ -104,6 +104,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no family": (lambda f: _config(f, model_type=None), ["'model_type' is missing"]),
     "no JSON": (lambda f: (f / "config.json").write_text("{'a'}"), ["config.json", "not sound JSON"]),
     "another tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), ["tokenizer.model"]),
+    "with and without prefix": (
+        lambda f: _change(f, lambda t: t.update({K.removeprefix("model."): t[K].clone()})),
+        [f"'{K.removeprefix('model.')}'", f"'{K}'", "two names of one tensor"],
+    ),
     "tied apart": (
         lambda f: _change(f, lambda t: t.update({"lm_head.weight": torch.ones(41, 24)})),
         ["'lm_head.weight' differs from 'model.embed_tokens.weight'", "tie_word_embeddings"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,32 @@ def test_out_and_in_again(model: arm.Model, tmp_path: Path) -> None:
     arm.save(again, tmp_path / "ours", layout="open")  # such a folder is a model's own and may be replaced
 
 
+def test_a_default_prompt_stands_before_every_text(model: arm.Model, minilm: Path, tmp_path: Path) -> None:
+    """As `SentenceTransformer.encode` does by default: the prompt and the text are one text."""
+    folder = tmp_path / "prompted"
+    shutil.copytree(minilm, folder)
+    _prompts(folder, {"prompts": {"query": "query: "}, "default_prompt_name": None})
+    assert torch.equal(arm.load(folder, device="cpu").embed("a cat"), model.embed("a cat"))
+    _prompts(folder, {"prompts": {"query": "query: ", "no": ""}, "default_prompt_name": "query"})
+    prompted = arm.load(folder, device="cpu")
+    assert torch.equal(prompted.embed(["a cat", "dogs"]), model.embed(["query: a cat", "query: dogs"]))
+    assert not torch.allclose(prompted.embed("a cat"), model.embed("a cat"), atol=1e-2)
+    for layout in ("open", "native"):
+        arm.save(prompted, tmp_path / layout, layout=layout)
+        again = arm.load(tmp_path / layout, device="cpu")
+        assert again.settings == prompted.settings and torch.equal(again.embed("a cat"), prompted.embed("a cat"))
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | {"include_prompt": False}))
+    with pytest.raises(ArmillaryError, match="'include_prompt' leaves the default prompt out"):
+        arm.load(folder, device="cpu")
+    _prompts(folder, {"prompts": {"query": "query: "}})
+    arm.load(folder, device="cpu")  # without a prompt there is nothing to leave out
+
+
+def _prompts(folder: Path, data: Any) -> None:
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(data))
+
+
 SMALL: dict[str, Any] = {
     "form": "encoder",
     "width": 8,
@@ -149,6 +176,13 @@ LENGTHS: dict[str, tuple[Any, str]] = {
     "lower case": ({"max_seq_length": 8, "do_lower_case": True}, "do_lower_case"),
 }
 
+PROMPTS: dict[str, tuple[Any, str]] = {
+    "no such prompt": ({"prompts": {"a": "a: "}, "default_prompt_name": "b"}, "'default_prompt_name' is 'b'"),
+    "no prompts": ({"default_prompt_name": "b"}, "'default_prompt_name' is 'b'"),
+    "no name": ({"prompts": {"1": "a"}, "default_prompt_name": 1}, "'default_prompt_name' is 1"),
+    "no text": ({"prompts": {"a": 3}, "default_prompt_name": "a"}, "'default_prompt_name' is 'a'"),
+}
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -165,10 +199,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("modules.json", MODULES),
             ("1_Pooling/config.json", POOLING),
             ("sentence_bert_config.json", LENGTHS),
+            ("config_sentence_transformers.json", PROMPTS),
         )
         for case in cases.values()
     ],
-    ids=[*MODULES, *POOLING, *LENGTHS],
+    ids=[*MODULES, *POOLING, *LENGTHS, *PROMPTS],
 )
 def test_what_cannot_be_read_is_named(small: Path, file: str, data: Any, named: str) -> None:
     path = small / file

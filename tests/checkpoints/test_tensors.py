@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +20,9 @@ from safetensors.torch import load_file
 
 from armillary.base.errors import ArmillaryError, CheckpointError
 from armillary.base.files import new_folder
-from armillary.checkpoints import tensors
+from armillary.checkpoints import save, tensors
 from armillary.checkpoints.tensors import INDEX, WEIGHTS, fit, read_json, read_tensors, stored, write_tensors
+from armillary.nn.network import ModelSettings, build
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -37,6 +41,7 @@ def test_any_sharding_gives_back_the_same_bits(
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     given = {f"t{i}": torch.randn(size).to(KINDS[i % len(KINDS)]) for i, size in enumerate(sizes)}
+    given["scalar"] = torch.tensor(3.5)
     files = _write(folder, given, max_shard=limit)
     assert sorted(files) == sorted(path.name for path in folder.iterdir())
     found = read_tensors(folder)
@@ -144,6 +149,18 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     assert name in str(caught.value) and "safetensors" in str(caught.value)
 
 
+def test_a_file_that_changes_after_it_was_listed(tmp_path: Path) -> None:
+    _write(tmp_path, _some())
+    found = read_tensors(tmp_path)
+    held = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(held[:-4])
+    with pytest.raises(CheckpointError, match=r"'layer\.4\.weight' cannot be read: the file ends early"):
+        found["layer.4.weight"].read()
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"'layer\.0\.weight' cannot be read"):
+        found["layer.0.weight"].read()
+
+
 def test_links_may_not_lead_out(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
@@ -210,3 +227,32 @@ def test_json_too_large_to_be_true(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "config.json").write_text('{"a": 1234567890}')
     with pytest.raises(CheckpointError, match="too large"):
         read_json(tmp_path / "config.json")
+
+
+CHILD = """
+import sys, torch
+from armillary.checkpoints import load
+def resident(word):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(word))
+load(sys.argv[1], "cpu", sys.argv[2])  # what is imported on the way counts before
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = resident("VmRSS")
+network = load(sys.argv[3], "cpu", sys.argv[2]).network
+print(resident("VmHWM") - before, sum(tensor.nbytes for tensor in network.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be set back")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["open", "native"])
+def test_loading_holds_the_weights_once(tmp_path: Path, layout: str, dtype: str) -> None:
+    """50 MB of weights in float32: no second copy of them is held, nor all of them in another type. Beside them
+    are the tensor being read and what the allocator keeps of earlier ones: a few of 3 MB."""
+    for name, width in (("tiny", 16), ("model", 512)):
+        settings = ModelSettings(width=width, depth=4, vocabulary=512, context=64)
+        save(tmp_path / name, build(settings), layout=layout)
+    words = [sys.executable, "-c", CHILD, tmp_path / "tiny", dtype, tmp_path / "model"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    peak, weights = map(int, done.stdout.split())
+    assert weights > 20e6
+    assert weights < peak < weights + 20e6

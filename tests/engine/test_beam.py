@@ -45,7 +45,7 @@ def test_enough_beams_find_what_an_exhaustive_search_finds(penalty, least, stop,
     asked = Beams(
         beams=220, returned=5, max_new_tokens=3, min_new_tokens=least, length_penalty=penalty, early_stopping=stop
     )
-    found = search(network, PROMPT, asked, end=5)
+    found = search(network, PROMPT, asked, ends=[5])
     for one, (score, ids) in zip(found, exhaustive(network, 3, 5, penalty, least)[:5], strict=True):
         assert one.ids == ids
         assert one.score == pytest.approx(score, abs=1e-4)
@@ -90,7 +90,7 @@ def test_sequences_and_scores_are_those_of_transformers(imported, options) -> No
         prompt = [1, 5 + number, 9, 30 - number]
         asked = Beams(beams=4, returned=3, max_new_tokens=10, **options)
         end = search(network, prompt, asked)[0].ids[2 + number]  # one that beams do come to
-        found = search(network, prompt, asked, end=end)
+        found = search(network, prompt, asked, ends=[end])
         theirs = peer.generate(
             torch.tensor([prompt]),
             num_beams=4,

@@ -138,7 +138,7 @@ def test_the_end_token_ends(network) -> None:
     """With the token that greedy decoding chooses fourth as the end token, three or fewer are given out."""
     ids, _ = greedy_by_whole_passes(network, PROMPTS[2], 8)
     ending = copy.copy(TOKENIZER)
-    ending.eos = ids[3]
+    ending.ends = (ids[3],)
     done = generate(network, ending, [PROMPTS[2]], Sampling(max_new_tokens=8, temperature=0))[0]
     assert done.finish == "end"
     assert done.ids == ids[: ids.index(ids[3])]

@@ -19,7 +19,8 @@ from armillary.text import Tokenizer
 
 _MODEL_FILES = re.compile(
     r"armillary\.json|recipe\.yaml|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
-    r"|model\.safetensors\.index\.json|modules\.json|sentence_bert_config\.json|1_Pooling|2_Normalize|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"|model\.safetensors\.index\.json|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json|1_Pooling|2_Normalize"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
 )
 
 

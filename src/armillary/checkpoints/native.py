@@ -153,7 +153,14 @@ def damage(folder: Path, manifest: dict[str, Any] | None = None, *, contents: bo
 
 def check_vocabulary(settings: ModelSettings, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Every id of the tokenizer must have its row of the embedding."""
-    if tokenizer is not None and settings.vocabulary is not None and tokenizer.size > settings.vocabulary:
+    if tokenizer is None or settings.vocabulary is None:
+        return
+    if max(tokenizer.ends, default=0) >= settings.vocabulary:
+        raise CheckpointError(
+            f"answers should end at {max(tokenizer.ends)}, but the model's vocabulary is {settings.vocabulary}",
+            where=str(folder),
+        )
+    if tokenizer.size > settings.vocabulary:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.size} entries, but the model's vocabulary is {settings.vocabulary}",
             where=str(folder),

@@ -37,7 +37,7 @@ from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
 from armillary.text.older import FILES
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def detect(folder: str | Path) -> str:
@@ -84,7 +84,7 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     root = Path(folder)
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
-    found = _whole_names(family, read_tensors(root))
+    found = _whole_names(family, read_tensors(root), root)
     settings = sentence.read(root, family.suit(settings, found))
     network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)
@@ -102,11 +102,12 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
         root,
         hint=f"{CONFIG} and the weights must be of one model",
     )
-    tokenizer = _tokenizer(root)
+    tokenizer = _tokenizer(root, settings)
     check_vocabulary(settings, tokenizer, root)
     fill(network, _imported(bound, found), place, kind)
+    parameters = {one.theirs[0]: network.get_parameter(one.ours[0]) for one in bound if not one.steps}
     for name, first in second.items():
-        if name in found and not torch.equal(found[name].read(), found[first].read()):
+        if name in found and not _equal(found[name], parameters[first], kind):
             raise CheckpointError(
                 f"tensor '{name}' differs from '{first}', but "
                 + ("both are one" if name in repeats else "'tie_word_embeddings' says that they are one"),
@@ -135,14 +136,18 @@ def save_open(
     bound = chosen.bind(network.settings, ours)
     left_out = ours.keys() - {name for one in bound for name in one.ours}
     assert not left_out, f"the table of '{chosen.kind}' has no entry for {', '.join(sorted(left_out))}"
+    ends = list(tokenizer.ends) if tokenizer is not None else []
     tokens = {
-        f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")
+        "bos_token_id": getattr(tokenizer, "bos", None),
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": getattr(tokenizer, "pad", None),
     }  # null where there is none: a family's own defaults would point at other tokens
     tokens = {name: config.get(name, token) for name, token in tokens.items()}
     config |= {"torch_dtype": str(network.embed.weight.dtype).removeprefix("torch."), **tokens}
     with new_folder(Path(folder)) as temporary:
         _write_json(temporary / CONFIG, config)
-        _write_json(temporary / "generation_config.json", {"_from_model_config": True, **tokens})
+        start = {name: config[name] for name in ("decoder_start_token_id",) if name in config}
+        _write_json(temporary / GENERATION, tokens | start)
         sentence.write(temporary, network.settings)
         theirs = {name: tensor for one in bound for name, tensor in one.exported(ours).items()}
         write_tensors(temporary, theirs, max_shard=max_shard)
@@ -203,25 +208,37 @@ def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> N
         raise CheckpointError(f"these sizes make no tensors ({error})", where=where) from None
 
 
-def _whole_names(family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def _whole_names(family: Family, found: Mapping[str, Stored], root: Path) -> dict[str, Stored]:
     """Their tensors under the names of a whole model, without those that carry no weights."""
     bare = not any(name.startswith(family.prefix) for name in found)
-    named = {}
-    for name, tensor in found.items():
+    names: dict[str, str] = {}
+    for name in found:
+        whole = name
         for old, new in family.older:
-            name = re.sub(old, new, name)
-        named[f"{family.prefix}{name}" if bare and not name.startswith(family.head) else name] = tensor
+            whole = re.sub(old, new, whole)
+        if (bare or f"{family.prefix}{whole}" in found) and not whole.startswith(family.head):
+            whole = f"{family.prefix}{whole}"
+        if whole in names:
+            raise CheckpointError(f"'{names[whole]}' and '{name}' are two names of one tensor", where=str(root))
+        names[whole] = name
     unread = family.leftovers
     return {
-        name: tensor
-        for name, tensor in named.items()
-        if unread is None or not unread.fullmatch(name.removeprefix(family.prefix))
+        whole: found[name]
+        for whole, name in names.items()
+        if unread is None or not unread.fullmatch(whole.removeprefix(family.prefix))
     }
 
 
 def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     for one in bound:
         yield from one.imported(found).items()
+
+
+def _equal(stored: Stored, parameter: Tensor, kind: torch.dtype | None) -> bool:
+    """Whether a stored tensor would have become this parameter, which was read from another one."""
+    tensor = stored.read().to(parameter.device, kind)
+    common = torch.promote_types(tensor.dtype, parameter.dtype)
+    return torch.equal(tensor.to(common), parameter.detach().to(common))
 
 
 def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:
@@ -232,11 +249,30 @@ def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, s
     return {one.theirs[0]: names[(network.tied_names()[one.ours[0]],)] for one in family.bind(network.settings, tied)}
 
 
-def _tokenizer(root: Path) -> Tokenizer | None:
-    found = [name for name in ("tokenizer.json", *FILES) if (root / name).exists()]
+def _tokenizer(root: Path, settings: ModelSettings) -> Tokenizer | None:
+    found = [name for name in ("tokenizer.json", "tokenizer_config.json", *FILES) if (root / name).exists()]
     for name in found:
         inside(root, name)
-    return Tokenizer.load(root) if found else None
+    if not found:
+        return None
+    tokenizer = Tokenizer.load(root)
+    tokenizer.end_at(id for id in _ends(root) if id < (settings.vocabulary or 0))  # others are never chosen
+    return tokenizer
+
+
+def _ends(root: Path) -> list[int]:
+    """The ids that end an answer: what generation_config.json says stands before config.json."""
+    for name in (GENERATION, CONFIG):
+        if (root / name).exists():
+            given = read_json(inside(root, name)).get("eos_token_id")
+            if given is None:
+                continue
+            ids = given if isinstance(given, list) else [given]
+            if not all(type(id) is int for id in ids):
+                where = str(root / name)
+                raise CheckpointError(f"'eos_token_id' is {given!r}, expected an id or a list of them", where=where)
+            return [id for id in ids if id >= 0]
+    return []
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

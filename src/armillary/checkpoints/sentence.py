@@ -16,7 +16,9 @@ from armillary.checkpoints.tensors import read_json
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.network import ModelSettings
 
-MODULES, LENGTH = "modules.json", "sentence_bert_config.json"
+MODULES, LENGTH, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+# What these files say of the head, and config.json does not.
+SAID = {"head.pool": "mean", "head.normalise": False, "head.longest": None, "head.prompt": ""}
 _PACKAGE = "sentence_transformers.models"
 _POOLS = {"cls_token": "first", "mean_tokens": "mean", "lasttoken": "last"}
 _NAMES = {"cls": "first", "mean": "mean", "lasttoken": "last"}
@@ -43,8 +45,10 @@ def read(root: Path, settings: ModelSettings) -> ModelSettings:
         )
     if not isinstance(settings.head, EmbeddingHeadSettings) and settings.form != "encoder":
         raise UnsupportedError("sentences are embedded by encoders only", where=str(root / MODULES))
+    prompt = _prompt(root)
+    pool = _pool(root, kinds[1][1], prompt != "")
     head = EmbeddingHeadSettings.model_validate(
-        {"pool": _pool(root, kinds[1][1]), "normalise": len(kinds) == 3, "longest": _longest(root)}
+        {"pool": pool, "normalise": len(kinds) == 3, "longest": _longest(root), "prompt": prompt}
     )
     return settings.derive(head=head)
 
@@ -64,8 +68,25 @@ def write(folder: Path, settings: ModelSettings) -> None:
     for path, _ in kinds[1:]:
         (folder / path).mkdir()
     _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": settings.width, **modes})
+    if head.prompt:
+        _write(folder / PROMPTS, {"prompts": {"default": head.prompt}, "default_prompt_name": "default"})
     if head.longest is not None:
         _write(folder / LENGTH, {"max_seq_length": head.longest, "do_lower_case": False})
+
+
+def _prompt(root: Path) -> str:
+    """What the folder puts before every text by itself; prompts that are asked for by name are not ours."""
+    path = root / PROMPTS
+    if not path.exists():
+        return ""
+    data = read_json(path)
+    name, prompts = data.get("default_prompt_name"), data.get("prompts")
+    if name is None:
+        return ""
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    if not isinstance(prompt, str):
+        raise CheckpointError(f"'default_prompt_name' is {name!r}, but 'prompts' has no such text", where=str(path))
+    return prompt
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:
@@ -83,9 +104,11 @@ def _modules(path: Path) -> list[tuple[str, str]]:
     return [(kind.rpartition(".")[2], place) for kind, place in kinds]
 
 
-def _pool(root: Path, place: str) -> str:
+def _pool(root: Path, place: str, prompted: bool) -> str:
     path = confined(root, f"{place}/config.json")
     data = read_json(path)
+    if prompted and data.get("include_prompt", True) is not True:
+        raise UnsupportedError("'include_prompt' leaves the default prompt out of the pooling", where=str(path))
     named = data.get("pooling_mode")
     modes = [named] if named is not None else [key for key, on in data.items() if key.startswith(_MODE) and on is True]
     pools = [_NAMES.get(str(mode)) or _POOLS.get(str(mode).removeprefix(_MODE)) for mode in modes]

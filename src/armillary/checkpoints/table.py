@@ -357,7 +357,7 @@ class Family:
 
 
 def _stages(entry: Entry, names: tuple[str, ...], ours: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-    parts = [torch.empty_like(ours[name], device="meta") for name in names]
+    parts = [torch.empty(ours[name].shape, dtype=ours[name].dtype, device="meta") for name in names]
     stages = [tuple(parts)]
     for step in reversed(entry.steps):
         parts = step.undo(parts)

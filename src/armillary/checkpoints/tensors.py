@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD = 5 * 10**9  # bytes
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors\Z")
 
+_AGAIN = "copy or download it again, or use an earlier checkpoint"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LONGEST_JSON = 256 * 2**20  # bytes; the largest indices and tokenizers take tens of megabytes
 _DTYPES = {
@@ -214,63 +215,52 @@ def raise_for(problems: Iterable[str], folder: Path, hint: str | None = None) ->
         raise CheckpointError(f"{len(lines)} tensors do not fit the model:{listed}", where=str(folder), hint=hint)
 
 
-class _File:
-    """An open safetensors file, opened again now and then: what has been read from the mapped file
-    counts as this process's memory until the mapping goes."""
-
-    HELD = 64 * 2**20  # bytes
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handle: Any = None
-        self._read = 0
-
-    def open(self) -> Any:
-        if self._handle is None or self._read > self.HELD:
-            self._read = 0
-            self._handle = None
-            try:
-                self._handle = safe_open(str(self.path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"this file is truncated or damaged ({error})",
-                    where=str(self.path),
-                    hint="copy or download it again, or use an earlier checkpoint",
-                ) from None
-        return self._handle
-
-    def tensor(self, name: str) -> Tensor:
-        handle = self.open()
-        try:
-            tensor: Tensor = handle.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor '{name}' cannot be read ({error})", where=str(self.path)) from None
-        self._read += tensor.nbytes
-        return tensor
-
-
 def _file(path: Path) -> dict[str, Stored]:
-    file = _File(path)
-    handle = file.open()
-    _check_header(path)
+    """The tensors of one file. The library checks it; they are then read as bytes, each into the memory
+    where it stays, for what is read from a mapped file counts as this process's memory besides."""
+    try:
+        with safe_open(str(path), framework="pt"):
+            start, header = _header(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"this file is truncated or damaged ({error})", where=str(path), hint=_AGAIN) from None
     found = {}
-    for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
-        part = handle.get_slice(name)
-        kind = str(part.get_dtype())
-        found[name] = Stored(tuple(part.get_shape()), _DTYPES.get(kind), partial(file.tensor, name), kind)
-    file._handle = None  # a folder may have more shards than a process may have open files
+    for name, part in header.items():
+        if name != "__metadata__":
+            shape, kind, (begin, _) = tuple(part["shape"]), part["dtype"], part["data_offsets"]
+            dtype = _DTYPES.get(kind)
+            found[name] = Stored(shape, dtype, partial(_read, path, name, start + begin, shape, dtype, kind), kind)
     return found
 
 
-def _check_header(path: Path) -> None:
-    """The library takes the last of two tensors with one name; here that is a fault."""
+def _read(path: Path, name: str, begin: int, shape: tuple[int, ...], dtype: torch.dtype | None, kind: str) -> Tensor:
+    """A tensor from its place in a file, in memory of its own."""
+    if dtype is None:
+        raise CheckpointError(f"tensor '{name}' holds {kind}, which no weight can", where=str(path))
+    tensor = torch.empty(shape, dtype=dtype)
+    room: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while room and (count := file.readinto(room)):  # one call gives 2 GiB at the most
+                room = room[count:]
+    except OSError as error:
+        raise CheckpointError(f"tensor '{name}' cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+    if room:
+        raise CheckpointError(f"tensor '{name}' cannot be read: the file ends early", where=str(path), hint=_AGAIN)
+    return tensor
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin, and what the header says of each. The library takes the last of two with one
+    name; here that is a fault."""
     with path.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         text = handle.read(length)
     try:
-        json.loads(text, object_pairs_hook=_once)
+        header: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         raise CheckpointError(f"the header of this file is not sound: {error}", where=str(path)) from None
+    return 8 + length, header
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

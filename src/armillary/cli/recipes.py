@@ -112,6 +112,8 @@ def show(
             "training_flops": 3 * found.flops_per_token * total,
         }
         data["estimated_training_seconds"] = data["training_flops"] / _flops_per_second(bf16)
+    if tokenizer is not None:
+        data["end_tokens"] = _ends(tokenizer)
     if text:
         data["fertility"] = _fertility(tokenizer, text)
     if json:
@@ -126,6 +128,7 @@ def show(
         ("parameters", f"{amount(found.parameters)} ({amount(found.active)} active)"),
         ("of these", f"{amount(found.embedding)} in embedding and head"),
         ("vocabulary", f"{settings.vocabulary}{'' if vocabulary_known else ' (from tokenizer.size)'}"),
+        *([("answers end at", _said(data["end_tokens"]))] if tokenizer is not None else []),
         ("FLOPs per token", f"{amount(found.flops_per_token)} forward at {tokens} tokens"),
         ("state", f"{amount(found.state_bytes, 'B')} per row after {tokens} tokens"),
         ("decoding on a CPU", _steps(found.plain_steps)),
@@ -141,6 +144,15 @@ def show(
         for name, found in data.get("fertility", {}).items()
     ]
     table(lines)
+
+
+def _ends(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens that end an answer, by id; one that the tokenizer does not know is empty."""
+    return {id: tokenizer.decode([id], special=True) if id < tokenizer.size else "" for id in tokenizer.ends}
+
+
+def _said(ends: dict[int, str]) -> str:
+    return ", ".join(f"{name} ({id})".strip() for id, name in ends.items()) or "their length only"
 
 
 def _fertility(tokenizer: Tokenizer | None, given: list[str]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Beam search: the likeliest continuations that a search of a few beams finds.
 
-A step takes every beam's next tokens, keeps the best 2·beams of all, moves those that end (among the best
+A step takes every beam's next tokens, keeps the best (1 + ends)·beams of all, moves those that end (among the best
 `beams`) to the finished ones, and goes on with the best `beams` of the others; rows of the network's state
 follow by `select`. What is finished is ranked by its log-probability over length^length_penalty, its end
 token counted (Wu et al. 2016, Google's Neural Machine Translation System, with plain powers of the length).
@@ -76,14 +76,14 @@ def search(
     prompt: Sequence[int],
     asked: Beams,
     *,
-    end: int | None = None,
+    ends: Sequence[int] = (),
     source: Sequence[int] | None = None,
     side: Mapping[str, int] | None = None,
     taps: Taps | None = None,
 ) -> list[Found]:
     """The best `asked.returned` continuations of a prompt (token ids), the best first.
 
-    end: the id that ends a sequence; source: what an encoder–decoder reads; side: numbers that mechanisms
+    ends: the ids that end a sequence; source: what an encoder–decoder reads; side: numbers that mechanisms
     take. Raises InputError where prompt and continuation exceed what the network can hold.
     """
     if not prompt:
@@ -96,7 +96,7 @@ def search(
         numbers["prefix"] = torch.tensor([len(prompt)], device=device)
     ids = torch.tensor([list(prompt)], device=device)
     logits = network.extend(ids, state, last=True, side=numbers, taps=taps)[:, -1]
-    hunt = _Search(asked, end, logits.shape[-1])
+    hunt = _Search(asked, ends, logits.shape[-1])
     while True:
         parents, tokens = hunt.step(logits.float())
         if hunt.over:
@@ -118,8 +118,8 @@ class _Beam:
 class _Search:
     """The beams of one prompt, without a network."""
 
-    def __init__(self, asked: Beams, end: int | None, vocabulary: int) -> None:
-        self.asked, self.end, self.over = asked, end, False
+    def __init__(self, asked: Beams, ends: Sequence[int], vocabulary: int) -> None:
+        self.asked, self.ends, self.over = asked, list(ends), False
         self.open, self.finished = [_Beam()], list[Found]()
         for token in asked.logit_bias:
             if not 0 <= token < vocabulary:
@@ -132,7 +132,7 @@ class _Search:
             raise GenerationError("the network gave no finite scores")
         own = torch.log_softmax(logits, -1)
         scores = self._biased(own, length) + torch.tensor([[beam.total] for beam in self.open], device=own.device)
-        values, places = scores.flatten().topk(min(2 * asked.beams, scores.numel()))
+        values, places = scores.flatten().topk(min((1 + max(1, len(self.ends))) * asked.beams, scores.numel()))
         parents, tokens = places // own.shape[1], places % own.shape[1]
         chosen = own[parents, tokens].tolist()
         going, last = list[tuple[int, int, _Beam]](), length == asked.max_new_tokens
@@ -141,7 +141,7 @@ class _Search:
             if total == -torch.inf:
                 break
             before = self.open[parent]
-            ends = token == self.end
+            ends = token in self.ends
             if ends or last:
                 if rank < asked.beams:
                     self._finish(before, token, logprob, total / length**asked.length_penalty, ends)
@@ -158,8 +158,8 @@ class _Search:
         own = own.clone()
         for token, bias in self.asked.logit_bias.items():
             own[:, token] += bias
-        if self.end is not None and length <= self.asked.min_new_tokens:
-            own[:, self.end] = -torch.inf
+        if self.ends and length <= self.asked.min_new_tokens:
+            own[:, self.ends] = -torch.inf
         return own
 
     def _finish(self, before: _Beam, token: int, logprob: float, score: float, ends: bool) -> None:

@@ -73,7 +73,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int | None = None) -> None:
-        if tokenizer.eos is None:
+        if not tokenizer.ends:
             raise InputError("the tokenizer has no end token, so a constrained answer could not end")
         self._tokenizer, self.vocabulary = tokenizer, vocabulary or tokenizer.size
         self._kept: OrderedDict[str, Any] = OrderedDict()
@@ -206,7 +206,7 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
         is_tokenizer_wrapper = True
 
         def __init__(self) -> None:
-            self.eos_token_id, self.bos_token_id = tokenizer.eos, tokenizer.bos
+            self.eos_token_id, self.bos_token_id = tokenizer.ends[0], tokenizer.bos
             self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.size)]
             self.tokens += [b""] * (vocabulary - tokenizer.size)
             self.special_token_ids = [id for id in range(tokenizer.size) if tokenizer.is_special(id)]
@@ -214,7 +214,7 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
         def __call__(self, text: bytes | str) -> list[int]:
             return tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
-    return LLTokenizer(Wrapped(), n_vocab=vocabulary)  # type: ignore[arg-type]
+    return LLTokenizer(Wrapped(), n_vocab=vocabulary, eos_token=list(tokenizer.ends))  # type: ignore[arg-type]
 
 
 def _first_line(text: str) -> str:

@@ -166,7 +166,7 @@ class Engine:
         self._check(request)
         answer = Answer(request, self._drive, listener)
         sampling, prompt = request.sampling, len(request.ids)
-        end = self.tokenizer.eos if self.tokenizer is not None else None
+        ends = self.tokenizer.ends if self.tokenizer is not None else ()
         progress = Progress(
             known=prompt,
             limit=prompt + sampling.max_new_tokens,
@@ -185,7 +185,7 @@ class Engine:
                     hint="give a temperature, or a watermark of kind 'kgw'",
                 )
             mark = None
-        chooser = Chooser(sampling, request.ids, end=end, stream=request.stream, steps=request.steps, mark=mark)
+        chooser = Chooser(sampling, request.ids, ends=ends, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
         return _Running(answer, progress, chooser, writer)
@@ -367,7 +367,7 @@ class Engine:
                 return
             given.append(choice)
             ended = (
-                choice.token == run.chooser.end or run.chooser.generated >= run.answer.request.sampling.max_new_tokens
+                choice.token in run.chooser.ends or run.chooser.generated >= run.answer.request.sampling.max_new_tokens
             )
             if ended or step == one.drafts or choice.token != guesses[step]:
                 break
@@ -404,7 +404,7 @@ class Engine:
         """Tokens that were chosen, the last of which is not computed yet."""
         text, kept, finish = "", list[Choice](), None
         for choice in choices:
-            if choice.token == run.chooser.end:
+            if choice.token in run.chooser.ends:
                 text, finish = text + (run.writer.close() if run.writer else ""), "end"
                 break
             kept.append(choice)

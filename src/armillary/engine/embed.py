@@ -22,9 +22,10 @@ def whole(tokenizer: Tokenizer, ids: Sequence[int], longest: int | None = None) 
 
 
 def texts(network: Network, tokenizer: Tokenizer, many: Iterable[str]) -> list[list[int]]:
-    """Ids of each text. Raises InputError for an empty one."""
-    head = network.settings.head
-    longest = head.longest if isinstance(head, EmbeddingHeadSettings) else None
+    """Ids of each text, as an embedding head asks for them. Raises InputError for an empty one."""
+    head, longest = network.settings.head, None
+    if isinstance(head, EmbeddingHeadSettings):
+        longest, many = head.longest, [head.prompt + text for text in many]
     rows = [whole(tokenizer, ids, longest) for ids in tokenizer.encode_batch(many)]
     if not rows or not all(rows):
         raise InputError("there is an empty text", hint="give at least one token of text")

@@ -167,7 +167,7 @@ def generate_beams(
             network,
             prompt,
             asked,
-            end=tokenizer.eos,
+            ends=tokenizer.ends,
             source=None if sources is None else sources[row],
             side={name: numbers[row] for name, numbers in given.items()},
             taps=taps,

@@ -112,7 +112,7 @@ class Choice:
 class Chooser:
     """Chooses the tokens of one sequence.
 
-    prompt: its tokens; end: the id that ends an answer, or None; stream: keeps the draws of sequences
+    prompt: its tokens; ends: the ids that end an answer; stream: keeps the draws of sequences
     with one seed apart; steps: constraints; mark: a watermark.
     """
 
@@ -121,12 +121,12 @@ class Chooser:
         sampling: Sampling,
         prompt: Sequence[int],
         *,
-        end: int | None = None,
+        ends: Sequence[int] = (),
         stream: int = 0,
         steps: Sequence[Step] = (),
         mark: Mark | None = None,
     ) -> None:
-        self.sampling, self.end, self.steps = sampling, end, tuple(steps)
+        self.sampling, self.ends, self.steps = sampling, list(ends), tuple(steps)
         self.mark = None if mark is None else mark.begin()
         # A fixed odd multiplier keeps the streams of neighbouring sequences and seeds apart.
         self.generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
@@ -158,15 +158,15 @@ class Chooser:
             tokens = torch.tensor(list(self._counts), dtype=torch.int64)
             counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if self.end is not None:
+        if self.ends:
             if self.generated < sampling.min_new_tokens:
-                kept = scores[self.end].clone()
-                scores[self.end] = -torch.inf
+                kept = scores[self.ends].clone()
+                scores[self.ends] = -torch.inf
                 if self.steps and not bool(torch.isfinite(scores).any()):
-                    scores[self.end] = kept  # a constraint that allows nothing but the end stands above a bound
+                    scores[self.ends] = kept  # a constraint that allows nothing but the end stands above a bound
             elif sampling.target_new_tokens is not None:
                 done = self.generated / sampling.target_new_tokens
-                scores[self.end] += 10 * max(-1.0, min(1.0, 2 * (done - 1)))
+                scores[self.ends] += 10 * max(-1.0, min(1.0, 2 * (done - 1)))
         return scores
 
     def accept(self, token: int) -> None:

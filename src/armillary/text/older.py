@@ -59,7 +59,7 @@ def read_older(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, Conf
     a tokenizer that is not known.
     """
     found = [name for name in FILES if (folder / name).is_file()]
-    if not found:
+    if not found and not config:
         return None
     name = _class(folder, config)
     readers: dict[str, tuple[tuple[str, ...], Callable[[list[Path], Config], Tokenizer], Config]] = {
@@ -73,6 +73,8 @@ def read_older(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, Conf
         "XLNetTokenizer": (_SENTENCEPIECE, _xlnet, _ANGLE | {"sep_token": "<sep>", "cls_token": "<cls>"}),
         "": (_SENTENCEPIECE, _plain, {}),
     }
+    if not found and (name == "" or name not in readers):
+        return None
     if name not in readers:
         raise TokenizerError(
             f"there is no tokenizer.json, only {', '.join(found)} of a '{name}', which is not read",
@@ -83,7 +85,10 @@ def read_older(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, Conf
     paths = [folder / file for file in files if file in found]
     if len(paths) < (1 if files is _SENTENCEPIECE else len(files)):
         needed = files[:1] if files is _SENTENCEPIECE else files
-        raise TokenizerError(f"a {name or 'SentencePiece model'} needs {' and '.join(needed)}", where=str(folder))
+        hint = None if found else "or tokenizer.json"
+        raise TokenizerError(
+            f"a {name or 'SentencePiece model'} needs {' and '.join(needed)}", where=str(folder), hint=hint
+        )
     full = defaults | dict(config)
     try:
         return read(paths, full), full

@@ -20,9 +20,10 @@ from pydantic import Field
 from tokenizers import AddedToken, processors
 
 from armillary.base.errors import TokenizerError
-from armillary.base.files import explained, write_atomic
+from armillary.base.files import write_atomic
 from armillary.base.settings import Settings
 from armillary.text.chat import DEFAULT_TEMPLATE, ROLES, broken, compile_template, plain_messages, render
+from armillary.text.declared import ADDED, ENDS, LISTS, NAMED, check, name_of, read_declared, text_of
 from armillary.text.learn import BYTES, learn, utf8
 from armillary.text.older import read_older
 from armillary.text.pieces import Pieces, pieces_of
@@ -40,8 +41,6 @@ _CONFIG: Mapping[str, Any] = {
     "add_bos_token": True,
     "clean_up_tokenization_spaces": False,
 }
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Files that the same layout knows for what tokenizer_config.json also holds.
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _NOWHERE = "\U0010fffe"  # a code point that is in no vocabulary: shows what stands for the unknown
@@ -68,7 +67,8 @@ class TokenizerSettings(Settings):
 
 class Tokenizer:
     """Text ↔ ids. Special tokens: `bos`, `eos`, `pad`, `mask` are ids or None; `begin` is the id that
-    documents and prompts start with, or None; `around` are the ids before and after a whole text.
+    documents and prompts start with, or None; `around` are the ids before and after a whole text; `ends`
+    are the ids that end an answer, `eos` and those that a folder names besides.
 
     inner: the library's tokenizer, which this one takes over; config: what tokenizer_config.json
     says. What would cut, fill or vary encodings (truncation, padding, dropout) is switched off.
@@ -83,12 +83,14 @@ class Tokenizer:
             if getattr(inner.model, chance, None) is not None:
                 setattr(inner.model, chance, None)
         self.config = dict(config or {})
+        check(self.config)
         _add_declared(inner, self.config)
         self.special: dict[str, int] = _special(inner, self.config)
         self._special_ids = frozenset(self.special.values())
         self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
+        self.end_at(self.config.get(ENDS, ()))
         self.begin = self._begin()
         self.around: tuple[list[int], list[int]] = self._around()
         self.chat_template: str | None = self._template()
@@ -165,6 +167,14 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self)
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Let answers end at these ids, too. They are stored with the tokenizer."""
+        alone = () if self.eos is None else (self.eos,)
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys((*alone, *ids)))
+        self.config.pop(ENDS, None)
+        if self.ends != alone:
+            self.config[ENDS] = list(self.ends)
 
     # -- conversations
 
@@ -246,16 +256,7 @@ class Tokenizer:
         """
         place = Path(folder)
         file = place / "tokenizer.json"
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            config |= {key: value for key, value in _object(place / name).items() if value is not None}
-        if added := _object(place / "added_tokens.json"):
-            config["added_tokens_decoder"] = {
-                **{str(index): {"content": token, "special": False} for token, index in added.items()},
-                **config.get("added_tokens_decoder", {}),
-            }
-        if (place / "chat_template.jinja").is_file():
-            config["chat_template"] = _text(place / "chat_template.jinja")
+        config = read_declared(place)
         if file.is_file():
             return cls._read(file, config)
         older = read_older(place, config)
@@ -270,7 +271,7 @@ class Tokenizer:
 
     @classmethod
     def _read(cls, file: Path, config: dict[str, Any]) -> Tokenizer:
-        text = _text(file)
+        text = text_of(file)
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for every fault
@@ -283,6 +284,8 @@ class Tokenizer:
             return cls(inner, config)
         except TokenizerError as error:
             raise TokenizerError(error.what, where=str(folder), hint=error.hint) from None
+        except Exception as error:  # the library's plain one, of parts that do not go together
+            raise TokenizerError(f"not a tokenizer: {error}", where=str(folder)) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self._inner.to_str(), self.config)
@@ -319,7 +322,7 @@ class Tokenizer:
         raise TokenizerError(f"id {id} is outside the vocabulary of {self.size}")
 
     def _named(self, key: str) -> int | None:
-        return self.special.get(_content(self.config.get(key)) or "")
+        return self.special.get(name_of(self.config.get(key)) or "")
 
     def _begin(self) -> int | None:
         if "add_bos_token" in self.config:
@@ -351,7 +354,7 @@ class Tokenizer:
         raise TokenizerError("this tokenizer has no chat template", hint="use generate with plain text")
 
     def _names(self) -> dict[str, str]:
-        named = {key: _content(self.config.get(key)) for key in _ROLES}
+        named = {key: name_of(self.config.get(key)) for key in NAMED}
         return {key: token for key, token in named.items() if token is not None}
 
 
@@ -395,42 +398,13 @@ def _rebuilt(definition: str, config: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(definition), config)
 
 
-def _text(file: Path) -> str:
-    try:
-        with explained("reading", file):
-            return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"not UTF-8 text: {error}", where=str(file)) from None
-    except FileNotFoundError:
-        raise TokenizerError("there is no such file", where=str(file)) from None
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(_text(file))
-    except ValueError as error:
-        raise TokenizerError(f"not valid JSON: {error}", where=str(file)) from None
-    if not isinstance(found, dict):
-        raise TokenizerError("expected a JSON object", where=str(file))
-    return found
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token that a configuration writes as a string or as an object."""
-    token = token.get("content") if isinstance(token, Mapping) else token
-    return token if isinstance(token, str) else None
-
-
 def _add_declared(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Add the tokens that only the configuration declares, at the ids that it declares."""
-    declared = config.get("added_tokens_decoder") or {}
+    declared = config.get(ADDED) or {}
     known = {token.content for token in inner.get_added_tokens_decoder().values()}
     for index in sorted(declared, key=int):
         entry = declared[index]
-        content = _content(entry)
+        content = name_of(entry)
         if content is None or content in known:
             continue
         flags = {key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry}
@@ -446,11 +420,11 @@ def _add_declared(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
 def _special(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, int]:
     """Special tokens and their ids: marked so in tokenizer.json, or named so by the configuration."""
     found = {token.content: index for index, token in inner.get_added_tokens_decoder().items() if token.special}
-    names = [config.get(key) for key in _ROLES]
-    for key in _LISTS:
+    names = [config.get(key) for key in NAMED]
+    for key in LISTS:
         many = config.get(key) or []
         names += many.values() if isinstance(many, Mapping) else many
-    named = dict.fromkeys(token for token in map(_content, names) if token is not None)
+    named = dict.fromkeys(token for token in map(name_of, names) if token is not None)
     known = {token.content for token in inner.get_added_tokens_decoder().values()}
     inner.add_special_tokens([token for token in named if token not in known and inner.token_to_id(token) is not None])
     found |= {token: index for token in named if (index := inner.token_to_id(token)) is not None}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from armillary.checkpoints import sentence
 from armillary.checkpoints.facts import Facts
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word
 from armillary.checkpoints.table import Entry, Family, families
@@ -95,7 +96,7 @@ class Encoder(Family):
         """How sentences are pooled is said by files of their own."""
         wanted = super().equivalent(wanted)
         if wanted.get("head.kind") == "embedding":
-            wanted |= {"head.pool": "mean", "head.normalise": False, "head.longest": None}
+            wanted |= sentence.SAID
         return wanted
 
     def table(self, settings: ModelSettings) -> Sequence[Entry]:

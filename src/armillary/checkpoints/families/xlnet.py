@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from armillary.checkpoints import sentence
 from armillary.checkpoints.facts import Facts, facts
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word, put
 from armillary.checkpoints.table import Entry, Family, Step, families
@@ -122,7 +123,7 @@ class XLNet(Family):
         """No table ends with the context, and how sentences are pooled is said by files of their own."""
         wanted = super().equivalent(wanted) | {"context": 512}
         if wanted.get("head.kind") == "embedding":
-            wanted |= {"head.pool": "mean", "head.normalise": False, "head.longest": None}
+            wanted |= sentence.SAID
         return wanted
 
     def table(self, settings: ModelSettings) -> Sequence[Entry]:

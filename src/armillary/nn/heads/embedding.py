@@ -23,6 +23,7 @@ class EmbeddingHeadSettings(HeadSettings):
     pool: Pool = Field("mean", description="mean, first or last token")
     normalise: bool = Field(True, description="scale to unit length")
     longest: int | None = Field(None, gt=0, description="tokens of a text that are read, the rest is cut; None: all")
+    prompt: str = Field("", description="what is put before every text that is embedded")
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -131,8 +131,8 @@ class MixerSettings(MechanismSettings):
         return parameters
 
 
-# What a channel mixer can do that works within each position.
-WITHIN = Capabilities(bidirectional=True, prefix=True, state="fixed")
+# What a channel mixer can do that works within each position; no mask can be in its way.
+WITHIN = Capabilities(bidirectional=True, prefix=True, mask=True, state="fixed")
 
 
 class ChannelSettings(MechanismSettings):
@@ -222,7 +222,28 @@ class Frozen:
     weights: Tensor | None = None
 
 
-class Mixer(nn.Module):
+class Mechanism(nn.Module):
+    """What mixers and channel mixers refuse alike."""
+
+    kind: str
+    path: str
+    capabilities: Capabilities
+
+    def accept(self, ctx: Context) -> None:
+        """Refuse what cannot be honoured."""
+        can = self.capabilities
+        if ctx.documents is not None and not can.packed:
+            raise UnsupportedError(f"'{self.kind}' cannot keep packed documents apart", where=self.path)
+        if ctx.padding is not None and not can.padding:
+            raise UnsupportedError(f"'{self.kind}' cannot leave padded tokens out", where=self.path)
+        if ctx.mask is not None and not can.mask:
+            raise UnsupportedError(f"'{self.kind}' cannot take a mask from the objective", where=self.path)
+        for name in can.side:
+            if name not in ctx.side:
+                raise UnsupportedError(f"'{self.kind}' needs the side tensor '{name}'", where=self.path)
+
+
+class Mixer(Mechanism):
     """Anything that moves information between positions; x and the result are [B, T, D].
 
     A mixer with exact sight splits into `freeze` (everything the mix depends on except the values),
@@ -231,7 +252,6 @@ class Mixer(nn.Module):
     their own `forward`.
     """
 
-    capabilities: Capabilities
     value_groups: int = 1
 
     def __init__(self, settings: MixerSettings, place: Place) -> None:
@@ -252,20 +272,11 @@ class Mixer(nn.Module):
 
     def accept(self, ctx: Context, *, extending: bool = False) -> None:
         """Refuse what this mixer cannot honour; called first by `forward` and `extend`."""
-        can = self.capabilities
-        if ctx.documents is not None and not can.packed:
-            raise UnsupportedError(f"'{self.kind}' cannot keep packed documents apart", where=self.path)
-        if ctx.padding is not None and not can.padding:
-            raise UnsupportedError(f"'{self.kind}' cannot leave padded tokens out", where=self.path)
-        if ctx.mask is not None and not can.mask:
-            raise UnsupportedError(f"'{self.kind}' cannot take a mask from the objective", where=self.path)
+        super().accept(ctx)
         if self.cross and (ctx.documents is not None or ctx.mask is not None):
             raise UnsupportedError("a memory has no documents and takes no mask from the objective", where=self.path)
         if not self.cross and ctx.memory is not None:
             raise UnsupportedError(f"'{self.kind}' was not built to look at a memory", where=self.path)
-        for name in can.side:
-            if name not in ctx.side:
-                raise UnsupportedError(f"'{self.kind}' needs the side tensor '{name}'", where=self.path)
         if extending:
             for name in ("documents", "padding", "mask"):
                 if getattr(ctx, name) is not None:
@@ -382,8 +393,9 @@ class Mixer(nn.Module):
         )
 
 
-class ChannelMixer(nn.Module):
-    """Works within each position; x and the result are [B, T, D]. Most carry no state."""
+class ChannelMixer(Mechanism):
+    """Works within each position; x and the result are [B, T, D]. Most carry no state. Those that can do less
+    than `WITHIN` call `accept` first."""
 
     capabilities: Capabilities = WITHIN
 

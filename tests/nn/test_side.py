@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from armillary.base.errors import InputError, SettingsError
+from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.describe import describe
 from armillary.nn.network import ModelSettings, Network, build
@@ -120,3 +120,24 @@ def test_texts_side_by_side_are_what_they_are_alone(name: str) -> None:
             alone = network.hidden(ids[row : row + 1, padding[row]])
             assert torch.allclose(y[row : row + 1, padding[row]], alone, atol=1e-5)
     assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "mixer, named",
+    [
+        ({"kind": "focal_graph", "heads": 2}, "edges"),
+        ({"kind": "attention", "heads": 2, "position": {"kind": "transformer_xl", "segments": True}}, "segments"),
+    ],
+)
+def test_the_source_of_an_encoder_decoder_brings_none(mixer: dict[str, Any], named: str) -> None:
+    look = {"kind": "attention", "heads": 2}
+    data = {
+        "form": "encoder_decoder",
+        "width": 16,
+        "depth": 1,
+        "vocabulary": 12,
+        "encoder": {"depth": 1, "block": {"mixer": mixer, "channel": "ffn"}},
+        "block": {"mixer": look, "cross": look, "channel": "ffn"},
+    }
+    with pytest.raises(UnsupportedError, match=rf"model\.encoder\.blocks\.0\.mixer: .*side tensors \({named}\)"):
+        build(parse(ModelSettings, data))

@@ -121,7 +121,7 @@ class Cot(Mixer):
         self.v = place.product(width, width, "v")
         self.v_norm = settings.norm.build(width)
         self.mixed_norm = settings.norm.build(width)
-        self.squeeze = place.product(width, hidden, "down", True)
+        self.squeeze = place.product(width, hidden, "up", True)
         self.squeeze_norm = settings.norm.build(hidden)
         self.gate = place.product(hidden, 2 * width, "gate", True)
         self.o = place.product(width, width, "o")

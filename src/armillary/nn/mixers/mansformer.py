@@ -104,7 +104,7 @@ class Mansformer(Mixer):
         self.v = place.product(place.width, place.width, "v")
         self.o = place.product(place.width, place.width, "o")
         self.factors = nn.Parameter(torch.empty(2, self.heads))  # of the whole, of windows
-        self.squeeze = place.product(place.width, hidden, "down", True)
+        self.squeeze = place.product(place.width, hidden, "up", True)
         self.excite = place.product(hidden, KINDS * place.width, "gate", True)
 
     def reset(self, generator: torch.Generator | None) -> None:

@@ -16,8 +16,8 @@ from armillary.nn.state import State
 class ShortConvolution(nn.Module):
     """x [B, T, C] → [B, T, C], each channel of the last `taps` tokens, then silu if asked.
 
-    Starts as `torch.nn.Conv1d` does: uniform in ±1/√taps. The state is `name` [B, taps − 1, C]; for the
-    numbers see `nn.ops.short_conv`.
+    Tokens that are not there are not read and get 0. Starts as `torch.nn.Conv1d` does: uniform in ±1/√taps.
+    The state is `name` [B, taps − 1, C]; for the numbers see `nn.ops.short_conv`.
     """
 
     def __init__(self, channels: int, taps: int, name: str, *, bias: bool = False, silu: bool = True) -> None:
@@ -38,7 +38,8 @@ class ShortConvolution(nn.Module):
         y = short_conv(x, self.weight, self.bias, silu=self.silu, tail=tail, documents=ctx.documents)
         if state is not None and tail is not None:
             state.put(self.name, next_tail(x, tail, ctx.lengths))
-        return y
+        real = ctx.present(x)
+        return y if real is None else y * real[..., None].to(y.dtype)
 
     def shape(self) -> tuple[int, int]:
         """Of one row's state."""

@@ -20,7 +20,6 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
-from armillary.nn.mixers.linear import present
 from armillary.nn.ops.decay import decay_attend
 from armillary.nn.ops.short_conv import short_conv_flops
 from armillary.nn.recurrent import ShortConvolution, StepDecay
@@ -53,7 +52,8 @@ class Mamba2Settings(MixerSettings):
         StepDecay.check(self.decays, self.steps)
         low, limit = self.step_limits
         if low < 0 or (limit is not None and limit <= low):
-            raise ValueError(f"step_limits must be two numbers ≥ 0 in order, not {low:g} and {limit:g}")
+            end = "null" if limit is None else f"{limit:g}"
+            raise ValueError(f"step_limits must be two numbers ≥ 0 in order, not {low:g} and {end}")
         return self
 
     @classmethod
@@ -141,11 +141,13 @@ class Mamba2(Mixer):
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
         step = self.decay(self.step(x))
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:
             step = step * real[..., None]  # a token that is not there neither decays the state nor enters it
         if ctx.taps is not None:
             step = ctx.taps(f"{self.path}.step", step)
+            if real is not None:  # whatever an edit made of it
+                step = step * real[..., None]
         decay = self.decay.log_decays(step)
         return Frozen({"q": q, "k": k, "step": step, "decay": decay, "documents": ctx.documents})
 

@@ -11,6 +11,7 @@ from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.describe import describe
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.side import SideSettings
 from armillary.nn.sides.text_graph import TextGraphSettings
 
 
@@ -54,6 +55,21 @@ def test_shortest_paths_of_a_text() -> None:
     assert found[0, 2].tolist() == [2, 1, 0, 1, 2]
     single = TextGraphSettings(hops=2).make(torch.tensor([[1]]), None)
     assert single.tolist() == [[[0]]]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_token_alone_has_no_edges(typed: bool) -> None:
+    made = TextGraphSettings(same=False, typed=typed).make(torch.tensor([[1], [2]]), None)
+    assert made.shape == (2, 0, 2 + typed) and made.dtype == torch.int64
+    assert TextGraphSettings(same=False, hops=2).make(torch.tensor([[1]]), None).tolist() == [[[0]]]
+    network = encoder({"kind": "focal_graph", "heads": 2}, {"edges": {"kind": "text_graph", "same": False}})
+    assert bool(network(torch.tensor([[3]])).isfinite().all())
+
+
+@pytest.mark.parametrize("width", [0, -3, 2])
+def test_a_frame_has_a_middle(width: int) -> None:
+    with pytest.raises(SettingsError, match=f"widths must be odd and above 0, .* not {width}"):
+        parse(SideSettings, {"kind": "scales", "widths": [3, width]})
 
 
 def test_a_graph_needs_edges() -> None:

@@ -126,6 +126,11 @@ class MixerSettings(MechanismSettings):
         them when activations take `itemsize` bytes."""
         raise NotImplementedError
 
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        """How many rows products see, by their name in the module or that of their list; of those that are not
+        named, each sees every token once. By it products of other kinds than dense ones are accounted for."""
+        return {}
+
     def active(self, parameters: int) -> int:
         """Of `parameters`, how many take part for one token (fewer than all for experts)."""
         return parameters

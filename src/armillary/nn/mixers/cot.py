@@ -15,6 +15,7 @@ bottleneck in which the paper puts the block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -69,6 +70,10 @@ class CotSettings(MixerSettings):
     def hidden(self, width: int) -> int:
         """Hidden features of the gate."""
         return self.squeeze or max(width // 2, 32)
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        whole = self.gate == "mean" and place.order != "causal"
+        return {"squeeze": 1, "gate": 1} if whole else {}
 
     def build(self, place: Place) -> Cot:
         return Cot(self, place)

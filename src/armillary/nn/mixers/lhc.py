@@ -15,6 +15,7 @@ regions stay empty. A head has a width by itself, so `heads` need not divide the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -76,6 +77,11 @@ class LhcSettings(MixerSettings):
     def region(self, place: Place) -> int:
         """Tokens of a region."""
         return -(-self.length(place) // self.heads)
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        used = -(-length // self.region(place))
+        heads = {f"qk.{head}": 2.0 * place.width if head < used else 0.0 for head in range(self.heads)}
+        return {**heads, "scale": used}
 
     def build(self, place: Place) -> Lhc:
         return Lhc(self, place)

@@ -15,6 +15,7 @@ In a grid, padded rows count as images without their last lines; else as shorter
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,6 +67,9 @@ class MansformerSettings(MixerSettings):
     def hidden(self, width: int) -> int:
         """Hidden features of the merge."""
         return self.squeeze or max(1, width // 4)
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        return {"squeeze": 1, "excite": 1}
 
     def build(self, place: Place) -> Mansformer:
         return Mansformer(self, place)

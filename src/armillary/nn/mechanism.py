@@ -258,6 +258,9 @@ class Mixer(Mechanism):
     """
 
     value_groups: int = 1
+    # Its attributes that multiply scores, sums over the features of a head: 1/√K, or what a rule of scaling makes of
+    # them. (): no score of it grows with the width; None: it does not say, and such a rule refuses it.
+    scaled: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, settings: MixerSettings, place: Place) -> None:
         super().__init__()

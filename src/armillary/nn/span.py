@@ -32,6 +32,8 @@ class SpanMixer(Mixer):
     and keys; tracks: whether the positions of earlier tokens are kept, for `attend` to use.
     """
 
+    scaled = ("scale",)
+
     def __init__(
         self,
         settings: MixerSettings,
@@ -45,6 +47,7 @@ class SpanMixer(Mixer):
     ) -> None:
         super().__init__(settings, place)
         self.heads, self.groups, self.width, self.tracks = heads, groups, width, tracks
+        self.scale = width**-0.5
         self.value_groups = groups
         self.k = place.product(place.width, groups * width, "k")
         self.v = place.product(place.width, groups * width, "v")

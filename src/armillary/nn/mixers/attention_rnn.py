@@ -94,6 +94,8 @@ class Scan(nn.Module):
 class AttentionRNN(Mixer):
     """x [B, T, D] → [B, T, D]; its state is the LSTM's, and the last value of the mask."""
 
+    scaled = ()
+
     def __init__(self, settings: AttentionRNNSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads, self.hidden, self.width = settings.heads, settings.hidden, settings.features(place.width)

@@ -102,6 +102,8 @@ class CotSettings(MixerSettings):
 class Cot(Mixer):
     """x [B, T, D] → [B, T, D]; its state are the last inputs and values, and the mean of the contexts so far."""
 
+    scaled = ()
+
     def __init__(self, settings: CotSettings, place: Place) -> None:
         super().__init__(settings, place)
         width = place.width

@@ -78,6 +78,8 @@ class Efficient(Mixer):
     """x [B, T, D] → [B, T, D]. State: for softmax the averages [B, H, K, K] and log-sums [B, H, K]; for
     scaling the sums [B, H, K, K] and the number of tokens [B]."""
 
+    scaled = ()
+
     def __init__(self, settings: EfficientSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads

@@ -93,6 +93,8 @@ class FixedSettings(MixerSettings):
 class Fixed(Mixer):
     """x [B, T, D] → [B, T, D]; its state is the previous value, the first one, and the mean of all."""
 
+    scaled = ()
+
     def __init__(self, settings: FixedSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.patterns, self.power = settings.patterns, settings.power

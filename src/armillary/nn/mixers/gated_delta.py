@@ -109,6 +109,8 @@ class GatedDelta(Mixer):
     Sight is by the values after their convolution: what is written is linear in them.
     """
 
+    scaled = ()
+
     def __init__(self, settings: GatedDeltaSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads

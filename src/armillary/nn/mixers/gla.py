@@ -81,6 +81,8 @@ class GatedLinearSettings(MixerSettings):
 class GatedLinear(Mixer):
     """x [B, T, D] → [B, T, D]; its state is one float32 matrix [B, H, K, V]."""
 
+    scaled = ()
+
     def __init__(self, settings: GatedLinearSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.temperature = settings.temperature

@@ -224,6 +224,8 @@ class KernelAttention(Mixer):
 class LinearAttention(KernelAttention):
     """Features elu(x) + 1, as many as a head is wide."""
 
+    scaled = ()
+
     def __init__(self, settings: LinearAttentionSettings, place: Place) -> None:
         super().__init__(settings, place, settings.size(place.width), settings.eps)
 

@@ -83,6 +83,7 @@ class Mamba(Mixer):
     """x [B, T, D] → [B, T, D]; its state is a float32 matrix [B, N, E] and the last inputs of the convolution,
     [B, W − 1, E]."""
 
+    scaled = ()
     undrawn = ("log_decay",)
 
     def __init__(self, settings: MambaSettings, place: Place) -> None:

@@ -109,6 +109,8 @@ class Mamba2(Mixer):
     lies on the matrix's diagonal.
     """
 
+    scaled = ()
+
     def __init__(self, settings: Mamba2Settings, place: Place) -> None:
         super().__init__(settings, place)
         self.settings = settings

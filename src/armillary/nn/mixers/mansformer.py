@@ -98,10 +98,13 @@ class MansformerSettings(MixerSettings):
 class Mansformer(Mixer):
     """x [B, T, D] → [B, T, D]."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: MansformerSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.settings, self.heads = settings, settings.heads
         self.width = head_width(place.width, settings.heads, settable=False)
+        self.scale = self.width**-0.5
         hidden = settings.hidden(place.width)
         self.q = place.product(place.width, place.width, "q")
         self.k = place.product(place.width, place.width, "k")
@@ -154,7 +157,7 @@ class Mansformer(Mixer):
         """Softmax attention inside each group: [B, G, S, H, K] of queries, keys, values → the same."""
         q, k, v = (each.flatten(0, 1).transpose(1, 2) for each in parts)
         here = (groups.places >= 0).expand(len(parts[0]), -1, -1).flatten(0, 1)
-        y, _ = attend(q, k, v, mask=Keys(here), scale=self.width**-0.5)
+        y, _ = attend(q, k, v, mask=Keys(here), scale=self.scale)
         return y.transpose(1, 2).view_as(parts[2])
 
     def _features(self, parts: list[Tensor], factor: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ class Scan(nn.Module):
 class Recurrent(Mixer):
     """x [B, T, D] → [B, T, D]."""
 
+    scaled = ()
+
     def __init__(self, settings: RecurrentSettings, place: Place, forget: float = 0.0) -> None:
         super().__init__(settings, place)
         self.ahead = Scan(settings, place, forget)

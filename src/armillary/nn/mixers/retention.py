@@ -91,6 +91,8 @@ class RetentionSettings(MixerSettings):
 class Retention(Mixer):
     """x [B, T, D] → [B, T, D]; its state is one float32 matrix [B, H, K, V]."""
 
+    scaled = ()
+
     def __init__(self, settings: RetentionSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads

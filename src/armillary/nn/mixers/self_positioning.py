@@ -128,6 +128,8 @@ class ChannelWise(nn.Module):
 class SelfPositioning(Mixer):
     """x [B, T, D] → [B, T, D]; padded tokens give zeros."""
 
+    scaled = ()
+
     def __init__(self, settings: SelfPositioningSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.settings = settings

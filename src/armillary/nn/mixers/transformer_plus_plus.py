@@ -125,7 +125,7 @@ class TransformerPlusPlus(SpanMixer):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        return attend(q, k, v, mask=mask, scale=self.width**-0.5)[0]
+        return attend(q, k, v, mask=mask, scale=self.scale)[0]
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         own: Tensor = self.v(x).unflatten(-1, (self.heads, self.width))

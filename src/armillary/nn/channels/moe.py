@@ -30,7 +30,6 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import WITHIN, Capabilities, ChannelMixer, ChannelSettings, Place, channels
-from armillary.nn.mixers.linear import present
 from armillary.nn.ops import plain
 from armillary.nn.ops.experts import FEW, grouped, reads_once
 from armillary.nn.ops.routing import (
@@ -271,7 +270,7 @@ class MoE(ChannelMixer):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         self.accept(ctx)
-        settings, real = self.settings, present(x, ctx)
+        settings, real = self.settings, ctx.present(x)
         scores = self.scores(x, ctx)
         experts, gates, probabilities = top_gates(
             scores,

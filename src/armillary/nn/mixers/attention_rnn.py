@@ -122,9 +122,7 @@ class AttentionRNN(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
-        valid = None
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
         h, c, before = (state.tensors[name] for name in ("h", "c", "before"))
         mask, after = self.ahead(x, (h, c, before), None, valid)
         for name, value in zip(("h", "c", "before"), after, strict=True):

@@ -227,11 +227,9 @@ class Cot(Mixer):
         """What the gate reads of the contexts' sum [B, T, D]: itself, or a mean of it, [B, T or 1, D]."""
         if self.gate_by == "token":
             return both
-        real = torch.ones(both.shape[:2], dtype=torch.bool, device=both.device)
-        if ctx.padding is not None:
-            real = ctx.padding
-        elif ctx.lengths is not None:
-            real = torch.arange(both.shape[1], device=both.device) < ctx.lengths[:, None]
+        real = ctx.present(both)
+        if real is None:
+            real = torch.ones(both.shape[:2], dtype=torch.bool, device=both.device)
         documents = ctx.documents
         if self.order == "bidirectional" and documents is None:
             if ctx.padding is None:

@@ -22,7 +22,6 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, NormSettings, Place, mixers
-from armillary.nn.mixers.linear import present
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.delta import delta_attend
 from armillary.nn.ops.short_conv import short_conv_flops
@@ -148,7 +147,7 @@ class GatedDelta(Mixer):
             beta = ctx.taps(f"{self.path}.beta", beta)
             if self.decay is not None:
                 decay = ctx.taps(f"{self.path}.decay", decay)
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:  # a token that is not there neither decays the state nor writes to it
             beta, decay = beta * real[..., None], decay * real[..., None]
         return Frozen({"q": q, "k": k, "beta": beta, "decay": decay, "documents": ctx.documents})

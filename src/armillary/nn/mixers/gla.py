@@ -20,7 +20,6 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, NormSettings, Place, mixers
-from armillary.nn.mixers.linear import present
 from armillary.nn.norms.layernorm import LayerNormSettings
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.channel_decay import channel_attend
@@ -112,7 +111,7 @@ class GatedLinear(Mixer):
         decay = F.logsigmoid(self.decay_out(self.decay_in(x)).to(wide)).unflatten(-1, shape) * (1 / self.temperature)
         if ctx.taps is not None:
             decay = ctx.taps(f"{self.path}.decay", decay)
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:  # a token that is not there neither decays the state nor enters it
             decay, k = decay * real[..., None, None], k * real[..., None, None].to(k.dtype)
         return Frozen({"q": q, "k": k, "decay": decay, "documents": ctx.documents})

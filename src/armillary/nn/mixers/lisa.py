@@ -167,9 +167,7 @@ class Lisa(Mixer):
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
         shares, _ = self._encode(x, ctx)
-        live = None
-        if ctx.lengths is not None:
-            live = torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
+        live = ctx.present(x)
         counts, held = running_histogram(shares.flatten(2), self.decay, state=state.tensors["counts"], live=live)
         state.put("counts", held)
         return self._mix(shares, counts, live, x, ctx)

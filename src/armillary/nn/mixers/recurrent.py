@@ -134,9 +134,7 @@ class Recurrent(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
-        valid = None
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
         names = parts(self.ahead.cell)
         mixed, after = self.ahead(x, tuple(state.tensors[name] for name in names), None, valid)
         for name, value in zip(names, after, strict=True):

@@ -127,9 +127,7 @@ class Retention(Mixer):
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
         decay = torch.tensor(self._log_decay, dtype=torch.float32, device=x.device)
         decay = decay.expand(1, x.shape[1], self.heads)
-        valid = ctx.padding
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
+        valid = ctx.present(x)
         if valid is not None:
             # A token that is not there neither decays the state nor enters it.
             decay = decay * valid[..., None]

@@ -89,6 +89,7 @@ LAWS = {
     "recipe": "settings survive YAML and JSON, and the schema knows them",
     "meta": "a build without storage has the same names, shapes and types",
     "sites": "a position acts where it says and refuses elsewhere",
+    "mask": "a mask hides nothing from what works within a position, and is refused where tokens compete",
     "unsupported": "what was not declared raises",
     "refusals": "a driver refuses what it cannot honour for its whole stack",
     "limit": "at a setting where it is another mechanism, it equals that one",

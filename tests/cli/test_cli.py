@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from armillary.cli.main import app, main
-from armillary.train.precision import computes_bf16
+from armillary.nn.ops import computes_bf16
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 TINY = (

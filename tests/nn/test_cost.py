@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from armillary.base.errors import UnsupportedError
 from armillary.base.settings import parse
-from armillary.nn.block import Block
+from armillary.nn.block import Block, BranchSettings
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, count, linear_flops
 from armillary.nn.describe import describe
+from armillary.nn.linear import LowRankSettings
+from armillary.nn.mechanism import Place, channels, mixers
 from armillary.nn.network import ModelSettings, build
+from armillary.testing.cases import Case, Trial
 
 A, B = torch.randn(3, 4), torch.randn(4, 5)
 
@@ -139,3 +144,31 @@ def test_a_block_counts_its_norms_and_sums() -> None:
     place = settings.place()
     declared = settings.layers()[0].cost(place, 20, 4).flops
     assert count(lambda: block(torch.randn(1, 20, 32), Context())) == pytest.approx(declared, rel=0.01)
+
+
+OF_EXPERTS = {"moa", "emergent", "expert_choice", "moe", "task_moe"}  # pick products, which are dense
+
+
+@pytest.mark.parametrize("registry, kind", [(r, k) for r in (mixers, channels) for k in sorted(dict(r))])
+def test_products_of_low_rank_cost_what_they_take(registry: Any, kind: str) -> None:
+    """Declared FLOPs of a branch against counted ones, within 2% of what dense products would take."""
+    for example in registry.get(kind).examples():
+        for width, length in ((16, 15), (32, 32)):
+            place = {**example.place, "length": 64}
+            cross = place.pop("cross", False)
+            products = {"all": LowRankSettings(ratio=2.0)}
+            case = Case(registry.role, kind, dataclasses.replace(example, place={**example.place, "linear": products}))
+            branch = BranchSettings(
+                name="here", look="memory" if cross else "self", **{registry.role: example.settings}
+            )
+            if kind in OF_EXPERTS:
+                with pytest.raises(UnsupportedError, match="held by experts|dense products only"):
+                    case.build(width=width)
+                continue
+            trial = Trial(case, batch=1, length=length, width=width, source=length)
+            dense, declared = (
+                branch.cost(Place(width, linear=each, **place), length, 4).flops for each in ({}, products)
+            )
+            around = dense - Case(registry.role, kind, example).cost(width, length, 4).flops
+            assert declared < dense
+            assert declared - around == pytest.approx(count(trial.whole), abs=0.02 * dense), (kind, example.name)

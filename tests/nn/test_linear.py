@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from armillary.base.errors import UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.cost import count
-from armillary.nn.linear import DenseSettings, Embedding, ExpertLinear, Linear, LinearSettings, LowRank, LowRankSettings
-from armillary.nn.mechanism import Place
+from armillary.nn.linear import (
+    OUTPUT_ROLES,
+    DenseSettings,
+    Embedding,
+    ExpertLinear,
+    Linear,
+    LinearSettings,
+    LowRank,
+    LowRankSettings,
+)
+from armillary.nn.mechanism import Place, channels, mixers
 from armillary.nn.network import ModelSettings, build
 
 
@@ -179,3 +188,16 @@ def test_what_cannot_be_of_low_rank_says_why() -> None:
         Place(16, linear={"head": LowRankSettings()}).product(16, 50, "head")
     with pytest.raises(UnsupportedError, match="'low_rank' products cannot be held by experts"):
         Place(16, linear={"all": LowRankSettings()}).experts(4, 16, 16, "q")
+
+
+@pytest.mark.parametrize("registry", [mixers, channels], ids=lambda registry: registry.role)
+def test_only_what_writes_to_the_residual_stream_starts_smaller(registry: Any) -> None:
+    """By definition: such a product has as many outputs as the stream has features, here a number of no other."""
+    for name, settings in dict(registry).items():
+        for example in settings.examples():
+            place = Place(**{"width": 48, "length": 64, **example.place})
+            with torch.device("meta"):
+                made = example.settings.build(place)
+            for path, part in made.named_modules():
+                if isinstance(part, (Linear, ExpertLinear)) and part.role in OUTPUT_ROLES:
+                    assert part.outputs == 48, f"{name} ({example.name}): {path} has the role {part.role}"

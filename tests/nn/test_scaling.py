@@ -10,6 +10,7 @@ import torch
 
 from armillary.base.errors import SettingsError
 from armillary.base.settings import parse
+from armillary.nn.mechanism import mixers
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.taps import Taps
 from armillary.recipe.training import OptimiserSettings, TrainingSettings
@@ -148,6 +149,39 @@ def test_the_optimiser_learns_at_the_rates_and_decays_as_before() -> None:
             assert group["scale"] == network.rates[name] * (0.5 if name == "embed.weight" else 1.0)
             if group["weight_decay"]:  # the decay of an update is rate · decay
                 assert group["weight_decay"] * network.rates[name] == pytest.approx(0.1)
+
+
+# Their scores are not only products of heads over √K, but of hashes, codewords, moments, sketches or pools.
+UNSAID = {"additive", "lada", "lhc", "lisa", "lln", "lsh", "lsh_local", "lsh_published", "smart_bird"}
+
+
+@pytest.mark.parametrize("kind", mixers.names())
+def test_a_mixer_says_by_what_its_scores_grow_or_is_refused_by_name(kind: str) -> None:
+    """1/√K at the base, from there 1/K; and what is set is what acts."""
+    example = mixers.get(kind).examples()[0]
+    order = example.place.get("order", "causal")
+
+    def network(width: int, scaling: dict[str, Any] | None = None) -> Network:
+        form = {"causal": "decoder", "bidirectional": "encoder", "prefix": "prefix"}[order]
+        block = {"mixer": example.settings, "channel": "ffn"}
+        return made(width, 1, form=form, block=block, scaling=scaling)
+
+    if kind in UNSAID:
+        with pytest.raises(SettingsError, match=f"'{kind}' .*does not say how its scores grow"):
+            network(64, {"width": 32})
+        network(64, {"width": 32, "rule": "kernel"})
+        return
+    scaled, bare, base = network(64, {"width": 32}), network(64), network(32)
+    for after, before, first in zip(scaled.mixers(), bare.mixers(), base.mixers(), strict=True):
+        assert after.scaled is not None
+        for name in after.scaled:
+            then = getattr(before, name)
+            assert getattr(after, name) == pytest.approx(then * then / getattr(first, name))
+            ids = torch.arange(16)[None]
+            side = scaled.blank_side(1, 16) | (example.side(1, 16) if example.side is not None else {})
+            y = scaled.hidden(ids, side=side)
+            setattr(after, name, 3 * getattr(after, name))
+            assert not torch.equal(scaled.hidden(ids, side=side), y), f"{name} multiplies nothing"
 
 
 def test_what_cannot_be_scaled_says_why() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from armillary.base.errors import InputError, SettingsError
+from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.describe import describe
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.side import SideSettings
 from armillary.nn.sides.text_graph import TextGraphSettings
 
 
@@ -54,6 +55,21 @@ def test_shortest_paths_of_a_text() -> None:
     assert found[0, 2].tolist() == [2, 1, 0, 1, 2]
     single = TextGraphSettings(hops=2).make(torch.tensor([[1]]), None)
     assert single.tolist() == [[[0]]]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_token_alone_has_no_edges(typed: bool) -> None:
+    made = TextGraphSettings(same=False, typed=typed).make(torch.tensor([[1], [2]]), None)
+    assert made.shape == (2, 0, 2 + typed) and made.dtype == torch.int64
+    assert TextGraphSettings(same=False, hops=2).make(torch.tensor([[1]]), None).tolist() == [[[0]]]
+    network = encoder({"kind": "focal_graph", "heads": 2}, {"edges": {"kind": "text_graph", "same": False}})
+    assert bool(network(torch.tensor([[3]])).isfinite().all())
+
+
+@pytest.mark.parametrize("width", [0, -3, 2])
+def test_a_frame_has_a_middle(width: int) -> None:
+    with pytest.raises(SettingsError, match=f"widths must be odd and above 0, .* not {width}"):
+        parse(SideSettings, {"kind": "scales", "widths": [3, width]})
 
 
 def test_a_graph_needs_edges() -> None:
@@ -120,3 +136,24 @@ def test_texts_side_by_side_are_what_they_are_alone(name: str) -> None:
             alone = network.hidden(ids[row : row + 1, padding[row]])
             assert torch.allclose(y[row : row + 1, padding[row]], alone, atol=1e-5)
     assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "mixer, named",
+    [
+        ({"kind": "focal_graph", "heads": 2}, "edges"),
+        ({"kind": "attention", "heads": 2, "position": {"kind": "transformer_xl", "segments": True}}, "segments"),
+    ],
+)
+def test_the_source_of_an_encoder_decoder_brings_none(mixer: dict[str, Any], named: str) -> None:
+    look = {"kind": "attention", "heads": 2}
+    data = {
+        "form": "encoder_decoder",
+        "width": 16,
+        "depth": 1,
+        "vocabulary": 12,
+        "encoder": {"depth": 1, "block": {"mixer": mixer, "channel": "ffn"}},
+        "block": {"mixer": look, "cross": look, "channel": "ffn"},
+    }
+    with pytest.raises(UnsupportedError, match=rf"model\.encoder\.blocks\.0\.mixer: .*side tensors \({named}\)"):
+        build(parse(ModelSettings, data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -140,8 +141,26 @@ def test_nothing_to_ask_is_no_mistake() -> None:
         ({"form": "decoder"}, "model.form is decoder with 0 blocks"),
         ({"depth": 2}, "with 2 blocks"),
         ({"head": {"kind": "language_model"}}, "a second table"),
+        ({"norm": "layernorm"}, r"without model\.norm$"),
+        ({"embed_norm": "rmsnorm"}, r"without model\.embed_norm$"),
+        ({"embed_scale": 2.0}, r"without model\.embed_scale$"),
+        ({"position": "sinusoidal"}, r"without model\.position$"),
+        ({"segments": 2}, r"without model\.segments$"),
+        ({"queries": True}, r"without model\.queries$"),
+        ({"scaling": {"width": 4}}, r"without model\.scaling$"),
+        ({"driver": {"kind": "memory_tokens"}}, r"without model\.driver$"),
+        ({"block": {"channel": "ffn"}}, r"without model\.block$"),
+        ({"linear": {"all": "low_rank"}}, r"without model\.linear$"),
+        ({"head": HEAD | {"bias": True, "softcap": 3.0}}, r"without model\.head\.bias, model\.head\.softcap$"),
+        ({"head": HEAD | {"scale": 2.0}}, r"without model\.head\.scale$"),
+        ({"head": HEAD | {"transform": "gelu", "norm": "rmsnorm"}}, r"model\.head\.transform, model\.head\.norm$"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError) as error:
         SkipGramSettings().check(network(**changes).settings)
+    assert re.search(message, error.value.what)
+
+
+def test_sizes_are_free() -> None:
+    SkipGramSettings().check(network(width=12, vocabulary=30, context=7).settings)

@@ -23,10 +23,11 @@ from armillary.nn.context import Context
 from armillary.nn.describe import describe
 from armillary.nn.mechanism import MixerSettings, Place, initialise
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.ops import computes_bf16
 from armillary.recipe import Recipe
 from armillary.recipe.training import TrainingSettings
 from armillary.train import Trainer
-from armillary.train.precision import computes_bf16, settled
+from armillary.train.precision import settled
 from armillary.train.trainer import DTYPES
 
 SHORTEST, LONGEST = 256, 4096  # bounds of the longest row that is timed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.native.library import library
+from armillary.native.library import function
 from armillary.native.rows import fits
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -20,18 +20,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "band_softmax": [c_void_p] * 4 + [c_int64] * 6 + [c_float],
     "band_softmax_backward": [c_void_p] * 6 + [c_int64] * 6 + [c_float],
 }
-_functions: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
-    found = _functions.get((name, dtype))
-    if found is None:
-        loaded = library()
-        assert loaded is not None
-        found = getattr(loaded, f"{name}_{_SUFFIX[dtype]}")
-        found.argtypes, found.restype = _ARGUMENTS[name], None
-        _functions[name, dtype] = found
-    return found
+    return function(f"{name}_{_SUFFIX[dtype]}", _ARGUMENTS[name])
 
 
 def band_softmax_(scores: Tensor, places: Tensor, widths: Tensor, first: int, scale: float) -> Tensor:

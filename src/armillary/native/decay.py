@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from ctypes import c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from armillary.native.library import library
+from armillary.native.library import function, library
 
-_ARGUMENTS: dict[str, list[Any]] = {"fade": [c_void_p] * 2 + [c_int64] * 2, "dots": [c_void_p] * 3 + [c_int64] * 2}
-_functions: dict[str, Any] = {}
-
-
-def _function(name: str) -> Any:
-    found = _functions.get(name)
-    if found is None:
-        loaded = library()
-        assert loaded is not None
-        found = getattr(loaded, name)
-        found.argtypes, found.restype = _ARGUMENTS[name], None
-        _functions[name] = found
-    return found
+_FADE = [c_void_p] * 2 + [c_int64] * 2
+_DOTS = [c_void_p] * 3 + [c_int64] * 2
 
 
 def fade(total: Tensor) -> Tensor:
@@ -31,7 +19,7 @@ def fade(total: Tensor) -> Tensor:
         return fade_plain(total)
     total = total.contiguous()
     pairs = torch.empty(*total.shape, total.shape[-1])
-    _function("fade")(total.data_ptr(), pairs.data_ptr(), total.numel() // total.shape[-1], total.shape[-1])
+    function("fade", _FADE)(total.data_ptr(), pairs.data_ptr(), total.numel() // total.shape[-1], total.shape[-1])
     return pairs
 
 
@@ -41,7 +29,7 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(-1)
     a, b = a.contiguous(), b.contiguous()
     sums = torch.empty(a.shape[:-1])
-    _function("dots")(a.data_ptr(), b.data_ptr(), sums.data_ptr(), sums.numel(), a.shape[-1])
+    function("dots", _DOTS)(a.data_ptr(), b.data_ptr(), sums.data_ptr(), sums.numel(), a.shape[-1])
     return sums
 
 

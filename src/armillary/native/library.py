@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c"))
@@ -60,6 +62,20 @@ def library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the native kernels are there."""
     return library() is not None
+
+
+_functions: dict[str, Any] = {}
+
+
+def function(name: str, arguments: Sequence[Any], result: Any = None) -> Any:
+    """A function of the library, which must be there, with the C types of its arguments and of what it returns."""
+    found = _functions.get(name)
+    if found is None:
+        loaded = library()
+        assert loaded is not None
+        found = _functions[name] = getattr(loaded, name)
+        found.argtypes, found.restype = arguments, result
+    return found
 
 
 def _cache() -> Path:

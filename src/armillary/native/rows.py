@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from armillary.native.library import library
+from armillary.native.library import function, library
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -23,7 +23,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "few_rows_attend": [c_void_p] * 5 + [c_int64] * 8 + [c_float],
     "few_rows_rmsnorm": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float],
 }
-_functions: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def fits(x: Tensor) -> bool:
@@ -34,14 +33,7 @@ def fits(x: Tensor) -> bool:
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
-    found = _functions.get((name, dtype))
-    if found is None:
-        loaded = library()
-        assert loaded is not None
-        found = getattr(loaded, f"{name}_{_SUFFIX[dtype]}")
-        found.argtypes, found.restype = _ARGUMENTS[name], None
-        _functions[name, dtype] = found
-    return found
+    return function(f"{name}_{_SUFFIX[dtype]}", _ARGUMENTS[name])
 
 
 def softmax_rows_(scores: Tensor, size: int, start: int, left: int | None, right: int | None, scale: float) -> Tensor:
@@ -173,7 +165,4 @@ def few_rows_rmsnorm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 
 
 def read_all(x: Tensor) -> float:
     """Reads a float32 tensor once: the floor that memory bandwidth sets (benchmarks)."""
-    loaded = library()
-    assert loaded is not None
-    loaded.read_all.argtypes, loaded.read_all.restype = [c_void_p, c_int64], c_float
-    return float(loaded.read_all(x.data_ptr(), x.numel()))
+    return float(function("read_all", [c_void_p, c_int64], c_float)(x.data_ptr(), x.numel()))

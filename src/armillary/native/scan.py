@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.native.library import library
+from armillary.native.library import function
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "scan": [c_void_p] * 12 + [c_int64] * 5 + [c_int],
@@ -20,20 +20,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "short_conv": [c_void_p] * 6 + [c_int64] * 4 + [c_int] * 2,
     "short_conv_backward": [c_void_p] * 10 + [c_int64] * 4 + [c_int] * 2,
 }
-_functions: dict[str, Any] = {}
 Slopes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], *numbers: int) -> None:
-    found = _functions.get(name)
-    if found is None:
-        loaded = library()
-        assert loaded is not None
-        found = getattr(loaded, name)
-        found.argtypes, found.restype = _ARGUMENTS[name], None
-        _functions[name] = found
     dense = [None if t is None else t.contiguous() for t in tensors]  # held until the call is over
-    found(*(None if t is None else t.data_ptr() for t in dense), *numbers)
+    function(name, _ARGUMENTS[name])(*(None if t is None else t.data_ptr() for t in dense), *numbers)
 
 
 def scan(

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from armillary.native.library import library
+from armillary.native.library import function
 
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
@@ -95,10 +95,7 @@ class Program:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = (Record * len(records))(*records)
-        loaded = library()
-        assert loaded is not None
-        self._run = loaded.tape_run
-        self._run.argtypes, self._run.restype = [POINTER(Record), c_int64, POINTER(Call), c_int64], None
+        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64])
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)

@@ -69,9 +69,10 @@ class BranchSettings(Settings):
             assert self.channel is not None
             inner = self.channel.cost(place, length, itemsize)
         if any(settings.kind != "dense" for settings in place.linear.values()):
-            # Mechanisms declare what they take with dense products, each of which sees every token once.
+            # Mechanisms declare what they take with dense products.
+            rows = {} if self.mixer is None else self.mixer.rows(place, length)
             with torch.device("meta"):
-                inner = inner + Cost(-spared(self.build(place)) * length)
+                inner = inner + Cost(-spared(self.build(place), length, rows))
         norms = 2 if self.norm_at == "sandwich" else 1
         around = norms * self.norm.flops(width, length) + length * width * (1 if self.scale == 1.0 else 2)
         return inner + Cost(around)

@@ -52,5 +52,11 @@ class Context:
             return self.positions
         return torch.arange(x.shape[1], device=x.device)[None]
 
+    def present(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x [B, T, …] are there, [B, T] bool; None: all."""
+        if self.lengths is not None:
+            return torch.arange(x.shape[1], device=x.device)[None] < self.lengths[:, None]
+        return self.padding
+
     def replace(self, **changes: object) -> Context:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ to the dtype of the activations at the point of use.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -178,16 +179,21 @@ class LowRank(nn.Module):
             if self.widen.bias is not None:
                 self.widen.bias.copy_(torch.zeros_like(self.widen.bias) if bias is None else bias)
 
+    def spared(self) -> float:
+        """FLOPs for each row by which this takes less than a dense product."""
+        return 2.0 * (self.inputs * self.outputs - self.rank * (self.inputs + self.outputs))
+
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.rank} → {self.outputs}, role={self.role}"
 
 
-def spared(module: nn.Module) -> float:
-    """FLOPs for each token by which the products in `module` take less than dense ones."""
+def spared(module: nn.Module, tokens: float, rows: Mapping[str, float]) -> float:
+    """FLOPs by which the products in `module` take less than dense ones, each of which sees every token once
+    but those that `rows` names (or whose list it names), which see so many rows."""
     less = 0.0
-    for part in module.modules():
+    for name, part in module.named_modules():
         if isinstance(part, LowRank):
-            less += 2.0 * (part.inputs * part.outputs - part.rank * (part.inputs + part.outputs))
+            less += part.spared() * rows.get(name, rows.get(name.rpartition(".")[0], tokens))
     return less
 
 

@@ -126,13 +126,18 @@ class MixerSettings(MechanismSettings):
         them when activations take `itemsize` bytes."""
         raise NotImplementedError
 
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        """How many rows products see, by their name in the module or that of their list; of those that are not
+        named, each sees every token once. By it products of other kinds than dense ones are accounted for."""
+        return {}
+
     def active(self, parameters: int) -> int:
         """Of `parameters`, how many take part for one token (fewer than all for experts)."""
         return parameters
 
 
-# What a channel mixer can do that works within each position.
-WITHIN = Capabilities(bidirectional=True, prefix=True, state="fixed")
+# What a channel mixer can do that works within each position; no mask can be in its way.
+WITHIN = Capabilities(bidirectional=True, prefix=True, mask=True, state="fixed")
 
 
 class ChannelSettings(MechanismSettings):
@@ -222,7 +227,28 @@ class Frozen:
     weights: Tensor | None = None
 
 
-class Mixer(nn.Module):
+class Mechanism(nn.Module):
+    """What mixers and channel mixers refuse alike."""
+
+    kind: str
+    path: str
+    capabilities: Capabilities
+
+    def accept(self, ctx: Context) -> None:
+        """Refuse what cannot be honoured."""
+        can = self.capabilities
+        if ctx.documents is not None and not can.packed:
+            raise UnsupportedError(f"'{self.kind}' cannot keep packed documents apart", where=self.path)
+        if ctx.padding is not None and not can.padding:
+            raise UnsupportedError(f"'{self.kind}' cannot leave padded tokens out", where=self.path)
+        if ctx.mask is not None and not can.mask:
+            raise UnsupportedError(f"'{self.kind}' cannot take a mask from the objective", where=self.path)
+        for name in can.side:
+            if name not in ctx.side:
+                raise UnsupportedError(f"'{self.kind}' needs the side tensor '{name}'", where=self.path)
+
+
+class Mixer(Mechanism):
     """Anything that moves information between positions; x and the result are [B, T, D].
 
     A mixer with exact sight splits into `freeze` (everything the mix depends on except the values),
@@ -231,8 +257,10 @@ class Mixer(nn.Module):
     their own `forward`.
     """
 
-    capabilities: Capabilities
     value_groups: int = 1
+    # Its attributes that multiply scores, sums over the features of a head: 1/√K, or what a rule of scaling makes of
+    # them. (): no score of it grows with the width; None: it does not say, and such a rule refuses it.
+    scaled: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, settings: MixerSettings, place: Place) -> None:
         super().__init__()
@@ -252,20 +280,11 @@ class Mixer(nn.Module):
 
     def accept(self, ctx: Context, *, extending: bool = False) -> None:
         """Refuse what this mixer cannot honour; called first by `forward` and `extend`."""
-        can = self.capabilities
-        if ctx.documents is not None and not can.packed:
-            raise UnsupportedError(f"'{self.kind}' cannot keep packed documents apart", where=self.path)
-        if ctx.padding is not None and not can.padding:
-            raise UnsupportedError(f"'{self.kind}' cannot leave padded tokens out", where=self.path)
-        if ctx.mask is not None and not can.mask:
-            raise UnsupportedError(f"'{self.kind}' cannot take a mask from the objective", where=self.path)
+        super().accept(ctx)
         if self.cross and (ctx.documents is not None or ctx.mask is not None):
             raise UnsupportedError("a memory has no documents and takes no mask from the objective", where=self.path)
         if not self.cross and ctx.memory is not None:
             raise UnsupportedError(f"'{self.kind}' was not built to look at a memory", where=self.path)
-        for name in can.side:
-            if name not in ctx.side:
-                raise UnsupportedError(f"'{self.kind}' needs the side tensor '{name}'", where=self.path)
         if extending:
             for name in ("documents", "padding", "mask"):
                 if getattr(ctx, name) is not None:
@@ -382,8 +401,9 @@ class Mixer(nn.Module):
         )
 
 
-class ChannelMixer(nn.Module):
-    """Works within each position; x and the result are [B, T, D]. Most carry no state."""
+class ChannelMixer(Mechanism):
+    """Works within each position; x and the result are [B, T, D]. Most carry no state. Those that can do less
+    than `WITHIN` call `accept` first."""
 
     capabilities: Capabilities = WITHIN
 

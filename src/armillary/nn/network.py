@@ -147,13 +147,7 @@ class Network(nn.Module):
         if settings.encoder is not None:
             self.encoder = Stack(settings.encoder, settings.source_place())
             self.encoder_norm = settings.norm.build(settings.width) if settings.norm else None
-            for part in self.encoder.modules():
-                if isinstance(part, Mixer) and part.capabilities.side:
-                    raise UnsupportedError(
-                        f"'{part.kind}' needs side tensors, which a source does not bring",
-                        where=part.path,
-                        hint="use it in form: encoder, or in the decoder",
-                    )
+            _no_side(self.encoder)
             self.blocks = Stack(settings, place.at("decoder"))
         else:
             self.blocks = Stack(settings, place)
@@ -545,6 +539,22 @@ class _Names(Taps):
 
     def lazy(self, name: str, make: Callable[[], Tensor]) -> None:
         self.found.append(name)
+
+
+def _no_side(encoder: Stack) -> None:
+    """Refuse mechanisms that would look at side tensors, which a source does not bring."""
+    for part in encoder.modules():
+        if not isinstance(part, (Mixer, ChannelMixer)):
+            continue
+        asked = [*part.capabilities.side, *part.capabilities.takes]
+        if getattr(part, "compares", False):
+            asked.append("segments")
+        if asked:
+            raise UnsupportedError(
+                f"'{part.kind}' looks at side tensors ({', '.join(asked)}), which a source does not bring",
+                where=f"model.{part.path}",
+                hint="use it in form: encoder, or in the decoder",
+            )
 
 
 def _counted(ids: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:

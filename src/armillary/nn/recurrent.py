@@ -1,23 +1,74 @@
-"""Parts that recurrent mixers share: the short convolution in front of them, and decays by steps."""
+"""Parts that recurrent mixers share: a matrix for each head, the short convolution in front, and decays by steps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armillary.nn.context import Context
+from armillary.nn.context import Context, Memory
+from armillary.nn.mechanism import Frozen, Mixer
 from armillary.nn.ops.short_conv import next_tail, short_conv
-from armillary.nn.state import State
+from armillary.nn.state import FixedState, State
+
+
+class MatrixMixer(Mixer):
+    """A causal mixer each head of which holds a matrix, a sum over all tokens: float32 at least.
+
+    A class says what the matrices do (`mixed`); `values` and `freeze` also take the state of the chunk's
+    rows, whose convolutions move on there. sized: names of the settings that the state's shapes follow from.
+    """
+
+    scaled = ()  # norms, lengths of 1 and features of a fixed number: no score grows with the width
+    sized: ClassVar[str]
+
+    def values(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def freeze(self, x: Tensor, ctx: Context, state: State | None = None) -> Frozen:
+        raise NotImplementedError
+
+    def mixed(self, parts: Mapping[str, Any], values: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the heads read, [B, T, H, V], and their matrices [B, H, K, V] after it."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one row's state: "matrix", and the tails of convolutions."""
+        raise NotImplementedError
+
+    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
+        if frozen.weights is not None:
+            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
+        return self.mixed(frozen.parts, values, None)[0]
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
+    ) -> State:
+        return FixedState.zeros(self.shapes(), batch, dtype, device, wide=("matrix",))
+
+    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
+        self.accept(ctx, extending=True)
+        assert isinstance(state, FixedState)
+        state.expect(self.shapes(), len(x), self.path, self.sized)
+        values = self.values(x, ctx, state)
+        if ctx.taps is not None:
+            values = self.tapped_values(values, ctx)
+        mixed, end = self.mixed(self.freeze(x, ctx, state).parts, values, state.tensors["matrix"])
+        state.put("matrix", end)
+        if ctx.taps is not None:
+            mixed = ctx.taps(f"{self.path}.mixed", mixed)
+        return self.finish(mixed, x, ctx)
 
 
 class ShortConvolution(nn.Module):
     """x [B, T, C] → [B, T, C], each channel of the last `taps` tokens, then silu if asked.
 
-    Starts as `torch.nn.Conv1d` does: uniform in ±1/√taps. The state is `name` [B, taps − 1, C]; for the
-    numbers see `nn.ops.short_conv`.
+    Tokens that are not there are not read and get 0. Starts as `torch.nn.Conv1d` does: uniform in ±1/√taps.
+    The state is `name` [B, taps − 1, C]; for the numbers see `nn.ops.short_conv`.
     """
 
     def __init__(self, channels: int, taps: int, name: str, *, bias: bool = False, silu: bool = True) -> None:
@@ -38,7 +89,8 @@ class ShortConvolution(nn.Module):
         y = short_conv(x, self.weight, self.bias, silu=self.silu, tail=tail, documents=ctx.documents)
         if state is not None and tail is not None:
             state.put(self.name, next_tail(x, tail, ctx.lengths))
-        return y
+        real = ctx.present(x)
+        return y if real is None else y * real[..., None].to(y.dtype)
 
     def shape(self) -> tuple[int, int]:
         """Of one row's state."""

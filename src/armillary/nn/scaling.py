@@ -7,10 +7,10 @@ it. r is by how much its inputs grow, d = depth / base depth. Rates are factors 
 `maximal_update` (Yang et al. 2022, Tensor Programs V: Tuning Large Neural Networks via Zero-Shot
 Hyperparameter Transfer): matrices learn at 1/r; embeddings, biases and gains at 1; logits are divided
 by r, their weight starting as at the base width; products from width to a fixed size (a router, say)
-start smaller by √r and learn at 1/r; scores are scaled by 1/K where they were by 1/√K. With a base
-depth, whatever lies in blocks learns at 1/√d and what writes to the residual stream at 1/d (Yang et al.
-2023, Tensor Programs VI: Feature Learning in Infinite-Depth Neural Networks; there as multipliers of
-branches, here, where such products start smaller by √depth, as rates).
+start smaller by √r and learn at 1/r; scores are scaled by 1/K where they were by 1/√K (by the attributes
+that `Mixer.scaled` names). With a base depth, whatever lies in blocks learns at 1/√d and what writes to the
+residual stream at 1/d (Yang et al. 2023, Tensor Programs VI: Feature Learning in Infinite-Depth Neural
+Networks; there as multipliers of branches, here, where such products start smaller by √depth, as rates).
 
 `kernel` (after Dinan, Yaida & Zhang 2023, Effective Theory of Transformers at Initialization): every
 group's part of the neural tangent kernel of AdamW's sign-like steps stays as it is: matrices n^(−3/2),
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -130,10 +130,19 @@ def _factors(network: Network, base: Network) -> None:
         assert isinstance(base.head, LanguageModelHead)
         network.head.product.deviation = base.head.product.deviation  # a tied weight starts as the head says
     for name, mixer in network.named_modules():
-        factor: Any = getattr(mixer, "scale", None)
-        if isinstance(mixer, Mixer) and isinstance(factor, float):
-            before: Any = base.get_submodule(name).scale
-            mixer.scale = factor * (factor / before)
+        if not isinstance(mixer, Mixer):
+            continue
+        if mixer.scaled is None:
+            raise SettingsError(
+                f"'{mixer.kind}' ({mixer.path}) does not say how its scores grow with the width, so that "
+                "maximal_update cannot scale it",
+                path=("model", "scaling", "rule"),
+                hint="use another mixer, or rule: kernel",
+            )
+        for attribute in mixer.scaled:
+            factor: float = getattr(mixer, attribute)
+            before: float = getattr(base.get_submodule(name), attribute)
+            setattr(mixer, attribute, factor * (factor / before))
 
 
 def _kernel(growth: Growth, width: float) -> float:

@@ -32,6 +32,8 @@ class SpanMixer(Mixer):
     and keys; tracks: whether the positions of earlier tokens are kept, for `attend` to use.
     """
 
+    scaled = ("scale",)
+
     def __init__(
         self,
         settings: MixerSettings,
@@ -45,6 +47,7 @@ class SpanMixer(Mixer):
     ) -> None:
         super().__init__(settings, place)
         self.heads, self.groups, self.width, self.tracks = heads, groups, width, tracks
+        self.scale = width**-0.5
         self.value_groups = groups
         self.k = place.product(place.width, groups * width, "k")
         self.v = place.product(place.width, groups * width, "v")
@@ -108,9 +111,8 @@ class SpanMixer(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, SpanState)
-        if ctx.lengths is not None:
-            # What stands in invalid places must not decide how the products of valid ones are grouped.
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
+        if valid is not None:  # what stands in other places must not decide how the products of valid ones are grouped
             x = x.masked_fill(~valid[..., None], 0.0)
         values = self.values(x, ctx)
         if ctx.taps is not None:

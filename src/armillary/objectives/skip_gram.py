@@ -19,12 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.base.errors import SettingsError
+from armillary.base.settings import Settings
 from armillary.data.batch import Batch
 from armillary.nn.heads.language_model import LanguageModelHead, LanguageModelHeadSettings
 from armillary.nn.network import ModelSettings, Network
 from armillary.objectives.base import Loss, Objective, ObjectiveSettings, Prepared, Vocabulary, objectives
 
 PAIRS = 256  # at a time
+SIZES = ("width", "vocabulary", "context")
 NONE = -1  # in place of a random token that is the neighbour
 
 
@@ -60,9 +62,24 @@ class SkipGramSettings(ObjectiveSettings):
                 path=("training", "objective"),
                 hint="use head: {kind: language_model, tied: false}",
             )
+        # Pairs of rows of two tables are all that it knows: whatever else a model does would not be learned.
+        bare = ModelSettings(form="encoder", depth=0, norm=None, head=LanguageModelHeadSettings(tied=False))
+        more = [f"model.{name}" for name in _differing(model, bare) if name not in (*SIZES, "head")]
+        more += [f"model.head.{name}" for name in _differing(model.head, bare.head)]
+        if more:
+            raise SettingsError(
+                f"the skip_gram objective takes rows of two tables as they are, without {', '.join(more)}",
+                path=("training", "objective"),
+                hint="leave them out (of the norm: norm: null)" if "model.norm" in more else "leave them out",
+            )
 
     def build(self, vocabulary: Vocabulary) -> SkipGram:
         return SkipGram(self, vocabulary)
+
+
+def _differing(settings: Settings, other: Settings) -> list[str]:
+    """Names of the fields in which two settings of a class differ."""
+    return [name for name in type(other).model_fields if getattr(settings, name) != getattr(other, name)]
 
 
 class SkipGram(Objective):

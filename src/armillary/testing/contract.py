@@ -171,6 +171,16 @@ def _masked(trial: Trial) -> None:
         require(bool((other.whole() != base).any()), "the objective's mask changes nothing")
 
 
+def mask(case: Case) -> None:
+    """No mask is in the way of what works within a position; a channel mixer whose tokens compete refuses one."""
+    trial = Trial(case)
+    with torch.no_grad():
+        if case.can.mask:
+            same(trial.whole(mask=_Hidden()), trial.whole(), "under a mask from the objective")
+        else:
+            refuses(lambda: trial.whole(mask=_Hidden()), "a mask from the objective")
+
+
 def sites(case: Case) -> None:
     """A position acts at the sites that it names, on any positions, and refuses the others."""
     settings = case.example.settings

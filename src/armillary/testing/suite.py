@@ -82,6 +82,10 @@ def _tapped(case: Case) -> bool:
     return case.mixes or case.role == "channel"
 
 
+def _within(case: Case) -> bool:
+    return case.role == "channel"
+
+
 def _compiles(case: Case) -> bool:
     return case.example.compiled
 
@@ -107,6 +111,7 @@ _LAWS: tuple[tuple[str, Callable[[Case], None], Callable[[Case], bool]], ...] = 
     ("recipe", contract.recipe, _always),
     ("meta", contract.meta, _always),
     ("sites", contract.sites, _positioned),
+    ("mask", contract.mask, _within),
     ("unsupported", contract.unsupported, _looks),
     ("refusals", contract.refusals, _drives),
 )

@@ -236,14 +236,13 @@ class _Problem:
         """The objective, and a bound from the dual: the errors, shrunk until no token could gain from a weight."""
         value, errors, slope = self._slope(weights)
         objective = value + decay * float(_nuclear(self._split(weights)).sum())
-        share = min(1.0, decay / max(float(self._sizes(slope).max()), 1e-300))
+        most = decay / max(float(self._sizes(slope).max()), 1e-300)
         if self.loss == "squared":
             square, along = float(errors.square().sum()), float((errors * self.y).sum())
-            most = decay / max(float(self._sizes(slope).max()), 1e-300)
             share = max(-most, min(most, -along / square)) if square else 0.0
             bound = -(share**2 * square / 2 + share * along) / self.rows
         else:
-            chances = (share * errors + self.y).clamp(min=0)
+            chances = (min(1.0, most) * errors + self.y).clamp(min=0)
             bound = -float(torch.special.xlogy(chances, chances).sum()) / self.rows
         return _Point(decay, objective, bound, self._intercept, step)
 

@@ -98,9 +98,9 @@ class HeldOut:
 
 
 def told(prepared: Prepared, batch: Batch, network: Network) -> Prepared:
-    """With the side tensor `tasks`, for a network that routes by it; prepare keeps rows and their order.
+    """With the side tensor `tasks`, for a network that takes it; prepare keeps rows and their order.
 
-    Raises InputError when nobody says what the rows are for.
+    Raises InputError when nobody says what the rows are for, UnsupportedError for an encoder–decoder.
     """
     if "tasks" not in network.takes:
         return prepared

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from armillary.nn.ops import computes_bf16
 from armillary.recipe.training import TrainingSettings
 
 
@@ -15,12 +14,3 @@ def settled(training: TrainingSettings) -> TrainingSettings:
         return training
     here = training.device.startswith("cpu") or not torch.cuda.is_available()
     return training.derive(precision="float32" if here and not computes_bf16() else "bf16")
-
-
-def computes_bf16() -> bool:
-    """Whether the processor has bf16 products; true where that cannot be told."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return True
-    return "flags" not in flags or "avx512_bf16" in flags or "amx_bf16" in flags

@@ -29,6 +29,7 @@ from armillary.engine import GenerationError, Sampling
 from armillary.engine.generate import generate
 from armillary.nn.heads.language_model import LanguageModelHead
 from armillary.nn.network import build
+from armillary.nn.ops import computes_bf16
 from armillary.objectives.base import Vocabulary
 from armillary.recipe import Recipe
 from armillary.text.tokenizer import Tokenizer
@@ -40,7 +41,6 @@ from armillary.train.layout import BOARD, CHECKPOINTS, DATA, LEDGER, METRICS, SA
 from armillary.train.ledger import Ledger
 from armillary.train.metrics import Board, StepLines
 from armillary.train.pace import Pace
-from armillary.train.precision import computes_bf16
 from armillary.train.progress import Progress
 from armillary.train.signals import StopSignals
 from armillary.train.trainer import Trainer, derived_seed

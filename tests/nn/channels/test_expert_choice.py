@@ -13,6 +13,7 @@ from armillary.base.errors import SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.channels.expert_choice import ExpertChoice, ExpertChoiceSettings
 from armillary.nn.context import Context
+from armillary.nn.mask import Causal
 from armillary.nn.mechanism import ChannelSettings, Place
 from armillary.nn.taps import Taps
 from armillary.nn.training import Training
@@ -82,3 +83,25 @@ def test_rows_shorter_than_the_number_of_experts_and_of_padding_alone() -> None:
     y = ours(x, Context(padding=real, training=Training.of(1), taps=taps))
     assert bool(((taps.seen["m.router"] > 0).sum(1)[0] == 1).all()), "every expert takes one token"
     assert bool(y.isfinite().all()) and bool((y[1] == 0).all())
+
+
+def test_padding_takes_no_place() -> None:
+    """By definition: real tokens get what they get without padding, whatever it holds and however much there is."""
+    ours = built(capacity=1.5)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(1, 7, 16, generator=generator)
+    alone = ours(x, Context(training=Training.of(1)))
+    for before, after in ((0, 1), (3, 0), (5, 21)):
+        for scale in (0.0, 1.0, 100.0):
+            parts = [scale * torch.randn(1, n, 16, generator=generator) for n in (before, after)]
+            real = torch.tensor([[False] * before + [True] * 7 + [False] * after])
+            y = ours(torch.cat([parts[0], x, parts[1]], 1), Context(padding=real, training=Training.of(1)))
+            torch.testing.assert_close(y[real], alone[0], rtol=1e-5, atol=1e-6)
+            assert bool((y[~real] == 0).all()), "padding took a place"
+
+
+def test_chunks_and_an_objectives_mask_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="'expert_choice' cannot take a mask"):
+        built()(torch.randn(1, 4, 16), Context(mask=Causal()))
+    with pytest.raises(UnsupportedError, match="'expert_choice' cannot be extended"):
+        built().extend(torch.randn(1, 4, 16), None, Context())

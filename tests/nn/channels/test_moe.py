@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from armillary.base.errors import SettingsError
+from armillary.base.errors import SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.channels.moe import MixtureSettings, MoE
 from armillary.nn.context import Context
 from armillary.nn.cost import count
+from armillary.nn.mask import Causal
 from armillary.nn.mechanism import ChannelSettings, Place
 from armillary.nn.ops.routing import within_capacity
 from armillary.nn.taps import Taps
@@ -196,6 +197,33 @@ def test_dropped_picks_add_nothing_and_are_reported(agree: Any) -> None:
     assert not ours.capabilities.chunking and free.capabilities.chunking
     later = torch.cat([x[:, :9], torch.randn(2, 3, D)], 1)
     agree(ours(later, Context(training=Training.of(1)))[:, :9], y[:, :9])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_takes_no_place(packed: bool, agree: Any) -> None:
+    """By definition: real tokens get what they get without padding, whatever it holds and however much there is."""
+    ours = built(capacity=0.5)
+    x = torch.randn(1, 9, D)
+    documents = torch.tensor([[1] * 4 + [2] * 5])
+    told = {"training": Training.of(1)}
+    alone = ours(x, Context(documents=documents if packed else None, **told))
+    free = built()(x, Context(**told))
+    assert not torch.allclose(alone, free), "nothing was dropped"
+    for before, after in ((0, 1), (3, 0), (5, 21)):
+        for scale in (0.0, 1.0, 100.0):
+            padded = torch.cat([scale * torch.randn(1, before, D), x, scale * torch.randn(1, after, D)], 1)
+            real = torch.tensor([[False] * before + [True] * 9 + [False] * after])
+            owners = torch.cat([torch.ones(1, before), documents, torch.full((1, after), 2)], 1).long()
+            y = ours(padded, Context(padding=real, documents=owners if packed else None, **told))
+            agree(y[real], alone[0])
+            assert bool((y[~real] == 0).all()), "padding took a place"
+
+
+def test_a_capacity_refuses_an_objectives_mask() -> None:
+    x = torch.randn(1, 4, D)
+    with pytest.raises(UnsupportedError, match="'moe' with a capacity cannot take a mask"):
+        built(capacity=1.0)(x, Context(mask=Causal()))
+    assert torch.equal(built()(x, Context(mask=Causal())), built()(x, Context())), "tokens do not meet without one"
 
 
 def _expert(channel: MoE, e: int) -> Any:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from armillary.base.errors import InputError, SettingsError
+from armillary.base.errors import InputError, SettingsError, UnsupportedError
 from armillary.base.settings import parse
 from armillary.nn.channels.moe import MixtureSettings
 from armillary.nn.channels.task_moe import TaskMixtureSettings, TaskMoE
 from armillary.nn.context import Context
 from armillary.nn.mechanism import ChannelSettings, Place
+from armillary.nn.network import ModelSettings, build
 from armillary.nn.ops.routing import disparity
 from armillary.nn.taps import Taps
 from armillary.nn.training import Training
@@ -132,3 +133,21 @@ def test_what_is_no_task_is_refused() -> None:
     for settings, said in (({"parity": 0.5}, "parity"), ({"tasks": 0}, "tasks"), (JITTERED, "reads the task alone")):
         with pytest.raises(SettingsError, match=said):
             parse(ChannelSettings, {"kind": "task_moe", **settings})
+
+
+def test_an_encoder_is_told_no_tasks() -> None:
+    """The source of an encoder–decoder comes without side tensors, so what looks at them is refused there."""
+    look = {"kind": "attention", "heads": 2}
+    channel = {"kind": "task_moe", "experts": 2, "hidden": 4}
+    settings: dict[str, Any] = {
+        "form": "encoder_decoder",
+        "width": 16,
+        "depth": 1,
+        "vocabulary": 9,
+        "encoder": {"depth": 1, "block": {"mixer": look, "channel": channel}},
+        "block": {"mixer": look, "cross": look, "channel": channel},
+    }
+    with pytest.raises(UnsupportedError, match=r"model\.encoder\.blocks\.0\.channel: 'task_moe' looks .*\(tasks\)"):
+        build(parse(ModelSettings, settings))
+    settings["encoder"]["block"]["channel"] = "ffn"
+    assert build(parse(ModelSettings, settings)).takes == {"tasks"}

@@ -102,6 +102,26 @@ def test_a_row_of_padding_alone_is_finite(shake: Any) -> None:
     assert bool(built(shake)(torch.randn(2, 5, 6), Context(padding=padding)).isfinite().all())
 
 
+@pytest.mark.parametrize("length, grid", [(64, None), (24, None), (9, (4, 5)), (9, (8, 8))])
+def test_every_head_learns_or_the_build_says_which_number_fits(length: int, grid: Any) -> None:
+    place = Place(6, order="bidirectional", length=length)
+    tokens, refused = length if grid is None else grid[0] * grid[1], 0
+    for heads in range(1, 13):
+        settings = LhcSettings(heads=heads, embed=4, grid=grid)
+        fitting = -(-tokens // -(-tokens // heads))  # how many regions hold tokens
+        if fitting < heads:
+            refused += 1
+            with pytest.raises(UnsupportedError, match=f"the other {heads - fitting} would never see one") as error:
+                settings.build(place)
+            assert str(error.value.hint).startswith(f"set heads: {fitting}, ")
+            settings = settings.derive(heads=fitting)
+        mixer = settings.build(place)
+        initialise(mixer, 1)
+        mixer(torch.randn(2, tokens, 6), Context()).square().sum().backward()
+        assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in mixer.parameters())
+    assert refused
+
+
 def test_what_cannot_be_built_says_why(shake: Any) -> None:
     with pytest.raises(UnsupportedError, match="cannot be causal"):
         LhcSettings().build(Place(16))
@@ -111,5 +131,7 @@ def test_what_cannot_be_built_says_why(shake: Any) -> None:
     for key in ("heads", "embed", "pool", "kernel"):
         with pytest.raises(SettingsError, match=key):
             parse(MixerSettings, {"kind": "lhc", key: 0})
+    with pytest.raises(SettingsError, match="embed"):  # any power of 1 is 1, and nothing scales scores
+        parse(MixerSettings, {"kind": "lhc", "embed": 1})
     with pytest.raises(InputError, match="21 tokens, but the heads' regions hold 20"):
         built(shake)(torch.randn(1, 21, 6), Context())

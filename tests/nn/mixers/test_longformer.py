@@ -11,7 +11,9 @@ from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from armillary.base.errors import SettingsError, UnsupportedError
+from armillary.base.settings import parse
 from armillary.nn.context import Context
+from armillary.nn.linear import LinearSettings
 from armillary.nn.mechanism import Place, initialise
 from armillary.nn.mixers.attention import AttentionSettings
 from armillary.nn.mixers.longformer import Longformer, LongformerSettings
@@ -169,3 +171,15 @@ def test_what_cannot_be_is_refused() -> None:
         LongformerSettings(diagonal=False)
     with pytest.raises(UnsupportedError, match="cannot be prefix"):
         LongformerSettings().build(Place(WIDTH, order="prefix"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank"])
+def test_global_products_start_as_copies_of_the_local_ones(kind: str) -> None:
+    linear = {"all": parse(LinearSettings, {"kind": kind})}
+    mixer = LongformerSettings(heads=2, bias=True).build(Place(16, linear=linear))
+    initialise(mixer, 1)
+    for name in ("q", "k", "v"):
+        own = getattr(mixer, f"{name}_global").state_dict()
+        for part, value in getattr(mixer, name).state_dict().items():
+            assert torch.equal(own[part], value), f"{name}.{part}"
+            assert bool(value.any()) or part.endswith("bias")

@@ -16,6 +16,7 @@ from armillary.base.settings import parse
 from armillary.nn.context import Context
 from armillary.nn.mechanism import MixerSettings, Place, initialise
 from armillary.nn.mixers.mamba2 import Mamba2, Mamba2Settings
+from armillary.nn.taps import Taps
 
 WIDTH, STATE, P = 16, 12, 4
 CONVS = ("conv_v", "conv_k", "conv_q")
@@ -135,6 +136,33 @@ def test_a_state_of_another_shape_is_refused() -> None:
         mixer.extend(x, mixer.init_state(3, 1, torch.float32, "cpu"), Context())
 
 
+@pytest.mark.parametrize("extending", [False, True])
+def test_taps_show_nothing_of_tokens_that_are_not_there(extending: bool) -> None:
+    """And no edit lets them in: real tokens get what they get alone."""
+    mixer = Mamba2Settings(head_width=P, state_width=STATE).build(Place(WIDTH, path="m"))
+    initialise(mixer, 1)
+    real = torch.arange(6) < torch.tensor([[6], [4]])
+    x = torch.where(real[..., None], torch.randn(2, 6, WIDTH), 50.0)
+
+    def call(rows: slice, length: int, taps: Taps) -> torch.Tensor:
+        if not extending:
+            return mixer(x[rows, :length], Context(padding=real[rows, :length], taps=taps))
+        state = mixer.init_state(len(x[rows]), 1, torch.float32, "cpu")
+        y = mixer.extend(x[rows, :length], state, Context(lengths=real[rows, :length].sum(1), taps=taps))
+        return torch.cat([y, mixer.extend(x[rows, :1], state, Context())], 1)
+
+    watched = Taps(["m.q", "m.k", "m.v", "m.step"])
+    call(slice(None), 6, watched)
+    for name, shown in watched.seen.items():
+        assert bool((shown[~real] == 0).all()), f"{name} shows tokens that are not there"
+        assert bool((shown[real] != 0).any(-1).all())
+    edited = Taps(edits=[("m.step", lambda step: step + 0.5)])
+    found, alone = call(slice(None), 6, edited), call(slice(1, 2), 4, edited)
+    torch.testing.assert_close(found[1:, :4], alone[:, :4])
+    if extending:
+        torch.testing.assert_close(found[1:, 6:], alone[:, 4:])
+
+
 def test_a_row_without_tokens_is_finite() -> None:
     mixer = Mamba2Settings(head_width=P, state_width=STATE).build(Place(WIDTH))
     initialise(mixer, 1)
@@ -150,6 +178,9 @@ def test_a_row_without_tokens_is_finite() -> None:
         ({"state_width": 0}, "state_width"),
         ({"taps": 0}, "taps"),
         ({"step_limits": [0.5, 0.1]}, "step_limits must be two numbers"),
+        ({"step_limits": [-1, None]}, "step_limits must be two numbers ≥ 0 in order, not -1 and null"),
+        ({"step_limits": [0.1]}, "step_limits: expected 2 items, found 1"),
+        ({"step_limits": "0.1"}, "step_limits: should be a list"),
         ({"decays": [16, 1]}, "decays must be two positive numbers"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from armillary.base.errors import SettingsError, UnsupportedError
 from armillary.data.batch import Batch
 from armillary.nn.context import Context
-from armillary.nn.mechanism import Place
+from armillary.nn.mechanism import Place, initialise
 from armillary.nn.mixers import scatterbrain as mixers
 from armillary.nn.mixers.scatterbrain import Scatterbrain, ScatterbrainSettings
 from armillary.nn.network import build
@@ -237,3 +237,14 @@ def test_a_row_without_tokens_gives_zeros(chunk: int) -> None:
         padding = torch.tensor([[True] * 9, [False] * 9])
         y = made(2, order)(torch.randn(2, 9, 8), Context(padding=padding))
         assert bool((y[1] == 0).all()) and bool(y.isfinite().all())
+
+
+def test_both_halves_have_one_scale() -> None:
+    """Features of √s · x estimate exp(s q · k), which the window computes: four times s is twice x."""
+    mixer = ScatterbrainSettings(heads=2).build(Place(16))
+    initialise(mixer, 1)
+    x = torch.randn(2, 2, 5, 8)
+    with torch.no_grad():
+        twice = mixer._logs(2 * x)
+        mixer.scale *= 4
+        torch.testing.assert_close(mixer._logs(x), twice)

@@ -57,7 +57,7 @@ def test_blocks_are_the_definition(widths: list[int], native: bool, agree, monke
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_bf16_stays_near(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On processors with products in bf16 and on those without."""
-    monkeypatch.setattr(ops, "_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(ops, "computes_bf16", lambda: multiplies)
     q, k, v, orders, places, _ = given(200, [20, 30], 4, torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     found, expected = (band_attend(*x, orders, places, [20, 30], 0.4) for x in ((q, k, v), wide))

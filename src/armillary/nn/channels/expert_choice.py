@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class ExpertChoiceSettings(ExpertSettings):
         return [Limit("every_token", Example("all", cls(experts=3, hidden=8, capacity=3.0), both), _every_token)]
 
     def can(self) -> Capabilities:
-        return dataclasses.replace(WITHIN, causal=False, prefix=False, sight="jacobian")
+        return dataclasses.replace(WITHIN, causal=False, prefix=False, mask=False, sight="jacobian")
 
     def room(self, tokens: int) -> int:
         """How many of a document's tokens an expert takes."""
@@ -101,7 +101,7 @@ class ExpertChoice(ChannelMixer):
                 where=place.path,
                 hint="use kind: moe, whose tokens pick their experts",
             )
-        self.path, self.settings = place.path, settings
+        self.kind, self.path, self.settings = settings.kind, place.path, settings
         self.capabilities = settings.can()
         hidden, count = settings.features(place.width), settings.experts
         self.router = place.product(place.width, count, "router")
@@ -120,6 +120,7 @@ class ExpertChoice(ChannelMixer):
         return self
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        self.accept(ctx)
         scores = row_scores(self.router, x)
         tokens, gates = self.choose(torch.softmax(scores, -1), ctx)  # [B, E, C]
         if ctx.taps is not None:
@@ -141,6 +142,9 @@ class ExpertChoice(ChannelMixer):
             return y
         self._count(x, tokens, gates, ctx)
         return attach(y, self.settings.z_weight * z_loss(scores, ctx.padding), ctx)
+
+    def extend(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
+        raise UnsupportedError("'expert_choice' cannot be extended", where=self.path, hint="call whole sequences")
 
     def choose(self, scores: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Tokens [B, E, C] that each expert takes of every document, by scores [B, T, E], and their gates,

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from armillary.base.errors import UnsupportedError
 from armillary.nn.activation import ACTIVATIONS, Activation
 from armillary.nn.channels.ffn import FFNSettings
 from armillary.nn.channels.gated import GatedSettings
@@ -29,7 +30,6 @@ from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import WITHIN, Capabilities, ChannelMixer, ChannelSettings, Place, channels
-from armillary.nn.mixers.linear import present
 from armillary.nn.ops import plain
 from armillary.nn.ops.experts import FEW, grouped, reads_once
 from armillary.nn.ops.routing import (
@@ -101,7 +101,8 @@ class MoESettings(ExpertSettings):
         return self
 
     def can(self) -> Capabilities:
-        return dataclasses.replace(WITHIN, chunking=self.capacity is None, noise=self.jitter > 0)
+        free = self.capacity is None  # else a pick may find no room, for tokens that a mask hides from it
+        return dataclasses.replace(WITHIN, chunking=free, mask=free, noise=self.jitter > 0)
 
     def active(self, parameters: int, width: int) -> int:
         return parameters - (self.experts - self.top) * self.held(width)
@@ -230,7 +231,7 @@ class MoE(ChannelMixer):
 
     def __init__(self, settings: MoESettings, place: Place) -> None:
         super().__init__()
-        self.path, self.settings = place.path, settings
+        self.kind, self.path, self.settings = settings.kind, place.path, settings
         self.capabilities = settings.can()
         self.router = place.product(place.width, settings.experts, "router")
         self.experts = Experts(settings, place)
@@ -257,8 +258,19 @@ class MoE(ChannelMixer):
 
     # -- what happens to tokens
 
+    def accept(self, ctx: Context) -> None:
+        if ctx.mask is not None and not self.capabilities.mask:
+            raise UnsupportedError(
+                f"'{self.kind}' with a capacity cannot take a mask from the objective: tokens that are hidden from "
+                "one another would compete for an expert's places",
+                where=self.path,
+                hint="leave capacity out",
+            )
+        super().accept(ctx)
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        settings, real = self.settings, present(x, ctx)
+        self.accept(ctx)
+        settings, real = self.settings, ctx.present(x)
         scores = self.scores(x, ctx)
         experts, gates, probabilities = top_gates(
             scores,

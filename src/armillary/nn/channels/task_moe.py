@@ -1,7 +1,9 @@
 """A mixture of experts whose router knows the task of a token, and whose tasks share experts within a bound.
 
-The side tensor `tasks` [B] or [B, T] int64 says what a row or a token is for: the data's sources in
-training, −1 where nobody knows, which stands for the mean of all tasks; not given, none is known.
+The side tensor `tasks` [B] or [B, T] int64 says what a row or a token is for, −1 where nobody knows, which
+stands for the mean of all tasks. In training and on held-out text it is the data's sources, and a batch that
+does not say is refused; in other calls, not given, none is known. An encoder–decoder may call it in its
+decoder, but cannot be trained on tasks.
 `routed_by: task_and_token` adds a learned score of the task to the router's score of the token (Gupta et
 al. 2022, Sparsely Activated Mixture-of-Experts are Robust Multi-Task Learners, whose gate reads an
 embedding of the task: added scores are its one-layer form), `task` routes by the task alone (Kudugunta

@@ -24,7 +24,7 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
-from armillary.nn.mixers.linear import TINY, present
+from armillary.nn.mixers.linear import TINY
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
 from armillary.nn.state import FixedState, State
 
@@ -107,7 +107,7 @@ class Pooling(Mixer):
         """Weights of the tokens from y [B, T, H, K], as exponentials below the largest (so far)."""
         logits = score(y.flatten(2))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.width**-0.5
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:
             logits = logits.masked_fill(~real[..., None], -torch.inf)
         causal = self.order == "causal"

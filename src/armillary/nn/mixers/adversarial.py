@@ -13,6 +13,7 @@ which would leave the model nothing of a clipped gradient.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,6 +61,9 @@ class AdversarialSettings(AttentionSettings):
     @classmethod
     def limits(cls) -> list[Limit]:
         return [Limit("dense", Example("adversary", cls(adversary=4)), _dense)]
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        return {"adverse_q": 0, "adverse_k": 0}  # they act in adversarial calls alone
 
     def build(self, place: Place) -> AdversarialAttention:
         return AdversarialAttention(self, place)

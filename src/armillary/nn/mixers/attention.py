@@ -197,6 +197,7 @@ class Attention(Mixer):
     mask of their own, `modify` changes scores, and `window` bounds the state.
     """
 
+    scaled = ("scale",)
     window: int | None = None  # how many tokens back anything can look; the state holds no more
 
     def __init__(self, settings: AttentionSettings, place: Place) -> None:

@@ -94,6 +94,8 @@ class Scan(nn.Module):
 class AttentionRNN(Mixer):
     """x [B, T, D] → [B, T, D]; its state is the LSTM's, and the last value of the mask."""
 
+    scaled = ()
+
     def __init__(self, settings: AttentionRNNSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads, self.hidden, self.width = settings.heads, settings.hidden, settings.features(place.width)
@@ -120,9 +122,7 @@ class AttentionRNN(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
-        valid = None
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
         h, c, before = (state.tensors[name] for name in ("h", "c", "before"))
         mask, after = self.ahead(x, (h, c, before), None, valid)
         for name, value in zip(("h", "c", "before"), after, strict=True):

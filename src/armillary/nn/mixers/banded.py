@@ -103,9 +103,7 @@ class BandMixer(Mixer):
         q, k = self.shaped(q)
         if ctx.taps is not None:
             k = ctx.taps(f"{self.path}.k", k)
-        real = ctx.padding
-        if ctx.lengths is not None:
-            real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        real = ctx.present(x)
         with torch.no_grad():
             groups = self.groups(q.detach(), ctx, real)
         return q.to(x.dtype), k.to(x.dtype), groups

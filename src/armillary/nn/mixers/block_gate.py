@@ -126,6 +126,8 @@ class BlockGateSettings(MixerSettings):
 class BlockGate(Mixer):
     """x [B, T, D] → [B, T, D]; its state is keys, values and one mean key per finished block."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: BlockGateSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads, self.groups = settings.heads, settings.groups

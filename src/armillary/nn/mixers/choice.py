@@ -94,6 +94,7 @@ class ChoiceSettings(MixerSettings):
 class Choice(Mixer):
     """x [B, T, D] → [B, T, D]; its state is the attention's."""
 
+    scaled = ()
     temperature: Tensor
 
     def __init__(self, settings: ChoiceSettings, place: Place) -> None:

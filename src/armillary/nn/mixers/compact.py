@@ -138,10 +138,13 @@ class Columns(Mask):
 class Compact(Mixer):
     """x [B, T, D] → [B, T, D]; its state is a ring of keys and values, and the last heads' results."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: CompactSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads
         self.width = head_width(place.width, settings.heads, settable=False)
+        self.scale = self.width**-0.5
         self.hood = Neighbourhood.of(settings.kernel, place.order, settings.grid, place.path)
         self.around = settings.around(place.order, place.path)
         self.qk = place.product(place.width, place.width, "q")
@@ -231,7 +234,7 @@ class Compact(Mixer):
 
     def _looked(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         """q [B, T, H, K], k and v [B, H, S, K] → [B, T, H, K]."""
-        return attend(q.transpose(1, 2), k, v, mask=mask, scale=self.width**-0.5)[0].transpose(1, 2)
+        return attend(q.transpose(1, 2), k, v, mask=mask, scale=self.scale)[0].transpose(1, 2)
 
     def _carried(self, looked: Tensor, where: Tensor, ctx: Context, tail: Tensor | None = None) -> Tensor:
         """Each head's result [B, T, H, K] and what the convolution makes of it."""

@@ -15,6 +15,7 @@ bottleneck in which the paper puts the block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -70,6 +71,10 @@ class CotSettings(MixerSettings):
         """Hidden features of the gate."""
         return self.squeeze or max(width // 2, 32)
 
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        whole = self.gate == "mean" and place.order != "causal"
+        return {"squeeze": 1, "gate": 1} if whole else {}
+
     def build(self, place: Place) -> Cot:
         return Cot(self, place)
 
@@ -97,6 +102,8 @@ class CotSettings(MixerSettings):
 class Cot(Mixer):
     """x [B, T, D] → [B, T, D]; its state are the last inputs and values, and the mean of the contexts so far."""
 
+    scaled = ()
+
     def __init__(self, settings: CotSettings, place: Place) -> None:
         super().__init__(settings, place)
         width = place.width
@@ -121,7 +128,7 @@ class Cot(Mixer):
         self.v = place.product(width, width, "v")
         self.v_norm = settings.norm.build(width)
         self.mixed_norm = settings.norm.build(width)
-        self.squeeze = place.product(width, hidden, "down", True)
+        self.squeeze = place.product(width, hidden, "up", True)
         self.squeeze_norm = settings.norm.build(hidden)
         self.gate = place.product(hidden, 2 * width, "gate", True)
         self.o = place.product(width, width, "o")
@@ -220,11 +227,9 @@ class Cot(Mixer):
         """What the gate reads of the contexts' sum [B, T, D]: itself, or a mean of it, [B, T or 1, D]."""
         if self.gate_by == "token":
             return both
-        real = torch.ones(both.shape[:2], dtype=torch.bool, device=both.device)
-        if ctx.padding is not None:
-            real = ctx.padding
-        elif ctx.lengths is not None:
-            real = torch.arange(both.shape[1], device=both.device) < ctx.lengths[:, None]
+        real = ctx.present(both)
+        if real is None:
+            real = torch.ones(both.shape[:2], dtype=torch.bool, device=both.device)
         documents = ctx.documents
         if self.order == "bidirectional" and documents is None:
             if ctx.padding is None:

@@ -22,7 +22,7 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, Place, mixers
-from armillary.nn.mixers.linear import KernelSettings, present, tokens_so_far
+from armillary.nn.mixers.linear import KernelSettings, tokens_so_far
 from armillary.nn.ops.columns import column_attend
 from armillary.nn.ops.linear import LOWEST, linear_attend
 from armillary.nn.state import FixedState, State
@@ -78,6 +78,8 @@ class Efficient(Mixer):
     """x [B, T, D] → [B, T, D]. State: for softmax the averages [B, H, K, K] and log-sums [B, H, K]; for
     scaling the sums [B, H, K, K] and the number of tokens [B]."""
 
+    scaled = ()
+
     def __init__(self, settings: EfficientSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads
@@ -96,7 +98,7 @@ class Efficient(Mixer):
         k = self.k(x).unflatten(-1, (self.heads, self.width))
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
-        real = present(x, ctx)
+        real = ctx.present(x)
         if self.soft:
             q = torch.softmax(q, -1, dtype=torch.promote_types(q.dtype, torch.float32))
             return Frozen({"q": q, "k": k, "real": real, "documents": ctx.documents})

@@ -93,6 +93,8 @@ class FixedSettings(MixerSettings):
 class Fixed(Mixer):
     """x [B, T, D] → [B, T, D]; its state is the previous value, the first one, and the mean of all."""
 
+    scaled = ()
+
     def __init__(self, settings: FixedSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.patterns, self.power = settings.patterns, settings.power
@@ -163,7 +165,7 @@ class Fixed(Mixer):
         previous, start, fresh, last = _behind(real, documents)
         ahead = [each.flip(1) for each in _behind(real.flip(1), None if documents is None else documents.flip(1))[:3]]
         after, end = (torch.where(each < 0, each, real.shape[1] - 1 - each) for each in ahead[:2])
-        wide = positions.to(torch.float64 if self.v.weight.dtype == torch.float64 else torch.float32)
+        wide = positions.to(torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32)
         skip = 0 if held is None else 1
         weights = (wide + 1) ** self.power
         parts = {"previous": previous, "left": previous, "start": start, "next": after, "right": after, "end": end}

@@ -69,6 +69,8 @@ class GatedConvSettings(MixerSettings):
 class GatedConv(Mixer):
     """x [B, T, D] → [B, T, D]; its state are the last tokens' features."""
 
+    scaled = ()
+
     def __init__(self, settings: GatedConvSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.hidden = settings.features(place.width)

@@ -10,6 +10,7 @@ share a key head, as in Qwen3-Next, whose layer this is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +19,15 @@ from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
 from armillary.nn.activation import ACTIVATIONS
-from armillary.nn.context import Context, Memory
+from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, NormSettings, Place, mixers
-from armillary.nn.mixers.linear import present
+from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, NormSettings, Place, mixers
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.delta import delta_attend
 from armillary.nn.ops.short_conv import short_conv_flops
-from armillary.nn.recurrent import ShortConvolution, StepDecay
-from armillary.nn.state import FixedState, State
+from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
+from armillary.nn.state import State
 
 TINY = 1e-6  # added to the squared lengths of q and k
 
@@ -103,11 +103,13 @@ class GatedDeltaSettings(MixerSettings):
         return Cost(flops, state)
 
 
-class GatedDelta(Mixer):
+class GatedDelta(MatrixMixer):
     """x [B, T, D] → [B, T, D]; state: a float32 matrix [B, H, K, V] and the convolutions' tails.
 
     Sight is by the values after their convolution: what is written is linear in them.
     """
+
+    sized = "heads, key_heads, head_width, expand and taps"
 
     def __init__(self, settings: GatedDeltaSettings, place: Place) -> None:
         super().__init__(settings, place)
@@ -146,7 +148,7 @@ class GatedDelta(Mixer):
             beta = ctx.taps(f"{self.path}.beta", beta)
             if self.decay is not None:
                 decay = ctx.taps(f"{self.path}.decay", decay)
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:  # a token that is not there neither decays the state nor writes to it
             beta, decay = beta * real[..., None], decay * real[..., None]
         return Frozen({"q": q, "k": k, "beta": beta, "decay": decay, "documents": ctx.documents})
@@ -156,42 +158,19 @@ class GatedDelta(Mixer):
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.key_heads, self.key_width))
         return wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + TINY)  # type: ignore[no-any-return]
 
-    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
-        if frozen.weights is not None:
-            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
-        return self._mixed(frozen.parts, values, None)[0]
-
-    def _mixed(self, parts: Any, values: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mixed(self, parts: Mapping[str, Any], values: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k = (parts[name].repeat_interleave(self.heads // self.key_heads, 2) for name in ("q", "k"))
-        return delta_attend(q, k, values, parts["decay"], parts["beta"], state=state, documents=parts["documents"])
+        return delta_attend(q, k, values, parts["decay"], parts["beta"], state=matrix, documents=parts["documents"])
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         y = self.norm(mixed).flatten(2)
         return self.o(y if self.gate is None else y * self.swish(self.gate(x)))  # type: ignore[no-any-return]
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             "matrix": (self.heads, self.key_width, self.value_width),
             **{conv.name: conv.shape() for conv in (self.conv_q, self.conv_k, self.conv_v)},
         }
-
-    def init_state(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
-    ) -> State:
-        return FixedState.zeros(self._shapes(), batch, dtype, device, wide=("matrix",))
-
-    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        self.accept(ctx, extending=True)
-        assert isinstance(state, FixedState)
-        state.expect(self._shapes(), len(x), self.path, "heads, key_heads, head_width, expand and taps")
-        values = self.values(x, ctx, state)
-        if ctx.taps is not None:
-            values = self.tapped_values(values, ctx)
-        mixed, end = self._mixed(self.freeze(x, ctx, state).parts, values, state.tensors["matrix"])
-        state.put("matrix", end)
-        if ctx.taps is not None:
-            mixed = ctx.taps(f"{self.path}.mixed", mixed)
-        return self.finish(mixed, x, ctx)
 
 
 def _loop(mixer: GatedDelta, x: Tensor, ctx: Context) -> Tensor:

@@ -7,7 +7,8 @@ half the model's width, q is scaled by 1/√K, as in the released code; so is th
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
 from armillary.nn.activation import ACTIVATIONS
-from armillary.nn.context import Context, Memory
+from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, NormSettings, Place, mixers
-from armillary.nn.mixers.linear import present
+from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, NormSettings, Place, mixers
 from armillary.nn.norms.layernorm import LayerNormSettings
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.channel_decay import channel_attend
-from armillary.nn.state import FixedState, State
+from armillary.nn.recurrent import MatrixMixer
+from armillary.nn.state import State
 
 
 @mixers.register
@@ -78,8 +79,10 @@ class GatedLinearSettings(MixerSettings):
         return Cost(flops, 4.0 * self.heads * key * value)
 
 
-class GatedLinear(Mixer):
+class GatedLinear(MatrixMixer):
     """x [B, T, D] → [B, T, D]; its state is one float32 matrix [B, H, K, V]."""
+
+    sized = "heads, expand_keys and expand"
 
     def __init__(self, settings: GatedLinearSettings, place: Place) -> None:
         super().__init__(settings, place)
@@ -97,10 +100,10 @@ class GatedLinear(Mixer):
         self.norm = settings.norm.build(self.value_width)
         self.swish = ACTIVATIONS["silu"]
 
-    def values(self, x: Tensor, ctx: Context) -> Tensor:
+    def values(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         return self.v(x).unflatten(-1, (self.heads, self.value_width))  # type: ignore[no-any-return]
 
-    def freeze(self, x: Tensor, ctx: Context) -> Frozen:
+    def freeze(self, x: Tensor, ctx: Context, state: State | None = None) -> Frozen:
         shape = (self.heads, self.key_width)
         q = self.q(x).unflatten(-1, shape) * self.key_width**-0.5
         k = self.k(x).unflatten(-1, shape)
@@ -110,41 +113,21 @@ class GatedLinear(Mixer):
         decay = F.logsigmoid(self.decay_out(self.decay_in(x)).to(wide)).unflatten(-1, shape) * (1 / self.temperature)
         if ctx.taps is not None:
             decay = ctx.taps(f"{self.path}.decay", decay)
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:  # a token that is not there neither decays the state nor enters it
             decay, k = decay * real[..., None, None], k * real[..., None, None].to(k.dtype)
         return Frozen({"q": q, "k": k, "decay": decay, "documents": ctx.documents})
 
-    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
-        if frozen.weights is not None:
-            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
-        parts = frozen.parts
-        return channel_attend(parts["q"], parts["k"], values, parts["decay"], documents=parts["documents"])[0]
+    def mixed(self, parts: Mapping[str, Any], values: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+        return channel_attend(
+            parts["q"], parts["k"], values, parts["decay"], state=matrix, documents=parts["documents"]
+        )
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(self.norm(mixed).flatten(2) * self.swish(self.gate(x)))  # type: ignore[no-any-return]
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"matrix": (self.heads, self.key_width, self.value_width)}
-
-    def init_state(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
-    ) -> State:
-        return FixedState.zeros(self._shapes(), batch, dtype, device, wide=("matrix",))
-
-    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        self.accept(ctx, extending=True)
-        assert isinstance(state, FixedState)
-        state.expect(self._shapes(), len(x), self.path, "heads, expand_keys and expand")
-        values = self.values(x, ctx)
-        if ctx.taps is not None:
-            values = self.tapped_values(values, ctx)
-        parts = self.freeze(x, ctx).parts
-        mixed, held = channel_attend(parts["q"], parts["k"], values, parts["decay"], state=state.tensors["matrix"])
-        state.put("matrix", held)
-        if ctx.taps is not None:
-            mixed = ctx.taps(f"{self.path}.mixed", mixed)
-        return self.finish(mixed, x, ctx)
 
 
 def _every_pair(mixer: GatedLinear, x: Tensor, ctx: Context) -> Tensor:

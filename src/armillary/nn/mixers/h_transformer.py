@@ -99,6 +99,8 @@ class HTransformerSettings(MixerSettings):
 class HTransformer(Mixer):
     """x [B, T, D] → [B, T, D]; its state holds the current block and one closed node per level."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: HTransformerSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads

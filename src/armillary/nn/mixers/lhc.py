@@ -15,6 +15,7 @@ regions stay empty. A head has a width by itself, so `heads` need not divide the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from armillary.base.errors import InputError
+from armillary.base.errors import InputError, UnsupportedError
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example
@@ -48,7 +49,7 @@ class LhcSettings(MixerSettings):
         causal=False, bidirectional=True, packed=False, sight="jacobian"
     )
     heads: int = Field(8, gt=0, description="regions, each with a head")
-    embed: int = Field(64, gt=0, description="numbers that a head compares features by")
+    embed: int = Field(64, gt=1, description="numbers that a head compares features by")
     pool: int = Field(3, gt=0, description="odd: tokens that queries and keys pool; the side of a square in a grid")
     kernel: int = Field(3, gt=0, description="odd: tokens of the values' convolution; a square's side in a grid")
     norm: float = Field(0.5, ge=0, description="constant part of the exponent that divides scores")
@@ -69,10 +70,18 @@ class LhcSettings(MixerSettings):
             Example("image", cls(heads=3, embed=4, kernel=1, grid=(8, 4)), both),
         ]
 
+    def length(self, place: Place) -> int:
+        """Tokens of the longest input."""
+        return place.length if self.grid is None else self.grid[0] * self.grid[1]
+
     def region(self, place: Place) -> int:
         """Tokens of a region."""
-        length = place.length if self.grid is None else self.grid[0] * self.grid[1]
-        return -(-length // self.heads)
+        return -(-self.length(place) // self.heads)
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        used = -(-length // self.region(place))
+        heads = {f"qk.{head}": 2.0 * place.width if head < used else 0.0 for head in range(self.heads)}
+        return {**heads, "scale": used}
 
     def build(self, place: Place) -> Lhc:
         return Lhc(self, place)
@@ -98,6 +107,15 @@ class Lhc(Mixer):
         super().__init__(settings, place)
         self.grid, self.norm, self.embed = settings.grid, settings.norm, settings.embed
         self.region, self.length = settings.region(place), settings.heads * settings.region(place)
+        longest = settings.length(place)
+        used = -(-longest // self.region)
+        if used < settings.heads:
+            raise UnsupportedError(
+                f"{longest} tokens in regions of {self.region} are for {used} heads: the other "
+                f"{settings.heads - used} would never see one and learn nothing",
+                where=place.path,
+                hint=f"set heads: {used}, or change " + ("model.context" if settings.grid is None else "grid"),
+            )
         self.pools, self.conv, self.smooth = (
             Neighbourhood.of(size, "bidirectional", settings.grid, place.path)
             for size in (settings.pool, settings.kernel, SMOOTH)

@@ -26,13 +26,6 @@ from armillary.nn.state import FixedState, State
 TINY = 1e-20
 
 
-def present(x: Tensor, ctx: Context) -> Tensor | None:
-    """Which tokens of x [B, T, D] are there, [B, T]; None: all."""
-    if ctx.lengths is not None:
-        return torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
-    return ctx.padding
-
-
 def tokens_so_far(real: Tensor, documents: Tensor | None) -> Tensor:
     """How many tokens of the same document there are up to each place; real [B, T] int64, 1 for a token."""
     total = real.cumsum(1)
@@ -153,7 +146,7 @@ class KernelAttention(Mixer):
 
     def kernel(self, q: Tensor, k: Tensor, x: Tensor, ctx: Context, before: Tensor | None) -> dict[str, Tensor | None]:
         """Features of queries and keys, and the scale of the keys'."""
-        real, causal = present(x, ctx), self.order == "causal"
+        real, causal = ctx.present(x), self.order == "causal"
         keys, scale = self.keys(k), None
         if self.logarithmic:
             if real is not None:
@@ -223,6 +216,8 @@ class KernelAttention(Mixer):
 
 class LinearAttention(KernelAttention):
     """Features elu(x) + 1, as many as a head is wide."""
+
+    scaled = ()
 
     def __init__(self, settings: LinearAttentionSettings, place: Place) -> None:
         super().__init__(settings, place, settings.size(place.width), settings.eps)

@@ -98,6 +98,8 @@ class Along(nn.Module):
 class Linformer(Mixer):
     """x [B, T, D] → [B, T, D]; with cross, keys and values come from ctx.memory [B, S, D]."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: LinformerSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads

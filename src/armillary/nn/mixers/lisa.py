@@ -15,6 +15,7 @@ similarity serves all codebooks (the paper does not say whether it is shared).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -82,6 +83,9 @@ class LisaSettings(MixerSettings):
     def features(self, width: int) -> int:
         """Features per head."""
         return head_width(width, self.heads, settable=False)
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        return dict.fromkeys(("q", "k", "v"), self.codebooks * self.codewords)
 
     def build(self, place: Place) -> Lisa:
         return Lisa(self, place)
@@ -163,9 +167,7 @@ class Lisa(Mixer):
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
         shares, _ = self._encode(x, ctx)
-        live = None
-        if ctx.lengths is not None:
-            live = torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
+        live = ctx.present(x)
         counts, held = running_histogram(shares.flatten(2), self.decay, state=state.tensors["counts"], live=live)
         state.put("counts", held)
         return self._mix(shares, counts, live, x, ctx)

@@ -26,7 +26,7 @@ from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mask import Causal, Documents, Keys, Mask, Window
 from armillary.nn.mechanism import Capabilities, Frozen, Place, mixers
-from armillary.nn.mixers.linear import TINY, KernelAttention, KernelSettings, present, tokens_so_far
+from armillary.nn.mixers.linear import TINY, KernelAttention, KernelSettings, tokens_so_far
 from armillary.nn.ops.attend import attend
 from armillary.nn.ops.linear import linear_attend
 from armillary.nn.state import FixedState, State
@@ -137,7 +137,7 @@ class LogNormal(KernelAttention):
         return k.to(torch.promote_types(k.dtype, torch.float32)) * self.temperatures()[1]
 
     def kernel(self, q: Tensor, k: Tensor, x: Tensor, ctx: Context, before: Tensor | None) -> dict[str, Tensor | None]:
-        real = present(x, ctx)
+        real = ctx.present(x)
         if ctx.training is not None:
             self._look(q, k, real)
         return {**super().kernel(q, k, x, ctx, before), "whole_q": q, "whole_k": k, "real": real}

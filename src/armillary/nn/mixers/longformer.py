@@ -72,6 +72,11 @@ class LongformerSettings(WindowSettings):
     def build(self, place: Place) -> Longformer:
         return Longformer(self, place)
 
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        marked = min(self.globals, length)
+        seen = length if place.order == "bidirectional" else marked
+        return {"q_global": marked, "k_global": seen, "v_global": seen}
+
     def active(self, parameters: int) -> int:
         """A token that is not global passes the local products and the output's."""
         local, own = 2 * self.heads + 2 * self.groups, self.heads + 2 * self.groups
@@ -128,8 +133,11 @@ class Longformer(WindowAttention):
         self.v_global = place.product(place.width, key, "v", settings.bias)
         for name in ("q", "k", "v"):
             # Parts are initialised in the order of their making, so the local product has its weights by then.
-            copied, local = getattr(self, f"{name}_global"), getattr(self, name)
-            copied.reset = partial(_copy, copied, local)
+            for copied, local in zip(
+                getattr(self, f"{name}_global").modules(), getattr(self, name).modules(), strict=True
+            ):
+                if hasattr(copied, "reset"):
+                    copied.reset = partial(_copy, copied, local)
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         local = self._headed(self.v(x), self.groups)

@@ -30,7 +30,6 @@ from armillary.nn.ops.short_conv import next_tail, short_conv, short_conv_flops
 from armillary.nn.state import FixedState, State
 
 STEPS = (1e-3, 1e-1)  # where the steps start, log-uniform
-SHORTEST = 1e-4  # and the least that one may be then
 
 
 @mixers.register
@@ -83,6 +82,7 @@ class Mamba(Mixer):
     """x [B, T, D] → [B, T, D]; its state is a float32 matrix [B, N, E] and the last inputs of the convolution,
     [B, W − 1, E]."""
 
+    scaled = ()
     undrawn = ("log_decay",)
 
     def __init__(self, settings: MambaSettings, place: Place) -> None:
@@ -107,7 +107,7 @@ class Mamba(Mixer):
         if self.conv_bias is not None:
             nn.init.uniform_(self.conv_bias, -bound, bound, generator=generator)
         low, high = (math.log(step) for step in STEPS)
-        steps = nn.init.uniform_(self.step_bias, low, high, generator=generator).exp().clamp(min=SHORTEST)
+        steps = nn.init.uniform_(self.step_bias, low, high, generator=generator).exp()
         self.step_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # what softplus makes the steps of
         self.log_decay.copy_(
             torch.arange(1, self.states + 1, device=self.log_decay.device).log().expand_as(self.log_decay)
@@ -186,9 +186,7 @@ class Mamba(Mixer):
         """The steps [B, T, E] before bias and softplus, b and c [B, T, N]."""
         features, b, c = self.choose(u).split([self.rank, self.states, self.states], -1)
         steps = self.step(features)
-        valid = ctx.padding
-        if ctx.lengths is not None:
-            valid = torch.arange(u.shape[1], device=u.device)[None] < ctx.lengths[:, None]
+        valid = ctx.present(u)
         if valid is not None:
             # A token that is not there takes no step: the state neither decays nor takes it in.
             steps = steps.masked_fill(~valid[..., None], -torch.inf)

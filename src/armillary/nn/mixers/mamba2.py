@@ -8,6 +8,7 @@ published code has one for all: `gate` is z, `v` x, `k` B, `q` C, `step` Δ.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,15 +17,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
-from armillary.nn.context import Context, Memory
+from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
-from armillary.nn.mixers.linear import present
+from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, Place, mixers
 from armillary.nn.ops.decay import decay_attend
 from armillary.nn.ops.short_conv import short_conv_flops
-from armillary.nn.recurrent import ShortConvolution, StepDecay
-from armillary.nn.state import FixedState, State
+from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
+from armillary.nn.state import State
 
 
 @mixers.register
@@ -53,7 +53,8 @@ class Mamba2Settings(MixerSettings):
         StepDecay.check(self.decays, self.steps)
         low, limit = self.step_limits
         if low < 0 or (limit is not None and limit <= low):
-            raise ValueError(f"step_limits must be two numbers ≥ 0 in order, not {low:g} and {limit:g}")
+            end = "null" if limit is None else f"{limit:g}"
+            raise ValueError(f"step_limits must be two numbers ≥ 0 in order, not {low:g} and {end}")
         return self
 
     @classmethod
@@ -102,12 +103,14 @@ class Mamba2Settings(MixerSettings):
         return Cost(flops, state)
 
 
-class Mamba2(Mixer):
+class Mamba2(MatrixMixer):
     """x [B, T, D] → [B, T, D]; state: a float32 matrix [B, H, N, P] and the convolutions' tails.
 
     Sight is by what reaches the output of a head: values are x after its convolution, and the skip D
     lies on the matrix's diagonal.
     """
+
+    sized = "expand, head_width, state_width, groups and taps"
 
     def __init__(self, settings: Mamba2Settings, place: Place) -> None:
         super().__init__(settings, place)
@@ -141,23 +144,19 @@ class Mamba2(Mixer):
         if ctx.taps is not None:
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
         step = self.decay(self.step(x))
-        real = present(x, ctx)
+        real = ctx.present(x)
         if real is not None:
             step = step * real[..., None]  # a token that is not there neither decays the state nor enters it
         if ctx.taps is not None:
             step = ctx.taps(f"{self.path}.step", step)
+            if real is not None:  # whatever an edit made of it
+                step = step * real[..., None]
         decay = self.decay.log_decays(step)
         return Frozen({"q": q, "k": k, "step": step, "decay": decay, "documents": ctx.documents})
 
-    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
-        if frozen.weights is not None:
-            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
-        return self._mixed(frozen, values, None)[0]
-
-    def _mixed(self, frozen: Frozen, values: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        parts = frozen.parts
+    def mixed(self, parts: Mapping[str, Any], values: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
         v = values * parts["step"][..., None]
-        y, end = decay_attend(parts["q"], parts["k"], v, parts["decay"], state=state, documents=parts["documents"])
+        y, end = decay_attend(parts["q"], parts["k"], v, parts["decay"], state=matrix, documents=parts["documents"])
         return y + values * self.skip.to(y.dtype)[:, None], end
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
@@ -167,29 +166,11 @@ class Mamba2(Mixer):
         normed = (grouped * scale).flatten(2) * self.norm_weight.to(mixed.dtype)
         return self.o(normed.to(x.dtype))  # type: ignore[no-any-return]
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             "matrix": (self.heads, self.keys, self.width),
             **{conv.name: conv.shape() for conv in (self.conv_v, self.conv_k, self.conv_q)},
         }
-
-    def init_state(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
-    ) -> State:
-        return FixedState.zeros(self._shapes(), batch, dtype, device, wide=("matrix",))
-
-    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        self.accept(ctx, extending=True)
-        assert isinstance(state, FixedState)
-        state.expect(self._shapes(), len(x), self.path, "expand, head_width, state_width, groups and taps")
-        values = self.values(x, ctx, state)
-        if ctx.taps is not None:
-            values = self.tapped_values(values, ctx)
-        mixed, end = self._mixed(self.freeze(x, ctx, state), values, state.tensors["matrix"])
-        state.put("matrix", end)
-        if ctx.taps is not None:
-            mixed = ctx.taps(f"{self.path}.mixed", mixed)
-        return self.finish(mixed, x, ctx)
 
 
 def _every_pair(mixer: Mamba2, x: Tensor, ctx: Context) -> Tensor:

@@ -15,6 +15,7 @@ In a grid, padded rows count as images without their last lines; else as shorter
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,6 +68,9 @@ class MansformerSettings(MixerSettings):
         """Hidden features of the merge."""
         return self.squeeze or max(1, width // 4)
 
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        return {"squeeze": 1, "excite": 1}
+
     def build(self, place: Place) -> Mansformer:
         return Mansformer(self, place)
 
@@ -94,17 +98,20 @@ class MansformerSettings(MixerSettings):
 class Mansformer(Mixer):
     """x [B, T, D] → [B, T, D]."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: MansformerSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.settings, self.heads = settings, settings.heads
         self.width = head_width(place.width, settings.heads, settable=False)
+        self.scale = self.width**-0.5
         hidden = settings.hidden(place.width)
         self.q = place.product(place.width, place.width, "q")
         self.k = place.product(place.width, place.width, "k")
         self.v = place.product(place.width, place.width, "v")
         self.o = place.product(place.width, place.width, "o")
         self.factors = nn.Parameter(torch.empty(2, self.heads))  # of the whole, of windows
-        self.squeeze = place.product(place.width, hidden, "down", True)
+        self.squeeze = place.product(place.width, hidden, "up", True)
         self.excite = place.product(hidden, KINDS * place.width, "gate", True)
 
     def reset(self, generator: torch.Generator | None) -> None:
@@ -150,7 +157,7 @@ class Mansformer(Mixer):
         """Softmax attention inside each group: [B, G, S, H, K] of queries, keys, values → the same."""
         q, k, v = (each.flatten(0, 1).transpose(1, 2) for each in parts)
         here = (groups.places >= 0).expand(len(parts[0]), -1, -1).flatten(0, 1)
-        y, _ = attend(q, k, v, mask=Keys(here), scale=self.width**-0.5)
+        y, _ = attend(q, k, v, mask=Keys(here), scale=self.scale)
         return y.transpose(1, 2).view_as(parts[2])
 
     def _features(self, parts: list[Tensor], factor: Tensor) -> Tensor:

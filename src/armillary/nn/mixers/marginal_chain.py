@@ -75,10 +75,13 @@ class ChainState(SpanState):
 class MarginalChain(Mixer):
     """x [B, T, D] → [B, T, D]; its state are keys and values, and where the pointers may be."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: MarginalChainSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads
         self.width = head_width(place.width, settings.heads, settings.head_width)
+        self.scale = self.width**-0.5
         joined = self.heads * self.width
         self.q, self.k, self.v = (place.product(place.width, joined, role) for role in ("q", "k", "v"))
         self.o = place.product(joined, place.width, "o")
@@ -180,7 +183,7 @@ class MarginalChain(Mixer):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """q [B, T, H, K], k [B, H, S, K] → [B, H, T, S] in float32 (float64 for float64)."""
         scores = q.transpose(1, 2) @ k.transpose(2, 3)
-        scaled: Tensor = (scores if scores.dtype == torch.float64 else scores.float()) * self.width**-0.5
+        scaled: Tensor = (scores if scores.dtype == torch.float64 else scores.float()) * self.scale
         return scaled
 
     def _marginals(self, log: Tensor, seen: Tensor) -> Tensor:

@@ -134,8 +134,8 @@ class MixtureOfHeads(SpanMixer):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         if self.sticks:
-            return stick_attend(q, k, v, mask=mask, scale=self.width**-0.5)
-        return attend(q, k, v, mask=mask, scale=self.width**-0.5)[0]
+            return stick_attend(q, k, v, mask=mask, scale=self.scale)
+        return attend(q, k, v, mask=mask, scale=self.scale)[0]
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         experts, gates, _, _ = self.route(x, ctx)

@@ -96,11 +96,14 @@ class MultiChannel(Mixer):
     """x [B, T, D] → [B, T, D]; its values, and the columns of its matrix, are the tokens and then the frames
     (channel by channel when together). Padded tokens give zeros."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: MultiChannelSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.settings = settings
         self.heads = self.value_groups = settings.heads
         self.width = head_width(place.width, settings.heads, settable=False)
+        self.scale = self.width**-0.5
         if settings.padded:
             self.capabilities = dataclasses.replace(self.capabilities, side=("channels", "channels_padding"))
         self.q = place.product(place.width, place.width, "q")
@@ -137,7 +140,7 @@ class MultiChannel(Mixer):
         if frozen.weights is not None:
             return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
         q, k = (frozen.parts[name].transpose(1, 2) for name in ("q", "k"))
-        y, _ = attend(q, k, values.transpose(1, 2), mask=frozen.parts["mask"], scale=self.width**-0.5)
+        y, _ = attend(q, k, values.transpose(1, 2), mask=frozen.parts["mask"], scale=self.scale)
         return y.transpose(1, 2)
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:

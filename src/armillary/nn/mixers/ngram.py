@@ -74,6 +74,8 @@ class NgramSettings(MixerSettings):
 class Ngram(Mixer):
     """x [B, T, D] → [B, T, D]; its state are the last n − 1 projected tokens."""
 
+    scaled = ()
+
     def __init__(self, settings: NgramSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads, self.width, self.n = settings.heads, settings.features(place.width), settings.n

@@ -92,6 +92,7 @@ class PerformerSettings(KernelSettings):
 class Performer(KernelAttention):
     """Buffers: `directions` [m, K], and what they follow from, `origin` and `draws` (int64)."""
 
+    scaled = ("scale",)
     directions: Tensor
     origin: Tensor
     draws: Tensor
@@ -99,6 +100,7 @@ class Performer(KernelAttention):
     def __init__(self, settings: PerformerSettings, place: Place) -> None:
         self.logarithmic = settings.kernel == "softmax"
         super().__init__(settings, place, settings.features, TINY)
+        self.scale = self.width**-0.5
         self.hyperbolic, self.orthogonal = settings.hyperbolic, settings.orthogonal
         self.redraw, self.seed, self.offset = settings.redraw, settings.seed, settings.eps
         self.layer = place.layer
@@ -140,7 +142,7 @@ class Performer(KernelAttention):
     def _project(self, x: Tensor) -> Tensor:
         """Features, or their logarithms, in float32 at least: they are exponents."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide) * self.width**-0.25
+        x = x.to(wide) * self.scale**0.5
         projected = F.linear(x, self.directions.to(wide))
         if not self.logarithmic:
             return F.relu(projected) + self.offset

@@ -106,6 +106,8 @@ class Scan(nn.Module):
 class Recurrent(Mixer):
     """x [B, T, D] → [B, T, D]."""
 
+    scaled = ()
+
     def __init__(self, settings: RecurrentSettings, place: Place, forget: float = 0.0) -> None:
         super().__init__(settings, place)
         self.ahead = Scan(settings, place, forget)
@@ -132,9 +134,7 @@ class Recurrent(Mixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, FixedState)
-        valid = None
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
         names = parts(self.ahead.cell)
         mixed, after = self.ahead(x, tuple(state.tensors[name] for name in names), None, valid)
         for name, value in zip(names, after, strict=True):

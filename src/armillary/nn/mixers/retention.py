@@ -8,7 +8,8 @@ rotated, k is scaled by 1/√K, and the output passes a norm per head and a swis
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,13 +17,12 @@ from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
 from armillary.nn.activation import ACTIVATIONS
-from armillary.nn.context import Context, Memory
+from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import (
     Capabilities,
     Frozen,
-    Mixer,
     MixerSettings,
     NormSettings,
     Place,
@@ -34,7 +34,8 @@ from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.decay import decay_attend
 from armillary.nn.positions.none import NoPositionSettings
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import FixedState, State
+from armillary.nn.recurrent import MatrixMixer
+from armillary.nn.state import State
 from armillary.nn.tape import Buffer, Tape, record
 
 
@@ -88,8 +89,10 @@ class RetentionSettings(MixerSettings):
         return Cost(flops, 4.0 * self.heads * key * value)
 
 
-class Retention(Mixer):
+class Retention(MatrixMixer):
     """x [B, T, D] → [B, T, D]; its state is one float32 matrix [B, H, K, V]."""
+
+    sized = "heads and expand"
 
     def __init__(self, settings: RetentionSettings, place: Place) -> None:
         super().__init__(settings, place)
@@ -113,10 +116,10 @@ class Retention(Mixer):
         self.swish = ACTIVATIONS["silu"]
         self._log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(self.heads)]
 
-    def values(self, x: Tensor, ctx: Context) -> Tensor:
+    def values(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         return self.v(x).unflatten(-1, (self.heads, self.value_width))  # type: ignore[no-any-return]
 
-    def freeze(self, x: Tensor, ctx: Context) -> Frozen:
+    def freeze(self, x: Tensor, ctx: Context, state: State | None = None) -> Frozen:
         q = self.q(x).unflatten(-1, (self.heads, self.key_width))
         k = self.k(x).unflatten(-1, (self.heads, self.key_width)) * self.key_width**-0.5
         if self.position is not None:
@@ -125,31 +128,21 @@ class Retention(Mixer):
             q, k = ctx.taps(f"{self.path}.q", q), ctx.taps(f"{self.path}.k", k)
         decay = torch.tensor(self._log_decay, dtype=torch.float32, device=x.device)
         decay = decay.expand(1, x.shape[1], self.heads)
-        valid = ctx.padding
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device)[None] < ctx.lengths[:, None]
+        valid = ctx.present(x)
         if valid is not None:
             # A token that is not there neither decays the state nor enters it.
             decay = decay * valid[..., None]
             k = k * valid[..., None, None].to(k.dtype)
         return Frozen({"q": q, "k": k, "decay": decay, "documents": ctx.documents})
 
-    def mix(self, frozen: Frozen, values: Tensor) -> Tensor:
-        if frozen.weights is not None:
-            return (frozen.weights.to(values.dtype) @ values.transpose(1, 2)).transpose(1, 2)
-        parts = frozen.parts
-        y, _ = decay_attend(parts["q"], parts["k"], values, parts["decay"], documents=parts["documents"])
-        return y
+    def mixed(self, parts: Mapping[str, Any], values: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+        return decay_attend(parts["q"], parts["k"], values, parts["decay"], state=matrix, documents=parts["documents"])
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(self.norm(mixed).flatten(2) * self.swish(self.gate(x)))  # type: ignore[no-any-return]
 
-    def init_state(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str, memory: Memory | None = None
-    ) -> State:
-        kind = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch, self.heads, self.key_width, self.value_width)
-        return FixedState({"matrix": torch.zeros(shape, dtype=kind, device=device)})
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"matrix": (self.heads, self.key_width, self.value_width)}
 
     def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
         (matrix,) = tape.hold(state, "matrix")
@@ -162,19 +155,6 @@ class Retention(Mixer):
         mixed = tape.retain(q, k, v, matrix, decays, self.key_width**-0.5)
         record(self.norm, tape, mixed, over=(self.heads, self.value_width))
         return record(self.o, tape, tape.activate(gate, self.swish, mixed))  # type: ignore[no-any-return]
-
-    def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        self.accept(ctx, extending=True)
-        assert isinstance(state, FixedState)
-        values = self.values(x, ctx)
-        if ctx.taps is not None:
-            values = self.tapped_values(values, ctx)
-        parts = self.freeze(x, ctx).parts
-        mixed, held = decay_attend(parts["q"], parts["k"], values, parts["decay"], state=state.tensors["matrix"])
-        state.put("matrix", held)
-        if ctx.taps is not None:
-            mixed = ctx.taps(f"{self.path}.mixed", mixed)
-        return self.finish(mixed, x, ctx)
 
 
 def _parallel(mixer: Retention, x: Tensor, ctx: Context) -> Tensor:

@@ -67,6 +67,7 @@ class RoutingSettings(BandedSettings):
 class Routing(BandMixer):
     """x [B, T, D] → [B, T, D]; its state is a ring per centroid."""
 
+    scaled = ("scale",)
     centroids: Tensor
 
     def __init__(self, settings: RoutingSettings, place: Place) -> None:

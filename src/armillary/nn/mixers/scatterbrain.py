@@ -121,6 +121,8 @@ class ScatterbrainSettings(MixerSettings):
 class Scatterbrain(Mixer):
     """x [B, T, D] → [B, T, D]; its state is a ring of keys and values and the totals of older tokens."""
 
+    scaled = ("scale",)
+
     def __init__(self, settings: ScatterbrainSettings, place: Place) -> None:
         super().__init__(settings, place)
         self.heads = self.value_groups = settings.heads
@@ -164,7 +166,7 @@ class Scatterbrain(Mixer):
 
     def _logs(self, x: Tensor) -> Tensor:
         """Log features [B, H, T, m] of queries or keys [B, H, T, K]."""
-        return log_features(x * self.width**-0.25, self.omega.to(x.device))
+        return log_features(x * self.scale**0.5, self.omega.to(x.device))
 
     def freeze(self, x: Tensor, ctx: Context) -> Frozen:
         q, k = self._queries_keys(x, ctx)

@@ -15,6 +15,7 @@ it finds; the gradient also flows through the weights that gather ψ, which the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,8 @@ from armillary.nn.example import Example
 from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, mixers
 from armillary.nn.ops import readable
 from armillary.nn.ops.graph import by_number
+
+PAIRED = ("offset", "score", "value")  # products of what a token reads, for each
 
 
 @mixers.register
@@ -56,6 +59,11 @@ class SelfPositioningSettings(MixerSettings):
             Example("published", cls(points=3, features=8, neighbours=4, radius=1.5), both, _some_places),
             Example("points", cls(points=2, features=8, neighbours=0, temperature=0.5), both, _some_places),
         ]
+
+    def rows(self, place: Place, length: int) -> Mapping[str, float]:
+        around, far = float(min(self.neighbours, length) * length), float(self.points * length)
+        pairs = {f"{part}.{name}": n for part, n in (("far", far), ("near", around)) for name in PAIRED}
+        return {**pairs, "far.key": self.points}
 
     def build(self, place: Place) -> SelfPositioning:
         if place.cross or place.order != "bidirectional":
@@ -119,6 +127,8 @@ class ChannelWise(nn.Module):
 
 class SelfPositioning(Mixer):
     """x [B, T, D] → [B, T, D]; padded tokens give zeros."""
+
+    scaled = ()
 
     def __init__(self, settings: SelfPositioningSettings, place: Place) -> None:
         super().__init__(settings, place)

@@ -80,7 +80,7 @@ class StickBreaking(SpanMixer):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        return stick_attend(q, k, v, mask=mask, scale=self.width**-0.5)
+        return stick_attend(q, k, v, mask=mask, scale=self.scale)
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(mixed.flatten(2))  # type: ignore[no-any-return]

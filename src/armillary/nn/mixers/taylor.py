@@ -58,6 +58,8 @@ class TaylorSettings(KernelSettings):
 class TaylorAttention(KernelAttention):
     """Features [x̂, 1]."""
 
+    scaled = ()
+
     def __init__(self, settings: TaylorSettings, place: Place) -> None:
         super().__init__(settings, place, settings.size(place.width) + 1, settings.eps)
 

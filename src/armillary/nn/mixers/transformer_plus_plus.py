@@ -125,7 +125,7 @@ class TransformerPlusPlus(SpanMixer):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        return attend(q, k, v, mask=mask, scale=self.width**-0.5)[0]
+        return attend(q, k, v, mask=mask, scale=self.scale)[0]
 
     def values(self, x: Tensor, ctx: Context) -> Tensor:
         own: Tensor = self.v(x).unflatten(-1, (self.heads, self.width))
@@ -150,9 +150,8 @@ class TransformerPlusPlus(SpanMixer):
     def extend(self, x: Tensor, state: State, ctx: Context) -> Tensor:
         self.accept(ctx, extending=True)
         assert isinstance(state, TailedState)
-        if ctx.lengths is not None:
-            # What stands in invalid places must not decide how the products of valid ones are grouped.
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
+        if valid is not None:  # what stands in other places must not decide how the products of valid ones are grouped
             x = x.masked_fill(~valid[..., None], 0.0)
         own = {name: getattr(self, name)(x).unflatten(-1, (self.heads, self.width)) for name in ("k", "v")}
         tails = {name: state.tensors[f"{name}_tail"] for name in own}

@@ -47,12 +47,13 @@ _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def product_dtype(x: Tensor) -> torch.dtype:
     """In what to multiply tensors like x: a CPU without instructions for bf16 imitates them, many times
     slower than it multiplies float32."""
-    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not computes_bf16()
     return torch.float32 if slow else x.dtype
 
 
 @functools.cache
-def _multiplies_bf16() -> bool:
+def computes_bf16() -> bool:
+    """Whether this processor has bf16 products, and PyTorch uses them; false where that cannot be told."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

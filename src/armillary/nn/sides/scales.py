@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from armillary.nn.side import SideSettings, sides
@@ -23,11 +23,18 @@ class ScalesSettings(SideSettings):
     kind: ClassVar[str] = "scales"
     oracle: ClassVar[str] = "tests/nn/mixers/test_multi_channel.py: averages by hand, codes as unlike as random ones"
     widths: tuple[int, ...] = Field(
-        (3, 9, 27), min_length=1, description="tokens that a frame of each channel averages"
+        (3, 9, 27), min_length=1, description="odd: tokens that a frame of each channel averages"
     )
     features: int = Field(16, gt=3, multiple_of=4, description="of a frame")
     gives: Literal["channels", "padding"] = Field("channels", description="the frames, or which of them are real")
     seed: int = Field(0, ge=0, description="of the tokens' codes")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> ScalesSettings:
+        for width in self.widths:
+            if width < 1 or width % 2 == 0:
+                raise ValueError(f"widths must be odd and above 0, so that a frame has a middle, not {width}")
+        return self
 
     def make(self, ids: Tensor, padding: Tensor | None) -> Tensor:
         batch, count = ids.shape

@@ -37,7 +37,9 @@ class TextGraphSettings(SideSettings):
     def make(self, ids: Tensor, padding: Tensor | None) -> Tensor:
         count = ids.shape[1]
         number = torch.arange(count, device=ids.device).expand_as(ids) if padding is None else numbers(padding)
-        parts = [self._edge(number[:, :-n], number[:, n:], 0) for n in range(1, min(self.neighbours, count - 1) + 1)]
+        reach = range(1, min(self.neighbours, count - 1) + 1)  # none for a token alone, which has no edges
+        parts = [self._edge(number[:, :0], number[:, :0], 0)]
+        parts += [self._edge(number[:, :-n], number[:, n:], 0) for n in reach]
         if self.same:
             if padding is not None:
                 ids = torch.where(padding, ids, -1)

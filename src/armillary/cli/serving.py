@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, Weights, note
+
+if TYPE_CHECKING:
+    from armillary.server.tracing import Tracing
 
 KEYS = "ARMILLARY_API_KEYS"
 
@@ -43,6 +46,10 @@ def serve(
     ] = None,
     upstream_key_env: Annotated[
         str | None, typer.Option(help="The environment variable that holds our key at that server.")
+    ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(help="Send OpenTelemetry traces there, for example http://127.0.0.1:4318.", metavar="URL"),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -98,6 +105,7 @@ def serve(
         except ImportError:
             raise InputError("a gateway needs an extra", hint="pip install 'armillary[server]'") from None
         behind = Upstream(upstream, os.environ[upstream_key_env] if upstream_key_env else None, most=4 * slots)
+    tracing = traced(traces)
     mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
     for given in models or ():
@@ -134,7 +142,24 @@ def serve(
         note(f"serving {upstream or ', '.join(one.name for one in hosted)} on http://{shown}:{port}/v1")
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
-    run(Server(hosted, door, behind), host, port, drain, started)
+    run(Server(hosted, door, behind, tracing), host, port, drain, started)
+
+
+def traced(given: str | None) -> Tracing | None:
+    """Traces where `given` or the environment asks for them; raises InputError."""
+    from armillary.base.errors import InputError
+    from armillary.server.run import Lines
+    from armillary.server.tracing import configured, connect
+
+    if given is None and not configured():
+        return None
+    try:
+        return connect(given, Lines())
+    except InputError as error:
+        if given is not None:
+            raise
+        note(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but no traces are sent: {error}")  # set for others, it may be
+        return None
 
 
 def read_keys(text: str) -> dict[str, str]:

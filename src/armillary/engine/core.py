@@ -265,6 +265,7 @@ class Engine:
                 plan.work = [one for one in plan.work if one.sequence is not progress]
                 self._fail(run, error)
                 continue
+            run.answer.begun_at = run.answer.begun_at or time.monotonic()
             run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
             for name, values in self._side.items():
                 request = run.answer.request

@@ -63,7 +63,8 @@ class Piece:
 class Answer:
     """The progress of one request: iterate over it for pieces, or call `wait`.
 
-    text, choices, finish: so far; reused: prompt tokens that were at hand from earlier sequences;
+    text, choices, finish: so far; submitted, begun_at (its place), first_at (token), done_at: moments of the
+    monotonic clock, 0 while they are to come; reused: prompt tokens that were at hand from earlier sequences;
     prompt_choices: of every prompt token but the first, when asked for; drafted, accepted: guesses
     checked and right; listener: called with every piece, on the engine's thread.
     """
@@ -78,7 +79,8 @@ class Answer:
         self.error: str | None = None
         self.inside = False  # whether the error speaks of our insides, not of the request
         self.reused = self.drafted = self.accepted = 0
-        self.submitted, self.first_at, self.done_at = time.monotonic(), 0.0, 0.0
+        self.submitted = time.monotonic()
+        self.begun_at = self.first_at = self.done_at = 0.0
         self.cancelled = False
         self._drive, self._listener = drive, listener
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()

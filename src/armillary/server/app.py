@@ -42,6 +42,7 @@ from armillary.server.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from armillary.server.tracing import Tracing, carried
 
 if TYPE_CHECKING:
     from armillary.server.upstream import Upstream
@@ -54,10 +55,17 @@ LEFT = 499  # in place of a status, when the client left before there was one
 
 
 class Server:
-    """models: what is served; door: keys and rates; upstream: another server that answers in their place."""
+    """models: what is served; door: keys and rates; upstream: another server that answers in their place;
+    tracing: where traces of requests go."""
 
-    def __init__(self, models: Sequence[Hosted], door: Door | None = None, upstream: Upstream | None = None) -> None:
-        self.upstream = upstream
+    def __init__(
+        self,
+        models: Sequence[Hosted],
+        door: Door | None = None,
+        upstream: Upstream | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.upstream, self.tracing = upstream, tracing
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
         self.context, self.kept = Context(self.door, self.metrics), Kept()
@@ -120,7 +128,7 @@ class Server:
         async def handle(request: Request, client: Client) -> Response:
             if self.upstream is not None and path.startswith("/v1/"):
                 asked = request.scope["path"].removeprefix("/v1")
-                return await self.upstream.get(asked, self._marks(request))
+                return await self.upstream.get(asked, self._marks(request), request.state.trace)
             response: Response = call(request, client)
             return response
 
@@ -150,6 +158,10 @@ class Server:
             return
         started, status = time.monotonic(), LEFT
         state = scope.setdefault("state", {})
+        state["trace"] = carried(scope["headers"])
+        traced = self.tracing and self.tracing.begin(scope["method"], scope["path"], state["trace"])
+        if traced:
+            state["trace"] = traced.headers()
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -160,10 +172,12 @@ class Server:
         try:
             await self._inner(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
-            seen = {"route": route, "status": status, "seconds": round(time.monotonic() - started, 4)}
+            route = getattr(scope.get("route"), "path", None)
+            self.metrics.requests.labels(route or "other", status).inc()
+            seen = {"route": route or "other", "status": status, "seconds": round(time.monotonic() - started, 4)}
             log.info("request", extra=seen | {name: state.get(name) for name in ("client", "id", "finish")})
+            if traced:
+                traced.end(route, None if status == LEFT else status, state)
 
     def _marks(self, request: Request) -> dict[str, str]:
         """Headers of every answer: the id that the client gave its request, or a new one."""
@@ -255,7 +269,7 @@ class Server:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         body = {"object": "list", "data": data, "model": hosted.name, "usage": usage}
-        return JSONResponse(body, headers=marks | client.headers())
+        return Embedded(body, hosted.name, tokens, marks | client.headers())
 
     def _tokenize(self, asked: TokenizeRequest, client: Client, marks: dict[str, str]) -> Response:
         hosted = self._hosted(asked.model)
@@ -339,6 +353,20 @@ class Server:
             await asyncio.to_thread(hosted.close)
         if self.upstream is not None:
             await self.upstream.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+
+
+class Embedded(JSONResponse):
+    """Vectors, and for logs and traces what they took."""
+
+    def __init__(self, body: Any, model: str, tokens: int, headers: dict[str, str]) -> None:
+        super().__init__(body, headers=headers)
+        self.seen = {"model": model, "prompt": tokens}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"] |= self.seen
+        await super().__call__(scope, receive, send)
 
 
 def _no_response() -> HTTPError:

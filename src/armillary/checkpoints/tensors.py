@@ -118,7 +118,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     shard lacks, and a tensor that is there twice.
     """
     if (folder / WEIGHTS).exists():
-        return _file(inside(folder, WEIGHTS))
+        return read_file(inside(folder, WEIGHTS))
     if not (folder / INDEX).exists():
         raise CheckpointError(*_absent(folder), where=str(folder), hint=_hint(folder))
     index = read_json(inside(folder, INDEX)).get("weight_map")
@@ -134,7 +134,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
                     where=str(folder),
                     hint="copy or download the missing file",
                 )
-            shards[file] = _file(path)
+            shards[file] = read_file(path)
     found: dict[str, Stored] = {}
     homes: dict[str, str] = {}
     for file, tensors in shards.items():
@@ -249,7 +249,8 @@ class _File:
         return tensor
 
 
-def _file(path: Path) -> dict[str, Stored]:
+def read_file(path: Path) -> dict[str, Stored]:
+    """Every tensor of one safetensors file by name, none of them in memory yet."""
     file = _File(path)
     handle = file.open()
     _check_header(path)

@@ -28,7 +28,7 @@ class Request:
     boundaries: numbers of prompt tokens after which a message ends: other conversations may go on from
     there; side: named numbers that the network's mechanisms ask for; stream: keeps the draws of answers
     with the same seed apart; steps: constraints; mark: a watermark, by default the engine's;
-    prompt_logprobs: give those of the prompt.
+    prompt_logprobs: give those of the prompt; adapter: the name of one that the engine holds.
     """
 
     ids: tuple[int, ...]
@@ -44,11 +44,12 @@ class Request:
     steps: tuple[Step, ...] = ()
     mark: Mark | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
 
     @property
     def origin(self) -> tuple[object, ...]:
         """What the states of a prompt depend on besides its tokens: only requests of one origin share them."""
-        return (self.space, *sorted(self.side.items()))
+        return (self.space, self.adapter, *sorted(self.side.items()))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import typer
 from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, Weights, note
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from armillary.server.hosted import Hosted
     from armillary.server.tracing import Tracing
 
 KEYS = "ARMILLARY_API_KEYS"
@@ -54,6 +57,13 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA as peft saves it, asked for as MODEL:NAME; with several models MODEL:NAME=FOLDER. Repeat it.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = None,
 ) -> None:
     """Serve models over HTTP.
 
@@ -94,7 +104,7 @@ def serve(
     behind = None
     if upstream is not None:
         ours = {"--watermark": watermark, "--kv": kv, "--guess": guess or None, "--memory": memory}
-        ours |= {"--capacity": capacity} | {
+        ours |= {"--capacity": capacity, "--adapter": bool(adapter) or None} | {
             option: value
             for option, value in (("--weights", weights), ("--device", device), ("--dtype", dtype))
             if value != "auto"
@@ -131,6 +141,9 @@ def serve(
                 weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
+    hosted += [adapted(one, hosted) for one in adapter or ()]
+    if len({one.name for one in hosted}) < len(hosted):
+        raise InputError("two adapters, or a model and an adapter, have one name")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logger = logging.getLogger("armillary.server")
@@ -143,6 +156,23 @@ def serve(
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
     run(Server(hosted, door, behind, tracing), host, port, drain, started)
+
+
+def adapted(given: str, hosted: Sequence[Hosted]) -> Hosted:
+    """NAME=FOLDER or MODEL:NAME=FOLDER → that model with the adapter; raises ArmillaryError."""
+    from armillary.base.errors import InputError, nearest
+    from armillary.checkpoints.adapters import read_adapter
+
+    named, _, folder = given.rpartition("=")
+    base, _, name = (named or Path(folder).name).rpartition(":")
+    bases = {one.name: one for one in hosted if one.parent is None}
+    if not base and len(bases) > 1:
+        first = next(iter(bases))
+        raise InputError(f"--adapter {given} does not say of which model", hint=f"--adapter {first}:{given}")
+    if base and base not in bases:
+        raise InputError(f"there is no model '{base}' for --adapter {given}", hint=nearest(base, list(bases)))
+    model = bases[base or next(iter(bases))]
+    return model.adapted(name, read_adapter(folder, model.network))
 
 
 def traced(given: str | None) -> Tracing | None:

@@ -212,8 +212,12 @@ class Server:
     def _hosted(self, name: str) -> Hosted:
         found = self.models.get(name)
         if found is None:
+            base, _, adapter = name.rpartition(":")
             known = ", ".join(self.models)
-            raise HTTPError(404, f"there is no model '{name[:200]}'", param="model", code="model_not_found", hint=known)
+            what = f"there is no model '{name[:200]}'"
+            if base in self.models:
+                what = f"the model '{base[:100]}' has no adapter '{adapter[:100]}'"
+            raise HTTPError(404, what, param="model", code="model_not_found", hint=known)
         return found
 
     # -- routes
@@ -294,7 +298,7 @@ class Server:
 
     def _metrics(self, request: Request, client: Client) -> Response:
         for name, hosted in self.models.items():
-            if hosted.generates:
+            if hosted.generates and hosted.parent is None:
                 engine = hosted.engine
                 self.metrics.running.labels(name).set(len(engine.scheduler.running))
                 self.metrics.waiting.labels(name).set(len(engine.scheduler.waiting))
@@ -310,7 +314,7 @@ class Server:
 
     def _stuck(self) -> str | None:
         for hosted in self.models.values():
-            if not hosted.generates:
+            if not hosted.generates or hosted.parent is not None:
                 continue
             engine = hosted.engine
             if engine.failing >= FAILING:
@@ -337,7 +341,7 @@ class Server:
 
     @property
     def _loads(self) -> list[Load]:
-        loads = [hosted.load for hosted in self.models.values()]
+        loads = [hosted.load for hosted in self.models.values() if hosted.parent is None]
         return loads if self.upstream is None else [*loads, self.upstream.load]
 
     def drain(self) -> None:
@@ -374,7 +378,8 @@ def _no_response() -> HTTPError:
 
 
 def _described(hosted: Hosted) -> dict[str, Any]:
-    return {"id": hosted.name, "object": "model", "created": hosted.created, "owned_by": "armillary"}
+    found = {"id": hosted.name, "object": "model", "created": hosted.created, "owned_by": "armillary"}
+    return found if hosted.parent is None else found | {"parent": hosted.parent.name}
 
 
 def _coded(vector: list[float], encoding: str) -> Any:

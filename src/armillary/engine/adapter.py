@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.nn.adapted import Change, adapted
@@ -30,10 +32,10 @@ class Adapter:
 
 
 class Adapters:
-    """why_not: why this engine takes none, or empty."""
+    """why_not: why this engine takes none, or empty; still: holds while the network computes."""
 
-    def __init__(self, network: Network, why_not: str = "") -> None:
-        self.network, self.why_not = network, why_not
+    def __init__(self, network: Network, why_not: str, still: AbstractContextManager[Any]) -> None:
+        self.network, self.why_not, self._still = network, why_not, still
         self._held: dict[str, Adapter] = {}
 
     def names(self) -> list[str]:
@@ -48,7 +50,9 @@ class Adapters:
         made = hashlib.sha256()
         for path, change in sorted(changes.items()):
             made.update(hashlib.sha256(path.encode()).digest() + change.digest())
-        self._held[name] = adapter = Adapter(name, adapted(self.network, changes), made.digest())
+        with self._still:  # modules keep tables that grow as they compute
+            network = adapted(self.network, changes)
+        self._held[name] = adapter = Adapter(name, network, made.digest())
         return adapter
 
     def unload(self, name: str) -> None:

@@ -122,7 +122,6 @@ class Engine:
         self.slots = (Apart if form == "encoder_decoder" else Slots)(
             network, slots, self.capacity, cache, weights=weights if taps is None else "plain"
         )
-        self.adapters = Adapters(network, _no_adapters(self.slots, form))
         # a prefix that sees itself both ways cannot be gone on from in the middle, nor what was dropped from
         self.keeps = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
@@ -141,6 +140,7 @@ class Engine:
         self._new: list[_Running] = []
         self._lock = threading.Lock()  # of what is in line and under way
         self._stepping = threading.RLock()  # one step at a time, whoever drives
+        self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing: float | None = None

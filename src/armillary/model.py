@@ -16,6 +16,7 @@ from armillary.base.errors import InputError, UnsupportedError, nearest
 from armillary.base.settings import Choice, parse
 from armillary.checkpoints import load as load_checkpoint
 from armillary.checkpoints import save as save_checkpoint
+from armillary.checkpoints.adapters import read_adapter
 from armillary.engine.beam import Beams
 from armillary.engine.core import Engine
 from armillary.engine.embed import embed, padded, whole
@@ -25,6 +26,7 @@ from armillary.engine.replay import Held
 from armillary.engine.sampling import Sampling
 from armillary.engine.watermark import Detection, Watermark, detect
 from armillary.nn import network as networks
+from armillary.nn.adapted import adapted as with_changes
 from armillary.nn.cache import Cache
 from armillary.nn.describe import Description, describe
 from armillary.nn.driver import drivers
@@ -219,6 +221,14 @@ class Model(nn.Module):
     def engine(self, **options: Any) -> Engine:
         """An engine on this model, for many answers at a time (see `Engine`): options such as slots, memory."""
         return Engine(self.network, self._tokenizer, **options)
+
+    def adapted(self, folder: str | Path) -> Model:
+        """The model with an adapter from a folder (LoRA as `peft` saves it); it shares this one's weights.
+
+        Raises CheckpointError or UnsupportedError naming the tensor, product or setting that does not fit.
+        """
+        changes = read_adapter(folder, self.network)
+        return Model(with_changes(self.network, changes), self._tokenizer, self.recipe).eval()
 
     # -- looking inside
 

@@ -119,7 +119,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     shard lacks, and a tensor that is there twice.
     """
     if (folder / WEIGHTS).exists():
-        return _file(inside(folder, WEIGHTS))
+        return read_file(inside(folder, WEIGHTS))
     if not (folder / INDEX).exists():
         raise CheckpointError(*_absent(folder), where=str(folder), hint=_hint(folder))
     index = read_json(inside(folder, INDEX)).get("weight_map")
@@ -135,7 +135,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
                     where=str(folder),
                     hint="copy or download the missing file",
                 )
-            shards[file] = _file(path)
+            shards[file] = read_file(path)
     found: dict[str, Stored] = {}
     homes: dict[str, str] = {}
     for file, tensors in shards.items():
@@ -215,9 +215,12 @@ def raise_for(problems: Iterable[str], folder: Path, hint: str | None = None) ->
         raise CheckpointError(f"{len(lines)} tensors do not fit the model:{listed}", where=str(folder), hint=hint)
 
 
-def _file(path: Path) -> dict[str, Stored]:
-    """The tensors of one file. The library checks it; they are then read as bytes, each into the memory
-    where it stays, for what is read from a mapped file counts as this process's memory besides."""
+def read_file(path: Path) -> dict[str, Stored]:
+    """Every tensor of one safetensors file by name, none of them in memory yet.
+
+    The library checks the file; tensors are then read as bytes, each into the memory where it stays,
+    for what is read from a mapped file counts as this process's memory besides.
+    """
     try:
         with safe_open(str(path), framework="pt"):
             start, header = _header(path)

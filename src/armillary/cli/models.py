@@ -157,6 +157,7 @@ def generate(
     watermark: KeyFile = None,
     watermark_kind: MarkKind = "gumbel",
     url: Url = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder as peft saves it, on top of the model.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -174,9 +175,8 @@ def generate(
     if url is not None:
         from armillary.cli.remote import generated
 
-        refuse_unused(
-            {"--beams": beams, "--watermark": watermark, **_changed(weights=weights, device=device, dtype=dtype)}, THERE
-        )
+        ours = {"--beams": beams, "--watermark": watermark, "--adapter": adapter}
+        refuse_unused(ours | _changed(weights=weights, device=device, dtype=dtype), THERE)
         asked: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
         given = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": stop}
         asked |= {name: value for name, value in given.items() if value is not None}
@@ -188,6 +188,7 @@ def generate(
         _shown(text, pieces)
         return
     opened = open_model(model, device, dtype)
+    opened = opened if adapter is None else opened.adapted(adapter)
     options: dict[str, Any] = {
         "max_new_tokens": tokens,
         "temperature": temperature,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, Weights, note
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from armillary.server.hosted import Hosted
+    from armillary.server.tracing import Tracing
 
 KEYS = "ARMILLARY_API_KEYS"
 
@@ -44,9 +50,20 @@ def serve(
     upstream_key_env: Annotated[
         str | None, typer.Option(help="The environment variable that holds our key at that server.")
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(help="Send OpenTelemetry traces there, for example http://127.0.0.1:4318.", metavar="URL"),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA as peft saves it, asked for as MODEL:NAME; with several models MODEL:NAME=FOLDER. Repeat it.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = None,
 ) -> None:
     """Serve models over HTTP.
 
@@ -87,7 +104,7 @@ def serve(
     behind = None
     if upstream is not None:
         ours = {"--watermark": watermark, "--kv": kv, "--guess": guess or None, "--memory": memory}
-        ours |= {"--capacity": capacity} | {
+        ours |= {"--capacity": capacity, "--adapter": bool(adapter) or None} | {
             option: value
             for option, value in (("--weights", weights), ("--device", device), ("--dtype", dtype))
             if value != "auto"
@@ -98,6 +115,7 @@ def serve(
         except ImportError:
             raise InputError("a gateway needs an extra", hint="pip install 'armillary[server]'") from None
         behind = Upstream(upstream, os.environ[upstream_key_env] if upstream_key_env else None, most=4 * slots)
+    tracing = traced(traces)
     mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
     for given in models or ():
@@ -123,6 +141,9 @@ def serve(
                 weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
+    hosted += [adapted(one, hosted) for one in adapter or ()]
+    if len({one.name for one in hosted}) < len(hosted):
+        raise InputError("two adapters, or a model and an adapter, have one name")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logger = logging.getLogger("armillary.server")
@@ -134,7 +155,41 @@ def serve(
         note(f"serving {upstream or ', '.join(one.name for one in hosted)} on http://{shown}:{port}/v1")
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
-    run(Server(hosted, door, behind), host, port, drain, started)
+    run(Server(hosted, door, behind, tracing), host, port, drain, started)
+
+
+def adapted(given: str, hosted: Sequence[Hosted]) -> Hosted:
+    """NAME=FOLDER or MODEL:NAME=FOLDER → that model with the adapter; raises ArmillaryError."""
+    from armillary.base.errors import InputError, nearest
+    from armillary.checkpoints.adapters import read_adapter
+
+    named, _, folder = given.rpartition("=")
+    base, _, name = (named or Path(folder).name).rpartition(":")
+    bases = {one.name: one for one in hosted if one.parent is None}
+    if not base and len(bases) > 1:
+        first = next(iter(bases))
+        raise InputError(f"--adapter {given} does not say of which model", hint=f"--adapter {first}:{given}")
+    if base and base not in bases:
+        raise InputError(f"there is no model '{base}' for --adapter {given}", hint=nearest(base, list(bases)))
+    model = bases[base or next(iter(bases))]
+    return model.adapted(name, read_adapter(folder, model.network))
+
+
+def traced(given: str | None) -> Tracing | None:
+    """Traces where `given` or the environment asks for them; raises InputError."""
+    from armillary.base.errors import InputError
+    from armillary.server.run import Lines
+    from armillary.server.tracing import configured, connect
+
+    if given is None and not configured():
+        return None
+    try:
+        return connect(given, Lines())
+    except InputError as error:
+        if given is not None:
+            raise
+        note(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but no traces are sent: {error}")  # set for others, it may be
+        return None
 
 
 def read_keys(text: str) -> dict[str, str]:

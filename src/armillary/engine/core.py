@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError
+from armillary.engine.adapter import Adapter, Adapters
+from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
 from armillary.engine.prefix import Match, Prefixes, Snapshot
 from armillary.engine.replay import Held
@@ -29,7 +31,6 @@ from armillary.engine.slots import Apart, Slots
 from armillary.engine.writer import Writer
 from armillary.nn.cache import Cache, Int8
 from armillary.nn.network import Network
-from armillary.nn.positions.learned import LearnedPosition
 from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
@@ -53,6 +54,7 @@ class _Running:
     progress: Progress
     chooser: Chooser
     writer: Writer | None
+    adapter: Adapter | None = None
     match: Match = field(default_factory=Match)
     drafts: list[int] = field(default_factory=list)
     followers: list[_Running] = field(default_factory=list)
@@ -60,6 +62,16 @@ class _Running:
     @property
     def ids(self) -> list[int]:
         return self.chooser.ids
+
+    @property
+    def network(self) -> Network | None:
+        """With the adapter that was asked for; None: the engine's own."""
+        return None if self.adapter is None else self.adapter.network
+
+    @property
+    def origin(self) -> tuple[object, ...]:
+        """Sequences that may go on from one another; an adapter goes by its numbers."""
+        return (*self.answer.request.origin, None if self.adapter is None else self.adapter.digest)
 
 
 class Engine:
@@ -73,7 +85,7 @@ class Engine:
     through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
     drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`; weights: how the
     native decoding step on a CPU holds them: auto (float32, or bf16 where that loses nothing), float32, bf16,
-    int8, int4, or plain (no such step).
+    int8, int4, or plain (no such step); steps of answers with an adapter (`adapters`) are plain.
     """
 
     def __init__(
@@ -128,6 +140,7 @@ class Engine:
         self._new: list[_Running] = []
         self._lock = threading.Lock()  # of what is in line and under way
         self._stepping = threading.RLock()  # one step at a time, whoever drives
+        self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing: float | None = None
@@ -163,7 +176,8 @@ class Engine:
         return [run.answer for run in runs]
 
     def _prepared(self, request: Request, listener: Callable[[Piece], None] | None) -> _Running:
-        self._check(request)
+        check(request, self.network, self.capacity, self._side)
+        adapter = self.adapters.get(request.adapter)
         answer = Answer(request, self._drive, listener)
         sampling, prompt = request.sampling, len(request.ids)
         ends = self.tokenizer.ends if self.tokenizer is not None else ()
@@ -188,7 +202,7 @@ class Engine:
         chooser = Chooser(sampling, request.ids, ends=ends, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
-        return _Running(answer, progress, chooser, writer)
+        return _Running(answer, progress, chooser, writer, adapter)
 
     def _enter(self, run: _Running) -> None:
         self.scheduler.submit(run.progress, run.answer.submitted)
@@ -242,7 +256,10 @@ class Engine:
             return False
         self.steps += 1
         together = [one for one in plan.work if one.count == 1 or one.drafts]
-        for works in ([together] if together else []) + [[one] for one in plan.work if one not in together]:
+        groups: dict[Network | None, list[Work]] = {}
+        for one in together:
+            groups.setdefault(self._runs[one.sequence].network, []).append(one)
+        for works in [*groups.values(), *([one] for one in plan.work if one not in together)]:
             self._compute(works)
         self.progressed = time.monotonic()
         return True
@@ -260,11 +277,12 @@ class Engine:
         for progress in plan.admitted:
             run = self._runs[progress]
             try:
-                self.slots.begin(progress.slot, run.match, run.answer.request.source)
+                self.slots.begin(progress.slot, run.match, run.answer.request.source, run.network)
             except Exception as error:
                 plan.work = [one for one in plan.work if one.sequence is not progress]
                 self._fail(run, error)
                 continue
+            run.answer.begun_at = run.answer.begun_at or time.monotonic()
             run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
             for name, values in self._side.items():
                 request = run.answer.request
@@ -272,7 +290,8 @@ class Engine:
             run.match = Match()
 
     def _compute(self, works: list[Work]) -> None:
-        """One call of the network for sequences that take a token (and guesses) each, or for one prompt."""
+        """One call of the network for sequences of one adapter that take a token (and guesses) each, or for one
+        prompt."""
         works = sorted(works, key=lambda one: one.sequence.slot)
         runs = [self._runs[one.sequence] for one in works]
         chunks = [
@@ -289,7 +308,9 @@ class Engine:
         started = time.monotonic()
         try:
             rows = [one.sequence.slot for one in works]
-            logits = self.slots.extend(rows, chunks, last=not asked, side=self._side, taps=self.taps)
+            logits = self.slots.extend(
+                rows, chunks, last=not asked, side=self._side, taps=self.taps, network=runs[0].network
+            )
             self._choose(works, runs, logits, before, asked)
             self.failing = 0
         except Exception as error:
@@ -388,7 +409,7 @@ class Engine:
             self.slots.go_back(slot, length, {})
             return
         self.slots.go_back(slot, start, before)
-        self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps)
+        self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps, network=run.network)
 
     def _score_prompt(self, run: _Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
         known = len(run.answer.prompt_choices)  # of an answer that made way and reads its prompt again
@@ -488,7 +509,7 @@ class Engine:
             return 0
         # prompt tokens whose own scores are asked for have to be computed
         most = 0 if run.answer.request.prompt_logprobs else len(run.ids) - 1
-        run.match = self.prefixes.match(run.ids, most, run.answer.request.origin)
+        run.match = self.prefixes.match(run.ids, most, run.origin)
         common = min(run.match.common, most)
         if not self.slots.divisible and common >= run.match.length + BRANCH:
             progress.stops = tuple(sorted({*progress.stops, common}))
@@ -505,9 +526,7 @@ class Engine:
             return
         ids = run.ids[: run.progress.computed]
         snapshot = None if self.slots.divisible else self.slots.snapshot(slot)
-        self.prefixes.insert(
-            ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.answer.request.origin
-        )
+        self.prefixes.insert(ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.origin)
         self.memory.cached = self.prefixes.nbytes
         if self.memory.free < 0:
             self._shrink(-self.memory.free)
@@ -564,36 +583,10 @@ class Engine:
                 time.sleep(0.001)
         self._end_all()
 
-    def _check(self, request: Request) -> None:
-        vocabulary = self.network.settings.vocabulary or 0
-        if not request.ids:
-            raise InputError("the prompt has no tokens", hint="give at least one token")
-        if min(request.ids) < 0 or max(request.ids) >= vocabulary:
-            raise InputError(f"the prompt holds an id outside the vocabulary of {vocabulary}")
-        needed = len(request.ids) + request.sampling.max_new_tokens
-        position = self.network.position
-        if isinstance(position, LearnedPosition) and needed > position.length:
-            raise InputError(
-                f"prompt and completion need {needed} positions, but {position.length} were learned",
-                hint="shorten the prompt or max_new_tokens",
-            )
-        if needed > self.capacity:
-            raise InputError(
-                f"prompt and completion need {needed} tokens, and the engine holds {self.capacity} of one answer",
-                hint="shorten the prompt or max_new_tokens, or give the engine a larger capacity",
-            )
-        reads = self.network.settings.form == "encoder_decoder"
-        if reads != (request.source is not None):
-            raise InputError(
-                "an encoder–decoder needs a source" if reads else "this network has no encoder to read one"
-            )
-        if request.source is not None and not (request.source and min(request.source) >= 0):
-            raise InputError("the source has no tokens, or negative ones")
-        if request.source is not None and max(request.source) >= vocabulary:
-            raise InputError(f"the source holds an id outside the vocabulary of {vocabulary}")
-        for name in self.network.side_names - {"prefix"}:
-            if name not in request.side:
-                raise InputError(f"this network needs the side number '{name}'")
-        for name in request.side:
-            if name not in self._side:
-                raise InputError(f"no mechanism here takes the side number '{name}'")
+
+def _no_adapters(slots: Slots, form: str) -> str:
+    if form == "encoder_decoder":
+        return "an encoder–decoder reads its source before it is known who asks"
+    if slots.replay is not None and slots.replay.other:
+        return f"the weights are held in {slots.replay.weights}, which plain steps do not see"
+    return ""

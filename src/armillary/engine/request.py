@@ -28,7 +28,7 @@ class Request:
     boundaries: numbers of prompt tokens after which a message ends: other conversations may go on from
     there; side: named numbers that the network's mechanisms ask for; stream: keeps the draws of answers
     with the same seed apart; steps: constraints; mark: a watermark, by default the engine's;
-    prompt_logprobs: give those of the prompt.
+    prompt_logprobs: give those of the prompt; adapter: the name of one that the engine holds.
     """
 
     ids: tuple[int, ...]
@@ -44,11 +44,12 @@ class Request:
     steps: tuple[Step, ...] = ()
     mark: Mark | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
 
     @property
     def origin(self) -> tuple[object, ...]:
         """What the states of a prompt depend on besides its tokens: only requests of one origin share them."""
-        return (self.space, *sorted(self.side.items()))
+        return (self.space, self.adapter, *sorted(self.side.items()))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Piece:
 class Answer:
     """The progress of one request: iterate over it for pieces, or call `wait`.
 
-    text, choices, finish: so far; reused: prompt tokens that were at hand from earlier sequences;
+    text, choices, finish: so far; submitted, begun_at (its place), first_at (token), done_at: moments of the
+    monotonic clock, 0 while they are to come; reused: prompt tokens that were at hand from earlier sequences;
     prompt_choices: of every prompt token but the first, when asked for; drafted, accepted: guesses
     checked and right; listener: called with every piece, on the engine's thread.
     """
@@ -78,7 +80,8 @@ class Answer:
         self.error: str | None = None
         self.inside = False  # whether the error speaks of our insides, not of the request
         self.reused = self.drafted = self.accepted = 0
-        self.submitted, self.first_at, self.done_at = time.monotonic(), 0.0, 0.0
+        self.submitted = time.monotonic()
+        self.begun_at = self.first_at = self.done_at = 0.0
         self.cancelled = False
         self._drive, self._listener = drive, listener
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()

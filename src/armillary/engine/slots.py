@@ -29,7 +29,7 @@ class Slots:
     def __init__(
         self, network: Network, count: int, capacity: int, cache: Cache | None = None, *, weights: Held = "auto"
     ) -> None:
-        self.network, self.count, self.capacity = network, count, capacity
+        self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         self.state = network.init_state(count, capacity, cache=cache)
         self.blank = network.init_state(1, 1, cache=cache)
         spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
@@ -50,11 +50,12 @@ class Slots:
         last: bool = True,
         side: Mapping[str, Tensor] | None = None,
         taps: Taps | None = None,
+        network: Network | None = None,
     ) -> Tensor:
         """The chunk of each row, and logits: of the last token of each [n, 1, V], or of every place [n, T,
         V]; rows: ascending; side: tensors with one row for each row of the state, of which the right
-        ones are taken."""
-        if self.replay is not None and taps is None and self.replay.takes(chunks):
+        ones are taken; network: another one over the same states, which takes plain steps."""
+        if self.replay is not None and taps is None and network is None and self.replay.takes(chunks):
             return self.replay.extend(rows, chunks, last=last, side=side)
         self.settle()
         first, stop = rows[0], rows[-1] + 1
@@ -68,7 +69,7 @@ class Slots:
         ragged = bool((lengths != longest).any())
         given = {name: tensor[first:stop] for name, tensor in (side or {}).items()}
         part = self.state if stop - first == self.count else self.state.rows(first, stop - first)
-        logits = self.network.extend(
+        logits = (self.network if network is None else network).extend(
             ids.to(device), part, lengths=lengths.to(device) if ragged else None, last=last, side=given, taps=taps
         )
         if part is not self.state:
@@ -81,17 +82,19 @@ class Slots:
         if self.replay is not None:
             self.replay.settle()
 
-    def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
+    def begin(
+        self, row: int, match: Match, source: Sequence[int] | None = None, network: Network | None = None
+    ) -> None:
         """Put a row where an earlier sequence was, or at the beginning."""
         assert source is None
-        self.clear(row)
+        self.clear(row, network)
         if match.length:
             self.restore(row, match)
 
-    def clear(self, row: int) -> None:
-        """Begin anew."""
+    def clear(self, row: int, network: Network | None = None) -> None:
+        """Begin anew; what a state begins with may come from weights."""
         self.settle()
-        self.state.absorb(row, self.blank)
+        self.state.absorb(row, self.blank if network is None else network.init_state(1, 1, cache=self.cache))
 
     def entries(self, row: int, start: int, stop: int) -> Entries:
         """Of the divisible states, the tokens from `start` to before `stop`."""
@@ -164,7 +167,9 @@ class Apart(Slots):
         last: bool = True,
         side: Mapping[str, Tensor] | None = None,
         taps: Taps | None = None,
+        network: Network | None = None,
     ) -> Tensor:
+        assert network is None
         found = []
         longest = max(len(chunk) for chunk in chunks)
         for row, chunk in zip(rows, chunks, strict=True):
@@ -175,8 +180,10 @@ class Apart(Slots):
             found.append(torch.nn.functional.pad(logits, (0, 0, 0, missing)))
         return torch.cat(found)
 
-    def begin(self, row: int, match: Match, source: Sequence[int] | None = None) -> None:
-        assert source is not None and not match.length
+    def begin(
+        self, row: int, match: Match, source: Sequence[int] | None = None, network: Network | None = None
+    ) -> None:
+        assert source is not None and not match.length and network is None
         given = torch.tensor([list(source)], dtype=torch.int64, device=self.network.device)
         self.rows[row] = self.network.init_state(1, self.capacity, source=given, cache=self.cache)
 

@@ -125,7 +125,9 @@ class Answered(Response):
         finally:
             load.answers -= entered
             load.waiting_tokens -= sum(self._unread.values())
-            scope.setdefault("state", {})["finish"] = [answer.finish or "cancelled" for answer in answers]
+            state = scope.setdefault("state", {})
+            state |= {"answers": answers, "finish": [answer.finish or "cancelled" for answer in answers]}
+            state |= {"model": job.hosted.name, "prompt": job.prompt_tokens, "stream": self.whole is None}
             for answer in answers:
                 answer.cancel()
                 self.context.metrics.answered(job.hosted.name, answer)

@@ -42,6 +42,7 @@ from armillary.server.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from armillary.server.tracing import Tracing, carried
 
 if TYPE_CHECKING:
     from armillary.server.upstream import Upstream
@@ -54,10 +55,17 @@ LEFT = 499  # in place of a status, when the client left before there was one
 
 
 class Server:
-    """models: what is served; door: keys and rates; upstream: another server that answers in their place."""
+    """models: what is served; door: keys and rates; upstream: another server that answers in their place;
+    tracing: where traces of requests go."""
 
-    def __init__(self, models: Sequence[Hosted], door: Door | None = None, upstream: Upstream | None = None) -> None:
-        self.upstream = upstream
+    def __init__(
+        self,
+        models: Sequence[Hosted],
+        door: Door | None = None,
+        upstream: Upstream | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.upstream, self.tracing = upstream, tracing
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
         self.context, self.kept = Context(self.door, self.metrics), Kept()
@@ -120,7 +128,7 @@ class Server:
         async def handle(request: Request, client: Client) -> Response:
             if self.upstream is not None and path.startswith("/v1/"):
                 asked = request.scope["path"].removeprefix("/v1")
-                return await self.upstream.get(asked, self._marks(request))
+                return await self.upstream.get(asked, self._marks(request), request.state.trace)
             response: Response = call(request, client)
             return response
 
@@ -150,6 +158,10 @@ class Server:
             return
         started, status = time.monotonic(), LEFT
         state = scope.setdefault("state", {})
+        state["trace"] = carried(scope["headers"])
+        traced = self.tracing and self.tracing.begin(scope["method"], scope["path"], state["trace"])
+        if traced:
+            state["trace"] = traced.headers()
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -160,10 +172,12 @@ class Server:
         try:
             await self._inner(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
-            seen = {"route": route, "status": status, "seconds": round(time.monotonic() - started, 4)}
+            route = getattr(scope.get("route"), "path", None)
+            self.metrics.requests.labels(route or "other", status).inc()
+            seen = {"route": route or "other", "status": status, "seconds": round(time.monotonic() - started, 4)}
             log.info("request", extra=seen | {name: state.get(name) for name in ("client", "id", "finish")})
+            if traced:
+                traced.end(route, None if status == LEFT else status, state)
 
     def _marks(self, request: Request) -> dict[str, str]:
         """Headers of every answer: the id that the client gave its request, or a new one."""
@@ -198,8 +212,12 @@ class Server:
     def _hosted(self, name: str) -> Hosted:
         found = self.models.get(name)
         if found is None:
+            base, _, adapter = name.rpartition(":")
             known = ", ".join(self.models)
-            raise HTTPError(404, f"there is no model '{name[:200]}'", param="model", code="model_not_found", hint=known)
+            what = f"there is no model '{name[:200]}'"
+            if base in self.models:
+                what = f"the model '{base[:100]}' has no adapter '{adapter[:100]}'"
+            raise HTTPError(404, what, param="model", code="model_not_found", hint=known)
         return found
 
     # -- routes
@@ -255,7 +273,7 @@ class Server:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         body = {"object": "list", "data": data, "model": hosted.name, "usage": usage}
-        return JSONResponse(body, headers=marks | client.headers())
+        return Embedded(body, hosted.name, tokens, marks | client.headers())
 
     def _tokenize(self, asked: TokenizeRequest, client: Client, marks: dict[str, str]) -> Response:
         hosted = self._hosted(asked.model)
@@ -280,7 +298,7 @@ class Server:
 
     def _metrics(self, request: Request, client: Client) -> Response:
         for name, hosted in self.models.items():
-            if hosted.generates:
+            if hosted.generates and hosted.parent is None:
                 engine = hosted.engine
                 self.metrics.running.labels(name).set(len(engine.scheduler.running))
                 self.metrics.waiting.labels(name).set(len(engine.scheduler.waiting))
@@ -296,7 +314,7 @@ class Server:
 
     def _stuck(self) -> str | None:
         for hosted in self.models.values():
-            if not hosted.generates:
+            if not hosted.generates or hosted.parent is not None:
                 continue
             engine = hosted.engine
             if engine.failing >= FAILING:
@@ -323,7 +341,7 @@ class Server:
 
     @property
     def _loads(self) -> list[Load]:
-        loads = [hosted.load for hosted in self.models.values()]
+        loads = [hosted.load for hosted in self.models.values() if hosted.parent is None]
         return loads if self.upstream is None else [*loads, self.upstream.load]
 
     def drain(self) -> None:
@@ -339,6 +357,20 @@ class Server:
             await asyncio.to_thread(hosted.close)
         if self.upstream is not None:
             await self.upstream.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+
+
+class Embedded(JSONResponse):
+    """Vectors, and for logs and traces what they took."""
+
+    def __init__(self, body: Any, model: str, tokens: int, headers: dict[str, str]) -> None:
+        super().__init__(body, headers=headers)
+        self.seen = {"model": model, "prompt": tokens}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"] |= self.seen
+        await super().__call__(scope, receive, send)
 
 
 def _no_response() -> HTTPError:
@@ -346,7 +378,8 @@ def _no_response() -> HTTPError:
 
 
 def _described(hosted: Hosted) -> dict[str, Any]:
-    return {"id": hosted.name, "object": "model", "created": hosted.created, "owned_by": "armillary"}
+    found = {"id": hosted.name, "object": "model", "created": hosted.created, "owned_by": "armillary"}
+    return found if hosted.parent is None else found | {"parent": hosted.parent.name}
 
 
 def _coded(vector: list[float], encoding: str) -> Any:

@@ -14,6 +14,7 @@ from armillary.engine.core import Engine
 from armillary.engine.embed import embed, texts
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling, Step
+from armillary.nn.adapted import Change
 from armillary.nn.network import Network
 from armillary.server.calls import grammar
 from armillary.server.errors import HTTPError
@@ -50,15 +51,33 @@ def unusable(error: ArmillaryError, param: str) -> HTTPError:
 
 
 class Hosted:
-    """name: what requests call it; engine: running on its own thread."""
+    """name: what requests call it; engine: running on its own thread; parent, adapter: of a model with an adapter
+    (see `adapted`)."""
 
-    def __init__(self, name: str, network: Network, tokenizer: Tokenizer, engine: Engine | None, load: Load) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        tokenizer: Tokenizer,
+        engine: Engine | None,
+        load: Load,
+        *,
+        parent: Hosted | None = None,
+        adapter: str | None = None,
+    ) -> None:
         self.name, self.network, self.tokenizer, self.load = name, network, tokenizer, load
+        self.parent, self.adapter = parent, adapter
         self.created = int(time.time())
         self._engine = engine
         self._grammars: Grammars | None = None
         self._making = threading.Lock()
         self.turns = Turns()
+
+    def adapted(self, name: str, changes: Mapping[str, Change]) -> Hosted:
+        """With an adapter, as `model:adapter`: it shares engine, places and bounds. Raises ArmillaryError."""
+        adapter = self.engine.adapters.load(name, changes)
+        more: dict[str, Any] = {"parent": self, "adapter": name}
+        return Hosted(f"{self.name}:{name}", adapter.network, self.tokenizer, self.engine, self.load, **more)
 
     @property
     def engine(self) -> Engine:
@@ -215,6 +234,7 @@ class Hosted:
                 stream=copy,
                 prompt_logprobs=prompt_logprobs,
                 steps=self._steps(asked, constraint),
+                adapter=self.adapter,
             )
             for copy in range(copies)
         ]
@@ -236,6 +256,8 @@ class Hosted:
 
     @property
     def grammars(self) -> Grammars:
+        if self.parent is not None:
+            return self.parent.grammars
         with self._making:
             if self._grammars is None:
                 self._grammars = Grammars(self.tokenizer, self.network.settings.vocabulary)
@@ -243,6 +265,8 @@ class Hosted:
 
     def close(self) -> None:
         """Answers that are under way end."""
+        if self.parent is not None:
+            return
         if self._engine is not None:
             self._engine.close()
         if self._grammars is not None:

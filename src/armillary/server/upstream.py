@@ -63,11 +63,11 @@ class Upstream:
     def post(self, context: Context, client: Client, path: str, asked: Any, marks: dict[str, str]) -> Response:
         return Passed(self, context, client, f"{self.url}{path}", asked, marks)
 
-    async def get(self, path: str, marks: dict[str, str]) -> Response:
+    async def get(self, path: str, marks: dict[str, str], trace: dict[str, str]) -> Response:
         if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
             raise HTTPError(404, f"there is no {path[:200]}")  # nor a way to other places of that server
         with _reached():
-            found = await self._client.get(f"{self.url}{quote(path)}", timeout=10.0)
+            found = await self._client.get(f"{self.url}{quote(path)}", timeout=10.0, headers=trace)
         return Response(found.content, found.status_code, headers=_kept(found) | marks)
 
     async def problem(self) -> str | None:
@@ -92,6 +92,7 @@ class Passed(Response):
     ) -> None:
         self.upstream, self.context, self.client, self.url, self.marks = upstream, context, client, url, marks
         self.asked = json.dumps(asked, ensure_ascii=False).encode()
+        self._model, self._stream = asked["model"], bool(asked.get("stream"))
         self.status_code, self.background = 200, None
         self._started, self._tokens = False, 0
 
@@ -125,14 +126,19 @@ class Passed(Response):
             self.context.door.charge(self.client, self._tokens)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.setdefault("state", {})
         headers = {"content-type": "application/json", "x-request-id": self.marks["x-request-id"]}
+        headers |= state.get("trace", {})
         client = self.upstream._client
         with _reached():
             async with client.stream("POST", self.url, content=self.asked, headers=headers) as found:
                 marks = _kept(found) | self.marks | self.client.headers()
+                if found.is_success:  # a name that the other server knows
+                    state |= {"model": self._model, "stream": self._stream}
                 if not found.headers.get("content-type", "").startswith("text/event-stream"):
                     data = await found.aread()
-                    self._tokens = _generated(data)
+                    state["prompt"], self._tokens = _used(data)
+                    state["generated"] = self._tokens
                     self._started = True
                     await Response(data, found.status_code, headers=marks)(scope, receive, send)
                     return
@@ -161,9 +167,10 @@ def _kept(found: httpx.Response) -> dict[str, str]:
     return {name: found.headers[name] for name in _HANDED_ON if name in found.headers}
 
 
-def _generated(data: bytes) -> int:
+def _used(data: bytes) -> tuple[int, int]:
+    """Tokens of the prompt and of the answers, as the other server counts them."""
     try:
         usage = json.loads(data)["usage"]
-        return int(usage.get("completion_tokens", usage.get("output_tokens", 0)))
+        return int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return 0
+        return 0, 0

@@ -61,7 +61,7 @@ def seconds_per_update(campaign: Campaign, models: dict[str, dict[str, Any]], re
 def main() -> None:
     from armillary.evaluate import expert_load
 
-    campaign = begin("experts", Budget(steps=300))
+    campaign = begin("experts", Budget(context=512, steps=300))
     models = arms(campaign)
     pace = common.ratio(seconds_per_update(campaign, models, 2 if campaign.tiny else 7), "experts", "equal total")
     whole, fewer = campaign.budget, max(1, round(campaign.budget.steps * pace))

@@ -21,6 +21,7 @@ from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.adapter import Adapter, Adapters
 from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
+from armillary.engine.pace import Pace
 from armillary.engine.prefix import Match, Prefixes, Snapshot
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
@@ -36,14 +37,8 @@ from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
 
-WHOLE = 2048  # prompt tokens in a step, at the most
-FIRST = 256  # while it is not known how long a token takes
-LEAST = 16  # prompt tokens in a step, however slow
-STEP = 0.05  # seconds that a step should take while answers are running
-LONGEST = 5.0  # and when nobody waits for the next token
 APART = 1024  # tokens between snapshots in a long prompt
 BRANCH = 32  # tokens beyond a match from which a common beginning is worth a snapshot
-RECENT = 0.3  # weight of the last step in what a token is thought to cost
 
 
 @dataclass(eq=False)
@@ -131,7 +126,7 @@ class Engine:
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self._shrink
         )
-        self.cost = 0.0  # seconds per prompt token, learnt
+        self.pace = Pace()
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
@@ -250,7 +245,8 @@ class Engine:
             for run in [run for run in self._runs.values() if run.answer.cancelled]:
                 self._end(run, "cancelled")
             self._guess()
-            plan = self.scheduler.plan(time.monotonic(), self._budget())
+            answering = any(run.progress.decoding for run in self._runs.values())
+            plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answering))
             self._place(plan)
         if not plan.work:
             return False
@@ -259,8 +255,14 @@ class Engine:
         groups: dict[Network | None, list[Work]] = {}
         for one in together:
             groups.setdefault(self._runs[one.sequence].network, []).append(one)
-        for works in [*groups.values(), *([one] for one in plan.work if one not in together)]:
+        started = time.monotonic()
+        for works in groups.values():
             self._compute(works)
+        if together:
+            self.pace.went(time.monotonic() - started)
+        for one in plan.work:
+            if one not in together:
+                self._compute([one])
         self.progressed = time.monotonic()
         return True
 
@@ -321,9 +323,8 @@ class Engine:
                     if run.answer.finish is None:
                         self._fail(run, error)
             return
-        if len(works) == 1 and works[0].count >= LEAST:
-            each = (time.monotonic() - started) / works[0].count
-            self.cost = each if self.cost == 0 else (1 - RECENT) * self.cost + RECENT * each
+        if len(works) == 1:
+            self.pace.read(works[0].count, time.monotonic() - started)
 
     def _choose(
         self, works: list[Work], runs: list[_Running], logits: Tensor, before: list[Snapshot], asked: bool
@@ -546,12 +547,6 @@ class Engine:
                 left = progress.limit - progress.known - 1
                 run.drafts = self.drafter.propose(run.ids, left) if left > 0 else []
                 progress.drafts = len(run.drafts)
-
-    def _budget(self) -> int:
-        if self.cost == 0:
-            return FIRST
-        seconds = STEP if any(run.progress.decoding for run in self._runs.values()) else LONGEST
-        return max(LEAST, min(WHOLE, int(seconds / self.cost)))
 
     def _drive(self, answer: Answer) -> bool:
         """Somebody waits for an answer: go on, unless the engine goes by itself (False)."""

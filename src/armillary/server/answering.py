@@ -94,7 +94,7 @@ class Answered(Response):
         entered = 0
         try:
             engine = job.hosted.engine
-            load.admit(count, job.prompt_tokens, engine.cost)
+            load.admit(count, job.prompt_tokens, engine.pace.token)
             self.context.door.admit_tokens(job.client, job.prompt_tokens)
             entered = count
             load.answers += entered

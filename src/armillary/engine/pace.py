@@ -1,0 +1,41 @@
+"""How many prompt tokens a step takes: as many as the running answers' own time allows.
+
+A step of running answers may last twice as long as without the prompt, no longer, so that no gap
+between their tokens doubles; nobody's prompt stands still. Times are learnt from the steps.
+"""
+
+from __future__ import annotations
+
+WHOLE = 2048  # prompt tokens in a step, at the most
+FIRST = 256  # while it is not known how long a token takes
+LEAST = 16  # however slow
+SHARE = 0.8  # of the time of a step of running answers: what a prompt may add to it
+LONGEST = 5.0  # seconds of a step where nobody waits for the next token
+RECENT = 0.3  # weight of the last time in what is learnt
+
+
+class Pace:
+    """token: seconds of a prompt token; step: seconds of a step of running answers; 0 until known."""
+
+    def __init__(self) -> None:
+        self.token = self.step = 0.0
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """A prompt's tokens were read; a few say nothing of what many cost."""
+        if tokens >= LEAST:
+            self.token = _learnt(self.token, seconds / tokens)
+
+    def went(self, seconds: float) -> None:
+        """Running answers went a step on."""
+        self.step = _learnt(self.step, seconds)
+
+    def budget(self, answering: bool) -> int:
+        """Tokens of the next step; answering: there are running answers."""
+        if self.token == 0:
+            return FIRST
+        seconds = SHARE * self.step if answering else LONGEST
+        return max(LEAST, min(WHOLE, int(seconds / self.token)))
+
+
+def _learnt(before: float, now: float) -> float:
+    return now if before == 0 else (1 - RECENT) * before + RECENT * now

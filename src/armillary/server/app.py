@@ -1,7 +1,7 @@
 """The application: which path leads where, who may come in, and what is said when something is wrong.
 
-Everything needs a key where keys are set; open are only `/live` and `/ready`, which say whether the
-engine makes progress and whether requests are taken.
+Everything needs a key where keys are set; open are only `/live`, which says whether the engine makes progress, and
+`/ready` (also called `/health`), whether requests are taken.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Server:
             self._methods.setdefault(path, set()).update({method} | ({"HEAD"} if method == "GET" else set()))
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
         routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
-        routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
+        # many tools look for /health before they send anything
+        for path, call in (("/live", self._live), ("/ready", self._ready), ("/health", self._ready)):
+            routes.append(Route(path, call, methods=["GET"]))
         self._inner = Starlette(
             routes=routes,
             exception_handlers={HTTPException: self._lost, HTTPError: self._wrong, Exception: self._wrong},

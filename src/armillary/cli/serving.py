@@ -63,13 +63,12 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError:
         raise InputError("serving needs an extra", hint="pip install 'armillary[server]'") from None
-    import logging
     import sys
 
     from armillary.cli.shared import open_model, refuse_unused, watermark_of
     from armillary.engine.core import Engine
     from armillary.engine.drafts import PromptLookup
-    from armillary.server import Door, Hosted, Lines, Load, Server, check_address, run
+    from armillary.server import Door, Hosted, Load, Server, check_address, log_to, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
@@ -123,11 +122,7 @@ def serve(
                 weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    logger = logging.getLogger("armillary.server")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    log_to(sys.stderr)
 
     def started(port: int) -> None:
         shown = f"[{host}]" if ":" in host else host

@@ -84,6 +84,7 @@ class Process:
             place.mkdir()
             (place / "sitecustomize.py").write_text(startup, encoding="utf-8")
             around["PYTHONPATH"] = f"{place}{os.pathsep}{SOURCE}"
+        self.slots = slots
         self.key = KEYS["a"] if keys else None
         command = [sys.executable, "-m", "armillary", "serve", f"tiny={model}", "--slots", str(slots), *options]
         begun = time.monotonic()
@@ -220,9 +221,12 @@ def serving(model: Path, *options: str, **more: Any) -> Iterator[Process]:
 
 
 def warm(server: Process, seconds: float) -> None:
-    """Until what is kept of earlier prompts fills its memory, so that RSS does not grow because of that; at most
-    `seconds`."""
+    """Until every place has held a long sequence and what is kept of prompts fills its memory, so that RSS does not
+    grow because of that; at most about `seconds`."""
     begun, seed = time.monotonic(), 100
+    while time.monotonic() - begun < seconds / 2:
+        asyncio.run(closed_loop(server.port, prompts(1950, 60, seed, key=server.key), server.slots, 1))
+        seed += 1
     while time.monotonic() - begun < seconds and server.filled() < 0.9:
         asyncio.run(closed_loop(server.port, prompts(500, 4, seed, key=server.key), 8, 1))
         seed += 1

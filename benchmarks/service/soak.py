@@ -80,7 +80,7 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
         "threads slope per hour": (1, "max"),
         "descriptors slope per hour": (1, "max"),
         # at its cap, where what was kept has to give way, and not beyond
-        "of it afterwards": (0.9, "min"),
+        "of it afterwards": (0.75, "min"),
         "most of the memory for states": (1.0, "max"),
         "left afterwards": (0, "max"),
         "the same answer as before": (1, "min"),
@@ -117,7 +117,7 @@ async def _mixed(server: Process, seconds: float) -> tuple[list[Sample], list[Se
             ):
                 content = json.loads(found.body)["choices"][0]["message"]["content"]
                 talk = [*(call.body or {})["messages"], {"role": "assistant", "content": content or "well"}]
-                talk = talk if len(talk) < 8 else []
+                talk = talk if len(str(talk)) < 2500 else []
             await asyncio.sleep(draw.expovariate(20))
 
     async def watch() -> None:

@@ -72,7 +72,7 @@ def _drained(model: Path, tokens: int) -> tuple[Figures, Reach]:
             "drain: streams complete": _complete(found, tokens),
             "drain: new request, status": turned.status,
             "drain: new request, Retry-After": int("retry-after" in turned.headers),
-            "drain: exit status": status,
+            "drain: exit status": 99 if status is None else status,
             "drain: seconds from the last answer to the end": time.monotonic() - begun,
         }
     reach: Reach = {"drain: streams complete": (STREAMS, "min"), "drain: new request, Retry-After": (1, "min")}
@@ -88,7 +88,7 @@ def _cut(model: Path, tokens: int) -> tuple[Figures, Reach]:
         status = server.wait(10)
         figures = {
             "time is up: streams that say so": sum("shutting down" in one.error for one in found),
-            "time is up: exit status": status,
+            "time is up: exit status": 99 if status is None else status,
             "time is up: seconds to the end": time.monotonic() - begun,
         }
     reach: Reach = {"time is up: streams that say so": (STREAMS, "min"), "time is up: exit status": (0, "max")}
@@ -104,7 +104,7 @@ def _twice(model: Path, tokens: int) -> tuple[Figures, Reach]:
             begun[0] = time.monotonic()
             server.signal(signal.SIGTERM)
             status = server.wait(10)
-            return -1 if status is None else status
+            return 99 if status is None else status
 
         found, (_, status) = _streams(server, tokens, (0.0, lambda: server.signal(signal.SIGTERM)), (0.2, again))
         took = time.monotonic() - begun[0]

@@ -191,9 +191,9 @@ class Process:
         self.inner.send_signal(number)
 
     def wait(self, within: float) -> int | None:
-        """Its exit status; None: still there."""
+        """Its exit status, or the number of the signal that ended it; None: still there."""
         try:
-            return self.inner.wait(within)
+            return abs(self.inner.wait(within))
         except subprocess.TimeoutExpired:
             return None
 
@@ -201,13 +201,12 @@ class Process:
         self.inner.kill()
         self.inner.wait()
 
-    def end(self) -> int | None:
-        """Politely, then not."""
+    def end(self) -> int:
+        """Politely, then not; its exit status, or the number of the signal that ended it."""
         self.signal(signal.SIGTERM)
-        status = self.wait(40)
-        if status is None:
+        if self.wait(60) is None:
             self.kill()
-        return status
+        return abs(self.inner.returncode)
 
 
 @contextlib.contextmanager

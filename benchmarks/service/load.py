@@ -168,7 +168,7 @@ def quantile(values: Iterable[float], share: float) -> float:
 def summary(found: Sequence[Seen]) -> dict[str, float]:
     """Figures of a run, as defined above; times in milliseconds."""
     good = [one for one in found if one.complete and one.events]
-    span = max(one.end for one in found) - min(one.due for one in found)
+    span = max((one.end for one in found), default=float("nan")) - min((one.due for one in found), default=0.0)
     figures: dict[str, float] = {"requests": len(found), "complete": len(good), "seconds": span}
     figures |= {"tokens/s": sum(one.tokens for one in good) / span, "answers/s": len(good) / span}
     parts = {"TTFT": [one.ttft for one in good], "ITL": [gap for one in good for gap in one.gaps]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ def main() -> None:
     for name in wanted:
         if name not in parts:
             sys.exit(f"there is no part '{name}'; there are {', '.join(parts)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # the server that runs is ended, too
     common.RESULTS = Path(os.devnull) if asked.tiny else asked.results
     failed = []
     with tempfile.TemporaryDirectory(prefix="armillary-reliability-") as folder:

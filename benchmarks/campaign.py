@@ -1,7 +1,8 @@
 """Runs the long measurements, each in a process of its own; results are appended to results.jsonl.
 
-`python benchmarks/campaign.py [name …] [--tiny]`: what was trained before is not trained again, so an
-interrupted campaign goes on. --tiny only shows that everything runs: its figures mean nothing and are not kept.
+`python benchmarks/campaign.py [name …] [--tiny] [options of that campaign]`: what was trained before is not trained
+again, so an interrupted campaign goes on. --tiny only shows that everything runs: its figures mean nothing and are
+not kept.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "paired
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if word.startswith("--")]
-    wanted = [word for word in sys.argv[1:] if word not in words] or NAMES
+    given = sys.argv[1:]
+    first = next((place for place, word in enumerate(given) if word.startswith("--")), len(given))
+    wanted, words = given[:first] or NAMES, given[first:]
     failed = []
     around = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
     for name in wanted:

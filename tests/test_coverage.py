@@ -1,4 +1,4 @@
-"""docs/coverage.md, models.md and performance.md say what code and results say, and notice when they do not."""
+"""Generated pages of docs/ say what code and results say, and notice when they do not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def _tool(name: str) -> ModuleType:
 def tools() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(TOOLS))
     try:
-        yield {name: _tool(name) for name in ("results", "coverage", "models", "performance", "campaigns")}
+        names = ("results", "coverage", "models", "performance", "campaigns", "reliability")
+        yield {name: _tool(name) for name in names}
     finally:
         sys.path.remove(str(TOOLS))
         sys.modules.pop("results", None)
@@ -84,17 +85,18 @@ def test_results_are_judged_by_their_goal(tools: dict[str, ModuleType], tmp_path
     assert results.latest(tmp_path / "none.jsonl") == []
 
 
-def test_the_performance_page_holds_the_figures(tools: dict[str, ModuleType], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["performance", "reliability"])
+def test_a_page_holds_the_figures(tools: dict[str, ModuleType], tmp_path: Path, name: str) -> None:
     """The page is that of the results at some time; what a benchmark added since may not be on it yet."""
-    results, performance = tools["results"], tools["performance"]
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    results = tools["results"]
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     lines = results.RESULTS.read_text(encoding="utf-8").splitlines() if results.RESULTS.is_file() else []
     file = tmp_path / "results.jsonl"
     for count in range(len(lines), -1, -1):
         file.write_text("\n".join(lines[:count]))
-        if page == performance.page(results.latest(file)):
+        if page == tools[name].page(results.latest(file)):
             return
-    pytest.fail("docs/performance.md is not what was measured: run python tools/performance.py")
+    pytest.fail(f"docs/{name}.md is not what was measured: run python tools/{name}.py")
 
 
 def test_the_page_of_models_is_what_was_measured(tools: dict[str, ModuleType]) -> None:
@@ -124,6 +126,24 @@ def test_a_missed_goal_is_said_and_a_remark_stands_below(
     page = performance.page([record])
     assert "| speed | 1 | ≥ 1.25 | **missed** |" in page
     assert page.index("2030-01-02, P, 1 thread, PyTorch 2.") < page.index("What the profile shows.")
+
+
+def test_parts_that_did_not_run_say_so(tools: dict[str, ModuleType]) -> None:
+    reliability = tools["reliability"]
+    record = {
+        "benchmark": "reliability_storm",
+        "time": "2030-01-02T03:04:05Z",
+        "processor": "P",
+        "threads": 1,
+        "torch": "2",
+        "figures": {"running afterwards": 1.0},
+        "reach": {"running afterwards": {"bound": 0, "kind": "max"}},
+    }
+    page = reliability.page([record])
+    assert page.count("Not run yet.") == len(reliability.PARTS) - 1
+    assert "| running afterwards | 1 | ≤ 0 | **missed** |" in page
+    assert "2030-01-02, P, 1 thread, PyTorch 2." in page
+    assert "running afterwards" not in tools["performance"].page([record])
 
 
 def test_the_check_ends_with_its_status() -> None:

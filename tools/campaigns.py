@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from performance import remarks
-from results import ROOT, judged, latest, shown, table
+from results import CAMPAIGN, ROOT, judged, latest, shown, table
 
 from armillary.compare.drawing import Row, intervals
 
 FOLDER = ROOT / "docs" / "results"
 REMARKS = Path(__file__).with_suffix(".md")
-PREFIX = "campaign_"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t by number of seeds
 STYLE = """text { font: 12px sans-serif; fill: #333; } .tick { fill: #666; } .grid { stroke: #ddd; }
 .level { stroke: #888; } .band { fill: #e8f1e4; } .whisk { stroke: #0b61a4; stroke-width: 2; }
@@ -37,7 +36,7 @@ within ±1% of the reference's bits per byte, at a budget where a reference of h
 
 def campaigns() -> dict[str, dict[str, Any]]:
     """Name → latest record."""
-    found = {one["benchmark"].removeprefix(PREFIX): one for one in latest() if one["benchmark"].startswith(PREFIX)}
+    found = {one["benchmark"].removeprefix(CAMPAIGN): one for one in latest() if one["benchmark"].startswith(CAMPAIGN)}
     return dict(sorted(found.items()))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, judged, latest, shown, table
+from results import CAMPAIGN, RELIABILITY, ROOT, latest, measured
 
 PAGE = ROOT / "docs" / "performance.md"
 REMARKS = Path(__file__).with_suffix(".md")
@@ -77,22 +77,16 @@ def remarks(path: Path | None = None) -> dict[str, str]:
 
 
 def section(record: dict[str, Any], remark: str | None) -> list[str]:
-    rows = [[figure, shown(value), *judged(record, figure)] for figure, value in record["figures"].items()]
-    when = record["time"].partition("T")[0]
-    threads = f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
-    lines = ["", f"## {record['benchmark'].capitalize()}", ""]
-    lines += table(["figure", "measured", "goal", ""], rows)
-    lines += ["", f"{when}, {record['processor']}, {threads}, PyTorch {record['torch']}."]
+    lines = ["", f"## {record['benchmark'].capitalize()}", "", *measured(record)]
     return [*lines, "", remark] if remark else lines
 
 
 def page(records: list[dict[str, Any]]) -> str:
     lines, said = HEAD.splitlines(), remarks()
+    records = [record for record in records if not record["benchmark"].startswith((RELIABILITY, CAMPAIGN))]
     if not records:
         lines += ["", "No results are recorded here yet."]
     for record in records:
-        if record["benchmark"].startswith("campaign_"):  # these have pages of their own
-            continue
         lines += section(record, said.pop(record["benchmark"], None))
     for name, text in said.items():  # a remark that belongs to no benchmark stands by itself
         lines += ["", f"## {name.capitalize()}", "", text]

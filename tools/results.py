@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
+RELIABILITY, CAMPAIGN = "reliability_", "campaign_"  # what records begin with that have pages of their own
 
 
 def latest(path: Path = RESULTS) -> list[dict[str, Any]]:
@@ -31,6 +32,15 @@ def judged(record: dict[str, Any], figure: str) -> tuple[str, str]:
     least = goal["kind"] == "min"
     met = value >= bound if least else value <= bound
     return f"{'≥' if least else '≤'} {bound:g}", "reached" if met else "**missed**"
+
+
+def measured(record: dict[str, Any]) -> list[str]:
+    """Lines of a record: its figures beside their goals, the date and the machine."""
+    rows = [[figure, shown(value), *judged(record, figure)] for figure, value in record["figures"].items()]
+    when = record["time"].partition("T")[0]
+    threads = f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
+    lines = table(["figure", "measured", "goal", ""], rows)
+    return [*lines, "", f"{when}, {record['processor']}, {threads}, PyTorch {record['torch']}."]
 
 
 def shown(value: Any) -> str:

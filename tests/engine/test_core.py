@@ -43,6 +43,24 @@ def test_a_fault_outside_the_network_ends_answers_and_not_the_thread(network) ->
         engine.close()
 
 
+def test_who_leaves_with_copies_takes_nobody_along(network) -> None:
+    """The copies of an answer wait for the first to read their prompt; it leaves before it has, or they all do."""
+    asked = Sampling(max_new_tokens=5, temperature=0)
+    for leaving in (1, 3):
+        engine = Engine(network)
+        other = engine.submit(Request(PROMPT[::-1], asked))
+        engine.step()
+        copies = engine.submit_copies([Request(PROMPT, asked, stream=row) for row in range(3)])
+        for one in copies[:leaving]:
+            one.cancel()
+        while engine.step():
+            pass
+        assert engine.failures == 0
+        assert (other.finish, len(other.choices)) == ("length", 5)
+        assert [one.finish for one in copies] == ["cancelled"] * leaving + ["length"] * (3 - leaving)
+        assert engine.memory.held == 0
+
+
 def test_a_prompt_is_scored_once_whoever_goes_first(network) -> None:
     """Expected values: one pass over the whole prompt."""
     engine = Engine(network, slots=1)

@@ -118,6 +118,27 @@ def test_too_much_at_once_is_turned_away() -> None:
         running.close()
 
 
+def test_who_is_turned_away_costs_no_work(monkeypatch) -> None:
+    one = hosted(slots=1, most=1)
+    running = Served(Server([one]))
+    try:
+        client = running.client()
+        long = ASK | {"max_tokens": 1500, "stream": True, "extra_body": {"ignore_eos": True}}
+        with client.chat.completions.create(**long) as stream:
+            next(iter(stream))
+
+            def never(*_, **__):
+                raise AssertionError("a template was filled in")
+
+            monkeypatch.setattr(one, "conversation", never)
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.chat.completions.create(**ASK)
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+        running.quiet()
+    finally:
+        running.close()
+
+
 def test_rates_of_keys() -> None:
     now = 0.0
     door = Door({"secret-of-a": "a"}, requests_per_minute=2, clock=lambda: now)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 
+import httpx
 import openai
 import pytest
 
@@ -149,6 +150,28 @@ def test_completions_streamed(served) -> None:
     pieces = list(served.client().completions.create(**options, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
     assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_what_load_tools_ask_for(served) -> None:
+    """guidellm and vLLM's own client: health first, answers of a fixed length, and the usage so far in every event."""
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    more = {"extra_body": {"ignore_eos": True}, "stream": True}
+    more["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    bias = {str(served.server.models["tiny"].tokenizer.eos): 100}  # the end would come first
+    options = {"model": "tiny", "max_tokens": 7, "logit_bias": bias}
+    client = served.client()
+    assert client.completions.create(prompt="ab", **options).usage.completion_tokens == 0
+    pieces = list(client.completions.create(prompt="ab", **options, **more))
+    assert [one.usage.completion_tokens for one in pieces] == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert all(one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens for one in pieces)
+    talk = [{"role": "user", "content": "hello"}]
+    chunks = list(client.chat.completions.create(messages=talk, **options, **more))
+    counts = [one.usage.completion_tokens for one in chunks]
+    assert counts[0] == 0
+    assert counts[-1] == 7
+    assert counts == sorted(counts)
+    with pytest.raises(openai.BadRequestError, match="ignore_eos"):
+        client.completions.create(prompt="ab", **options, extra_body={"ignore_eos": True, "target_tokens": 3})
 
 
 def test_stop_texts_and_lengths(served) -> None:

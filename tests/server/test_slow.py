@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from server_parts import KEYS, Served, hosted
 
 from armillary.base.events import LONGEST, Events
-from armillary.server import Door, Lines, Server, answering, body
+from armillary.server import Door, Lines, Server, answering, body, log_to
 from armillary.server.connection import Connection
 
 HEADERS = {"authorization": "Bearer secret-of-a"}
@@ -127,6 +127,28 @@ def test_logs_hold_no_prompt_and_no_key(served) -> None:
     assert any(line.get("error") == "ValueError" for line in lines)
     assert "PRIVATE" not in text
     assert "secret" not in text
+
+
+def test_all_logs_are_lines_without_values() -> None:
+    """Exceptions of the engine and of libraries tell of prompts, too."""
+    root, ours = logging.getLogger(), logging.getLogger("armillary.server")
+    level, before, stream = ours.level, root.handlers[:], io.StringIO()
+    log_to(stream)
+    try:
+        try:
+            raise KeyError("PRIVATE words")
+        except KeyError:
+            logging.getLogger("armillary.engine").exception("a step failed")
+            logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: PRIVATE", exc_info=True)
+        logging.getLogger("uvicorn.error").info("Started")
+    finally:
+        root.handlers[:] = before
+        ours.setLevel(level)
+    text = stream.getvalue()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["event"] for line in lines] == ["a step failed", "Task exception was never retrieved"]
+    assert all(line["error"] == "KeyError" and line["at"][-1].startswith("test_slow.py:") for line in lines)
+    assert "PRIVATE" not in text
 
 
 def test_heads_and_options(served) -> None:

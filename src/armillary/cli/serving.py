@@ -80,13 +80,12 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError:
         raise InputError("serving needs an extra", hint="pip install 'armillary[server]'") from None
-    import logging
     import sys
 
     from armillary.cli.shared import open_model, refuse_unused, watermark_of
     from armillary.engine.core import Engine
     from armillary.engine.drafts import PromptLookup
-    from armillary.server import Door, Hosted, Lines, Load, Server, check_address, run
+    from armillary.server import Door, Hosted, Load, Server, check_address, log_to, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
@@ -144,11 +143,7 @@ def serve(
     hosted += [adapted(one, hosted) for one in adapter or ()]
     if len({one.name for one in hosted}) < len(hosted):
         raise InputError("two adapters, or a model and an adapter, have one name")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    logger = logging.getLogger("armillary.server")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    log_to(sys.stderr)
 
     def started(port: int) -> None:
         shown = f"[{host}]" if ":" in host else host

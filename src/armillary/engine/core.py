@@ -239,11 +239,11 @@ class Engine:
 
     def _step(self) -> bool:
         with self._lock:
-            for run in self._new:
-                self._runs[run.progress] = run
-            self._new.clear()
-            for run in [run for run in self._runs.values() if run.answer.cancelled]:
-                self._end(run, "cancelled")
+            self._take_in()
+            while gone := [run for run in self._runs.values() if run.answer.cancelled]:
+                for run in gone:
+                    self._end(run, "cancelled")
+                self._take_in()  # who followed one of them: a plan may choose it now
             self._guess()
             answering = any(run.progress.decoding for run in self._runs.values())
             plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answering))
@@ -265,6 +265,11 @@ class Engine:
                 self._compute([one])
         self.progressed = time.monotonic()
         return True
+
+    def _take_in(self) -> None:
+        for run in self._new:
+            self._runs[run.progress] = run
+        self._new.clear()
 
     def _place(self, plan: Plan) -> None:
         for progress in plan.expired:
@@ -485,9 +490,7 @@ class Engine:
     def _end_all(self, error: Exception | None = None) -> None:
         with self._lock:
             while self._runs or self._new:
-                for run in self._new:
-                    self._runs[run.progress] = run
-                self._new.clear()
+                self._take_in()
                 for run in list(self._runs.values()):
                     if error is None:
                         self._end(run, "cancelled")
@@ -528,9 +531,7 @@ class Engine:
         ids = run.ids[: run.progress.computed]
         snapshot = None if self.slots.divisible else self.slots.snapshot(slot)
         self.prefixes.insert(ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.origin)
-        self.memory.cached = self.prefixes.nbytes
-        if self.memory.free < 0:
-            self._shrink(-self.memory.free)
+        self._shrink(max(0, self.memory.held + self.prefixes.nbytes - self.memory.total))
 
     def _shrink(self, size: int) -> None:
         self.prefixes.shrink(size)

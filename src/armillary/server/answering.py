@@ -193,6 +193,11 @@ class Answered(Response):
         return self.given | self.job.client.headers()
 
 
+def used(prompt: int, generated: int) -> dict[str, Any]:
+    """Tokens of a request, or so far."""
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
 def written(event: Any) -> str:
     """An event as it stands in a stream, named by its type where it has one."""
     name = f"event: {event['type']}\n" if "type" in event else ""

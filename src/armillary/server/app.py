@@ -1,7 +1,7 @@
 """The application: which path leads where, who may come in, and what is said when something is wrong.
 
-Everything needs a key where keys are set; open are only `/live` and `/ready`, which say whether the
-engine makes progress and whether requests are taken.
+Everything needs a key where keys are set; open are only `/live`, which says whether the engine makes progress, and
+`/ready` (also called `/health`), whether requests are taken.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Server:
             self._methods.setdefault(path, set()).update({method} | ({"HEAD"} if method == "GET" else set()))
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
         routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
-        routes += [Route("/live", self._live, methods=["GET"]), Route("/ready", self._ready, methods=["GET"])]
+        # many tools look for /health before they send anything
+        for path, call in (("/live", self._live), ("/ready", self._ready), ("/health", self._ready)):
+            routes.append(Route(path, call, methods=["GET"]))
         self._inner = Starlette(
             routes=routes,
             exception_handlers={HTTPException: self._lost, HTTPError: self._wrong, Exception: self._wrong},
@@ -117,6 +119,9 @@ class Server:
                 return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
             self.door.admit(client)
             asked = await read(request, form)
+            hosted = self.models.get(getattr(asked, "model", ""))
+            if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
+                hosted.load.admit(1, 0, hosted.engine.cost if hosted.generates else 0.0)
             # templates, tokenizers and grammars take their time: others are not to wait for it
             work = partial(call, asked, client, self._marks(request))
             response: Response = await asyncio.get_running_loop().run_in_executor(self._workers, work)

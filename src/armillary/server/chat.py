@@ -7,7 +7,7 @@ from typing import Any
 
 from armillary.engine.request import Answer, Finish, Piece
 from armillary.engine.sampling import Choice
-from armillary.server.answering import Answered, Context, Job, now
+from armillary.server.answering import Answered, Context, Job, now, used
 from armillary.server.calls import Called, Part, Parts, Said
 from armillary.server.hosted import Hosted, constrained
 from armillary.server.limits import Client
@@ -54,11 +54,18 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
 
     def first() -> list[Any]:
         delta = {"role": "assistant", "content": ""}
-        return [chunk([{"index": place, "delta": delta, "finish_reason": None}]) for place in range(asked.n)]
+        places = range(asked.n)
+        return [chunk([{"index": place, "delta": delta, "finish_reason": None}], **so_far()) for place in places]
 
     parts = [Parts() for _ in range(asked.n)]
+    generated = 0
+
+    def so_far() -> dict[str, Any]:
+        return {"usage": used(len(requests[0].ids), generated)} if asked.counts else {}
 
     def piece(place: int, given: Piece, _: Answer) -> list[Any]:
+        nonlocal generated
+        generated += len(given.choices)
         deltas: list[dict[str, Any]] = []
         if tools is None:
             deltas += [{"content": given.text}] if given.text else []
@@ -72,7 +79,7 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
         if given.finish is not None:
             reason = _reason(given.finish, parts[place].calls)
             found.append({"index": place, "delta": {}, "finish_reason": reason})
-        return [chunk([one]) for one in found]
+        return [chunk([one], **so_far()) for one in found]
 
     def last(answers: list[Answer]) -> list[Any]:
         wanted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -82,13 +89,8 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
 
 
 def usage(answers: list[Answer], prompt: int) -> dict[str, Any]:
-    generated = sum(len(one.choices) for one in answers)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": answers[0].reused if answers else 0},
-    }
+    details = {"cached_tokens": answers[0].reused if answers else 0}
+    return used(prompt, sum(len(one.choices) for one in answers)) | {"prompt_tokens_details": details}
 
 
 def logprobs(choices: tuple[Choice, ...] | list[Choice], top: int, tokenizer: Tokenizer) -> dict[str, Any]:

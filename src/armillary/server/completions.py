@@ -8,7 +8,7 @@ from typing import Any
 
 from armillary.engine.request import Answer, Piece
 from armillary.engine.sampling import Choice
-from armillary.server.answering import Answered, Context, Job, now
+from armillary.server.answering import Answered, Context, Job, now, used
 from armillary.server.chat import FINISH
 from armillary.server.errors import HTTPError
 from armillary.server.hosted import Hosted
@@ -51,15 +51,16 @@ def answer(
                 mine = answers[group * copies : (group + 1) * copies]
                 kept += sorted(mine, key=_mean, reverse=True)[: asked.n] if copies > asked.n else mine
             choices = [_choice(place, one, asked, hosted.tokenizer) for place, one in enumerate(kept)]
-            generated = sum(len(one.choices) for one in answers)
-            usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-            return base | {"choices": choices, "usage": usage}
+            return base | {"choices": choices, "usage": used(prompt, sum(len(one.choices) for one in answers))}
 
         return Answered(context, job, whole=whole, headers=headers)
 
     places: dict[int, int] = {}
+    generated = 0
 
     def piece(place: int, given: Piece, one: Answer) -> list[Any]:
+        nonlocal generated
+        generated += len(given.choices)
         if not given.text and given.finish is None and not given.choices:
             return []
         start = places.get(place, 0)
@@ -72,14 +73,12 @@ def answer(
             else _logprobs(given.choices, asked.logprobs, start, hosted.tokenizer),
             "finish_reason": None if given.finish is None else FINISH[given.finish],
         }
-        return [base | {"choices": [found]}]
+        return [base | {"choices": [found]} | ({"usage": used(prompt, generated)} if asked.counts else {})]
 
     def last(answers: list[Answer]) -> list[Any]:
         if asked.stream_options is None or not asked.stream_options.include_usage:
             return []
-        generated = sum(len(one.choices) for one in answers)
-        usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-        return [base | {"choices": [], "usage": usage}]
+        return [base | {"choices": [], "usage": used(prompt, sum(len(one.choices) for one in answers))}]
 
     return Answered(context, job, first=list, piece=piece, last=last, headers=headers)
 

@@ -208,7 +208,7 @@ class Hosted:
                 raise HTTPError(400, f"'{name}' is more than the {limit} tokens that the answer may have", param=name)
         sampling = Sampling(
             max_new_tokens=limit,
-            min_new_tokens=asked.min_tokens,
+            min_new_tokens=limit if asked.ignore_eos else asked.min_tokens,
             target_new_tokens=asked.target_tokens,
             temperature=asked.temperature,
             top_k=asked.top_k,

@@ -24,6 +24,7 @@ class Form(BaseModel):
 
 class StreamOptions(Form):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: the usage so far, with every event
 
 
 class Asked(Form):
@@ -44,6 +45,7 @@ class Asked(Form):
     stream: bool = False
     stream_options: StreamOptions | None = None
     min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False  # vLLM's, of load tools: the answer does not end before max_tokens
     target_tokens: int | None = Field(None, gt=0)
     priority: int = Field(0, ge=-10, le=0)  # who asks may step back behind others, not push them aside
     timeout: float | None = Field(None, gt=0, le=3600)
@@ -55,9 +57,16 @@ class Asked(Form):
     def _coherent(self) -> Asked:
         if self.regex is not None and self.grammar is not None:
             raise ValueError("give regex or grammar, not both")
+        if self.ignore_eos and self.target_tokens is not None:
+            raise ValueError("give ignore_eos or target_tokens, not both")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options go with stream: true")
         return self
+
+    @property
+    def counts(self) -> bool:
+        """Whether every event of the stream says what was used so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -10,8 +10,10 @@ import logging
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import uvicorn
 
@@ -20,6 +22,7 @@ from armillary.server.app import Server
 from armillary.server.connection import Connection
 
 _EXTRAS = ("route", "status", "client", "id", "seconds", "finish")
+_FRAMES = 6  # of an exception, the innermost
 
 
 def check_address(host: str, keys: bool) -> None:
@@ -114,12 +117,25 @@ def _uncaught() -> Iterator[None]:
 
 
 class Lines(logging.Formatter):
-    """Logs as one JSON object per line: no prompt, no key."""
+    """Logs as one JSON object per line: no prompt, no key. Of an exception its kind and place are told, not its words,
+    and of what others log the first line, which holds no values."""
 
     def format(self, record: logging.LogRecord) -> str:
         found: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
-        found["event"] = record.getMessage()
+        ours = record.name.partition(".")[0] == "armillary"
+        found["event"] = record.getMessage() if ours else record.getMessage().partition("\n")[0]
         found |= {name: getattr(record, name) for name in _EXTRAS if hasattr(record, name)}
         if record.exc_info and record.exc_info[0] is not None:
             found["error"] = record.exc_info[0].__name__
+            places = traceback.walk_tb(record.exc_info[2])
+            found["at"] = [f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in places][-_FRAMES:]
         return json.dumps(found, ensure_ascii=False)
+
+
+def log_to(stream: TextIO) -> None:
+    """All that is logged in this process goes there in such lines: the server's, the engine's, and what others warn
+    of, which would be written with its values otherwise."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Lines())
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("armillary.server").setLevel(logging.INFO)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +35,12 @@ class Turns:
 
     def __init__(self, tokens: int = TOKENS, entries: int = ENTRIES) -> None:
         self._most, self._entries, self._tokens = tokens, entries, 0
-        self._kept: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._kept: OrderedDict[bytes, array[int]] = OrderedDict()  # a tuple takes nine times the memory
         self._lock = threading.Lock()
 
     def keep(self, space: str, spoken: Spoken, text: str, chosen: Sequence[int]) -> None:
         """An answer: its prompt, its text and the tokens chosen."""
-        whole = (*spoken.ids, *chosen)
+        whole = array("i", (*spoken.ids, *chosen))
         with self._lock:
             key = _key(space, spoken.plain, text)
             self._tokens += len(whole) - len(self._kept.pop(key, ()))
@@ -55,7 +56,7 @@ class Turns:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
-            return found
+            return None if found is None else tuple(found)
 
 
 def _key(space: str, plain: Sequence[int], text: str) -> bytes:

@@ -211,7 +211,7 @@ def test_in_and_out_against_transformers(
 
 
 def test_every_decoder_was_measured() -> None:
-    """parity.json is of these cases and this version; the other families are in test_encoders.py."""
+    """parity.json is of these cases; the other families are in test_encoders.py."""
     held = json.loads(MEASURED.read_text(encoding="utf-8"))
     assert held["families"].keys() == set(PEERS)
     assert [(family, variant) for family, variants in held["families"].items() for variant in variants] == list(CASES)

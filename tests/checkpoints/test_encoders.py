@@ -7,7 +7,6 @@ Run with ARMILLARY_MEASURE=1, in one process, it writes what it measured to enco
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,28 +14,36 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peers import (
+    TOKENS,
+    VOCABULARY,
+    Measured,
+    Seen,
+    greedy,
+    in_and_out,
+    measuring,
+    share,
+    stirred,
+    tokens,
+    transformers,
+    weights,
+)
+from safetensors.torch import save_file
 
 import armillary as arm
 from armillary.base.errors import ArmillaryError
 from armillary.checkpoints import load, save_open
 from armillary.checkpoints.assemble import fill, wanted
-from armillary.checkpoints.facts import facts
 from armillary.checkpoints.table import families
 from armillary.checkpoints.tensors import stored
 from armillary.engine.core import Engine
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.nn.network import Network, build
-from armillary.nn.taps import Taps
 from armillary.nn.two_stream import two_stream
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 MEASURED = Path(__file__).with_name("encoders.json")
-VOCABULARY, CONTEXT, TOKENS, CLOSE = 107, 48, 64, 1e-4
+CONTEXT, CLOSE = 48, 1e-4
 FEW = [9, 17, 12]  # tokens of each row, the rest is padding
 
 BERT: dict[str, Any] = {
@@ -100,50 +107,24 @@ UNREAD = ("pooler.", "cls.seq_relationship.")
 
 
 @pytest.fixture(scope="module")
-def measured() -> Iterator[dict[str, dict[str, dict[str, float]]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    yield found
-    if os.environ.get("ARMILLARY_MEASURE"):
-        assert sum(map(len, found.values())) == len(CASES), "measure all cases in one process"
-        data = {"transformers": transformers.__version__, "families": found}
-        MEASURED.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def measured() -> Iterator[Measured]:
+    yield from measuring(MEASURED, CASES)
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES, ids=[f"{family}-{variant}" for family, variant in CASES])
-def test_in_and_out_against_transformers(
-    tmp_path: Path, family: str, variant: str, measured: dict[str, dict[str, dict[str, float]]]
-) -> None:
-    peer = _peer(family, variant)
-    half = variant.endswith("in bf16")
-    (peer.bfloat16() if half else peer).save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
-    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
-    loaded = load(tmp_path / "theirs", "cpu")
-    kept = network = loaded.network
-    if half:
-        assert {one.dtype for one in kept.parameters()} == {torch.bfloat16} and kept.dtype == torch.bfloat16
-        network, peer = load(tmp_path / "theirs", "cpu", "float32").network, _again(peer, tmp_path / "theirs")
-    network.check_ties()
-    result = dict(zip(("logits", "hidden"), _differences(network, peer), strict=True))
-    assert result["logits"] < 1e-4 and result["hidden"] < 1e-4
+def test_in_and_out_against_transformers(tmp_path: Path, family: str, variant: str, measured: Measured) -> None:
+    made, half = _peer(family, variant), variant.endswith("in bf16")
+    network, peer, result = in_and_out(tmp_path, family, made, half, type(made).from_pretrained, _differences, _own)
     if network.settings.form == "encoder_decoder":
         result["greedy"], result["close"] = _greedy(network, peer)
-
-    save_open(tmp_path / "ours", kept, family=family, max_shard=25_000)
-    again = _again(peer, tmp_path / "ours")
-    result["exported"] = _differences(network, again)[0]
-    assert result["exported"] < 1e-4
-    theirs, ours = _weights(tmp_path / "theirs"), _weights(tmp_path / "ours")
-    assert set(theirs) == set(ours)
-    assert all(theirs[key].dtype == ours[key].dtype and torch.equal(theirs[key], ours[key]) for key in theirs)
-    rewritten = load(tmp_path / "ours", "cpu")
-    assert facts(rewritten.network.settings) == facts(kept.settings)
     measured.setdefault(family, {})[variant] = result
 
 
 def test_every_family_was_measured() -> None:
-    """encoders.json and parity.json are of these cases, this version and all families that there are."""
-    held = json.loads(MEASURED.read_text(encoding="utf-8"))["families"]
-    decoders = json.loads(MEASURED.with_name("parity.json").read_text(encoding="utf-8"))["families"]
+    """encoders.json is of these cases; with parity.json, of one version of transformers and all families there are."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in (MEASURED, MEASURED.with_name("parity.json"))]
+    assert len({one["transformers"] for one in files}) == 1  # docs/models.md names it once
+    held, decoders = (one["families"] for one in files)
     assert held.keys() | decoders.keys() == set(families.names()) and not held.keys() & decoders.keys()
     assert [(family, variant) for family, variants in held.items() for variant in variants] == list(CASES)
 
@@ -156,40 +137,17 @@ def _peer(family: str, variant: str) -> Any:
     if OWN in variant:
         peer.lm_head.weight = torch.nn.Parameter(peer.lm_head.weight.detach().clone())
         peer.all_tied_weights_keys.pop("lm_head.weight")
-    generator = torch.Generator().manual_seed(7)
-    for parameter in peer.parameters():  # weights far from their start, so that every one of them counts
-        noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        parameter.data = noise + (1 if parameter.dim() == 1 else 0)
-    return peer.eval()
+    return stirred(peer)
 
 
-def _again(peer: Any, folder: Path) -> Any:
-    model = type(peer).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return model.eval()
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _own(folder: Path) -> dict[str, torch.Tensor]:
     """Those of a network's own: a body's names whole or bare, without what takes no part in it."""
-    found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    bare = {re.sub(r"^(bert|roberta|transformer)\.", "", name): tensor for name, tensor in found.items()}
+    bare = {re.sub(r"^(bert|roberta|transformer)\.", "", name): tensor for name, tensor in weights(folder).items()}
     return {name: tensor for name, tensor in bare.items() if not name.startswith(UNREAD)}
 
 
 def _ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-class _Seen(Taps):
-    """The residual stream before every block, and what the last norm gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[torch.Tensor] = []
-
-    def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        if name == "norm" or name.endswith(".residual.pre"):
-            self.found.append(value)
-        return value
+    return tokens(rows, length, least=5, seed=seed)
 
 
 @torch.no_grad()
@@ -199,8 +157,7 @@ def _differences(network: Network, peer: Any) -> tuple[float, float]:
     padding = torch.arange(max(FEW)) < torch.tensor(FEW)[:, None]
     pad = peer.config.pad_token_id or 0
     ids = _ids(len(FEW), max(FEW)).masked_fill(~padding, pad)
-    seen = _Seen()
-    kept = padding
+    seen, kept = Seen(), padding
     if network.settings.form == "encoder_decoder":
         answers = _ids(len(FEW), 14, seed=2)
         out = network(answers, source=ids, source_padding=padding, taps=seen)
@@ -215,28 +172,19 @@ def _differences(network: Network, peer: Any) -> tuple[float, float]:
         theirs = peer(ids, attention_mask=padding.long(), token_type_ids=segments, output_hidden_states=True)
         hidden, masks = theirs.hidden_states, [padding] * len(theirs.hidden_states)
     assert len(seen.found) == len(hidden)
-    pairs = [(a[mask], b[mask]) for a, b, mask in zip(seen.found, hidden, masks, strict=True)]
-    share = max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
+    apart = share((a[mask], b[mask]) for a, b, mask in zip(seen.found, hidden, masks, strict=True))
     logits = theirs.get("logits", theirs.get("prediction_logits"))
     if logits is None:
-        return share, share
-    return float((out - logits)[kept].abs().max()), share
+        return apart, apart
+    return float((out - logits)[kept].abs().max()), apart
 
 
-@torch.no_grad()
 def _greedy(network: Network, peer: Any) -> tuple[int, int]:
-    """How many greedy tokens were the same, and 1 if two best logits that nearly tied ended the comparison."""
-    source, start = _ids(1, 11), network.settings.start
-    theirs = peer.generate(source, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
-    assert theirs[0] == start and len(theirs) == TOKENS + 1
+    source = _ids(1, 11)
+    start, *theirs = peer.generate(source, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
+    assert start == network.settings.start and len(theirs) == TOKENS
     state = network.init_state(1, TOKENS, source=source)
-    for step, token in enumerate(theirs[:-1]):
-        logits = network.extend(torch.tensor([[token]]), state, last=True)[0, -1]
-        best = logits.topk(2).values
-        if best[0] - best[1] < CLOSE:
-            return step, 1
-        assert int(logits.argmax()) == theirs[step + 1], f"token {step}"
-    return TOKENS, 0
+    return greedy(network, state, torch.tensor([[start]]), theirs, CLOSE)
 
 
 def test_two_streams() -> None:
@@ -284,7 +232,7 @@ def test_two_streams() -> None:
 def test_two_names_of_one_tensor(tmp_path: Path) -> None:
     """An older name beside the newer one is refused, even where a reader would take the last of them."""
     _peer("bert", "bare body").save_pretrained(tmp_path)
-    held = _weights(tmp_path)
+    held = weights(tmp_path)
     held["embeddings.LayerNorm.gamma"] = held["embeddings.LayerNorm.weight"] + 1
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArmillaryError, match="two names of one tensor") as caught:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import transformers
 
 import armillary as arm
 from armillary.base.errors import CheckpointError
@@ -20,8 +21,6 @@ from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.text import TokenizerSettings, train_tokenizer
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
 TOKENIZER = train_tokenizer(TokenizerSettings(kind="byte"), [])
 COMMON: dict[str, Any] = {
     "vocab_size": TOKENIZER.size + 5,  # rows that no token has, as folders often do

@@ -7,86 +7,40 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peers import CONTEXT, GPT2, SIZES, VOCABULARY, greedy, stirred, tokens, transformers, weights
+from safetensors.torch import save_file
 
 from armillary.base.settings import parse
 from armillary.checkpoints import Loaded, load, load_open, save, save_native, save_open
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.text import Tokenizer, TokenizerSettings, train_tokenizer
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-VOCABULARY, CONTEXT = 107, 96
-LLAMA: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 76,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 1,
-    "eos_token_id": None,  # so that a greedy continuation never stops early
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 40,
-    "n_layer": 3,
-    "n_head": 5,
-    "n_inner": 92,
-    "n_positions": CONTEXT,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MODELS: dict[str, dict[str, Any]] = {"plain": {}, "tied": {"tie_word_embeddings": True}, "gpt2": {}}
+ENDS = {"bos_token_id": 1, "eos_token_id": None}  # so that a greedy continuation never stops early
+LLAMA = SIZES | ENDS | {"num_hidden_layers": 2}
 
 
-def _peer(name: str) -> Any:
-    if name.startswith("gpt2"):
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(GPT2 | MODELS[name])))
-    else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | MODELS[name])))
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():  # weights far from their start, so that every one of them counts
-        noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        parameter.data = noise + (1 if parameter.dim() == 1 else 0)
-    return model.eval()
-
-
-def _ids(rows: int = 2, length: int = 60) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def _greedy(network: Network, start: torch.Tensor, count: int) -> list[int]:
-    state = network.init_state(len(start), start.shape[1] + count)
-    logits = network.extend(start, state, last=True)
-    found = []
-    for _ in range(count):
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        found.append(int(token))
-        logits = network.extend(token, state, last=True)
-    return found
+def _made(name: str, **changes: Any) -> Any:
+    if name == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(GPT2 | ENDS | changes)))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**(LLAMA | {"tie_word_embeddings": name == "tied"} | changes))
+    )
 
 
 def _same(network: Network, peer: Any) -> None:
     """Logits within 1e-4 and the same 32 greedy tokens."""
-    ids = _ids()
+    ids = tokens()
     with torch.no_grad():
         assert (network(ids) - peer(ids).logits).abs().max() < 1e-4
         start = ids[:1, :11]
-        theirs = peer.generate(start, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 11:]
-        assert len(theirs) == 32 and _greedy(network, start, 32) == theirs.tolist()
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        theirs = peer.generate(start, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 11:].tolist()
+    assert len(theirs) == 32
+    greedy(network, network.init_state(1, CONTEXT), start, theirs, close=0)
 
 
 @pytest.mark.parametrize("name", ["plain", "gpt2"])
 def test_through_the_native_layout_and_back(tmp_path: Path, name: str) -> None:
-    peer = _peer(name)
+    peer = stirred(_made(name))
     peer.save_pretrained(tmp_path / "theirs")
     loaded = load(tmp_path / "theirs", "cpu")
     save_native(tmp_path / "native", loaded.network, recipe=loaded.recipe)
@@ -96,9 +50,9 @@ def test_through_the_native_layout_and_back(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name, body", [("tied", "model"), ("gpt2", "transformer")])
 def test_the_bare_body_of_a_tied_model(tmp_path: Path, name: str, body: str) -> None:
     """Names without the prefix, as the published GPT-2 has them."""
-    peer = _peer(name)
+    peer = stirred(_made(name))
     getattr(peer, body).save_pretrained(tmp_path / "theirs")
-    assert not any(key.startswith(body) for key in _weights(tmp_path / "theirs"))
+    assert not any(key.startswith(body) for key in weights(tmp_path / "theirs"))
     _same(load(tmp_path / "theirs", "cpu").network, peer)
 
 
@@ -119,11 +73,9 @@ def test_rotary_variants_without_a_key_are_expressed(tmp_path: Path, pairing: st
     for parameter in network.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     save_open(tmp_path / "ours", network)
-    _same(network, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
-    _same(
-        load(tmp_path / "ours", "cpu").network,
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(),
-    )
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    for one in (network, load(tmp_path / "ours", "cpu").network):
+        _same(one, peer)
 
 
 TEXTS = ["Zwölf Boxkämpfer jagen Viktor", "def main() -> None:\n    return 3\n", "日本語 🙂 <|end|>", ""]
@@ -132,12 +84,7 @@ TEXTS = ["Zwölf Boxkämpfer jagen Viktor", "def main() -> None:\n    return 3\n
 @pytest.mark.parametrize("name", ["plain", "gpt2"])
 def test_our_tokenizer_in_a_folder_for_others(tmp_path: Path, name: str) -> None:
     tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
-    changes = {"vocab_size": tokenizer.size}
-    if name == "gpt2":
-        peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(GPT2 | changes)))
-    else:
-        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | changes)))
-    peer.save_pretrained(tmp_path / "theirs")
+    _made(name, vocab_size=tokenizer.size).save_pretrained(tmp_path / "theirs")
     network = load(tmp_path / "theirs", "cpu").network
     save(tmp_path / "ours", network, tokenizer, layout="open")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
@@ -171,10 +118,7 @@ def test_a_tokenizer_made_elsewhere(tmp_path: Path) -> None:
         vocab_size=300, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     inner.train_from_iterator(["some words and some more words " * 9], trainer)
-    peer = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**(LLAMA | {"vocab_size": inner.get_vocab_size() + 5}))
-    )
-    peer.save_pretrained(tmp_path)
+    _made("plain", vocab_size=inner.get_vocab_size() + 5).save_pretrained(tmp_path)
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path)
     loaded = load_open(tmp_path, "cpu")
     assert isinstance(loaded.tokenizer, Tokenizer) and loaded.tokenizer.size == inner.get_vocab_size()
@@ -193,13 +137,13 @@ def test_experts_stored_as_one_tensor(tmp_path: Path, kind: str, config: dict[st
     peer = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
     peer.save_pretrained(tmp_path / "fused", save_original_format=False)
     peer.save_pretrained(tmp_path / "apart")
-    fused, apart = _weights(tmp_path / "fused"), _weights(tmp_path / "apart")
+    fused, apart = weights(tmp_path / "fused"), weights(tmp_path / "apart")
     assert any(name.endswith(".experts.gate_up_proj") for name in fused) and len(apart) > len(fused)
     network = load(tmp_path / "fused", "cpu").network
     for name, tensor in load(tmp_path / "apart", "cpu").network.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor)
     save_open(tmp_path / "ours", network)
-    assert _weights(tmp_path / "ours").keys() == apart.keys()
+    assert weights(tmp_path / "ours").keys() == apart.keys()
 
 
 def test_the_older_name_of_an_embedding(tmp_path: Path) -> None:
@@ -208,8 +152,8 @@ def test_the_older_name_of_an_embedding(tmp_path: Path) -> None:
         transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, state_size=4)
     ).eval()
     peer.save_pretrained(tmp_path)
-    held = _weights(tmp_path)
+    held = weights(tmp_path)
     held["backbone.embedding.weight"] = held.pop("backbone.embeddings.weight")
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
-        assert (load(tmp_path, "cpu").network(_ids()) - peer(_ids()).logits).abs().max() < 1e-4
+        assert (load(tmp_path, "cpu").network(tokens()) - peer(tokens()).logits).abs().max() < 1e-4

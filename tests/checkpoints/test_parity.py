@@ -8,45 +8,34 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peers import (
+    CONTEXT,
+    GPT2,
+    SIZES,
+    TOKENS,
+    VOCABULARY,
+    Measured,
+    Seen,
+    greedy,
+    in_and_out,
+    measuring,
+    share,
+    stirred,
+    tokens,
+    transformers,
+)
 
-from armillary.checkpoints import load, save_open
-from armillary.checkpoints.facts import facts
 from armillary.nn.network import Network
-from armillary.nn.taps import Taps
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+MEASURED, CLOSE = Path(__file__).with_name("parity.json"), 1e-3
 
-MEASURED = Path(__file__).with_name("parity.json")
-VOCABULARY, CONTEXT, TOKENS, CLOSE = 107, 96, 64, 1e-3
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 76,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"} | {"num_attention_heads": 3}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 40,
-    "n_layer": 3,
-    "n_head": 5,
-    "n_inner": 92,
-    "n_positions": CONTEXT,
-}
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 40, "n_layer": 3, "n_head": 5}
 GEMMA = SIZES | {"head_dim": 10, "query_pre_attn_scalar": 20, "sliding_window": 7}
 MOE = SIZES | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
@@ -166,52 +155,21 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def measured() -> Iterator[dict[str, dict[str, dict[str, float]]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    yield found
-    if os.environ.get("ARMILLARY_MEASURE"):
-        assert sum(map(len, found.values())) == len(CASES), "measure all cases in one process"
-        data = {"transformers": transformers.__version__, "families": found}
-        MEASURED.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def measured() -> Iterator[Measured]:
+    yield from measuring(MEASURED, CASES)
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES, ids=[f"{family}-{variant}" for family, variant in CASES])
-def test_in_and_out_against_transformers(
-    tmp_path: Path, family: str, variant: str, measured: dict[str, dict[str, dict[str, float]]]
-) -> None:
-    peer = _peer(family, CASES[family, variant])
-    half = variant.endswith("in bf16")
-    (peer.bfloat16() if half else peer).save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
-    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
-    loaded = load(tmp_path / "theirs", "cpu")
-    kept = network = loaded.network
-    if half:
-        # read anew: casting a whole model to bf16 rounds their rotary frequencies too
-        assert {one.dtype for one in kept.parameters()} == {torch.bfloat16} and kept.dtype == torch.bfloat16
-        network, peer = load(tmp_path / "theirs", "cpu", "float32").network, _again(tmp_path / "theirs")
-    network.check_ties()
-    result = {"logits": _logits(network, peer), "hidden": _hidden(network, peer)}
-    assert result["logits"] < 1e-4 and result["hidden"] < 1e-4
+def test_in_and_out_against_transformers(tmp_path: Path, family: str, variant: str, measured: Measured) -> None:
+    made, read = _peer(family, CASES[family, variant]), transformers.AutoModelForCausalLM.from_pretrained
+    network, peer, result = in_and_out(tmp_path, family, made, variant.endswith("in bf16"), read, _differences)
     result["greedy"], result["close"] = _greedy(network, peer)
     _chunks(network)
-
-    save_open(tmp_path / "ours", kept, family=family, max_shard=25_000)
-    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
-    again = _again(tmp_path / "ours")
-    assert type(again) is type(peer)
-    result["exported"] = _logits(network, again)
-    assert result["exported"] < 1e-4
-    theirs, ours = _weights(tmp_path / "theirs"), _weights(tmp_path / "ours")
-    assert set(theirs) == set(ours)
-    assert all(theirs[key].dtype == ours[key].dtype and torch.equal(theirs[key], ours[key]) for key in theirs)
-    rewritten = load(tmp_path / "ours", "cpu")
-    assert facts(rewritten.network.settings) == facts(kept.settings)
-    assert loaded.recipe is not None and loaded.recipe.model == kept.settings and loaded.recipe.name == "theirs"
     measured.setdefault(family, {})[variant] = result
 
 
 def test_every_decoder_was_measured() -> None:
-    """parity.json is of these cases and this version; the other families are in test_encoders.py."""
+    """parity.json is of these cases; the other families are in test_encoders.py."""
     held = json.loads(MEASURED.read_text(encoding="utf-8"))
     assert held["families"].keys() == set(PEERS)
     assert [(family, variant) for family, variants in held["families"].items() for variant in variants] == list(CASES)
@@ -222,82 +180,35 @@ def _peer(family: str, changes: dict[str, Any]) -> Any:
     none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # so that nothing stops early
     made = getattr(transformers, config)(**(base | none | changes), attn_implementation="eager")
     peer = getattr(transformers, model)(made)
-    generator = torch.Generator().manual_seed(7)
-    for parameter in peer.parameters():  # weights far from their start, so that every one of them counts
-        noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        parameter.data = noise + (1 if parameter.dim() == 1 and not family.startswith("gemma") else 0)
-    return peer.eval()
-
-
-def _again(folder: Path) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return model.eval()
-
-
-def _ids(rows: int = 2, length: int = 60) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return stirred(peer, gain=0 if family.startswith("gemma") else 1)  # theirs add 1 to it
 
 
 @torch.no_grad()
-def _logits(network: Network, peer: Any) -> float:
-    ids = _ids()
-    return float((network(ids) - peer(ids).logits).abs().max())
-
-
-class _Seen(Taps):
-    """The residual stream before every block, and what the last norm gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[torch.Tensor] = []
-
-    def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        if name == "norm" or name.endswith(".residual.pre"):
-            self.found.append(value)
-        return value
-
-
-@torch.no_grad()
-def _hidden(network: Network, peer: Any) -> float:
-    """The largest difference of hidden states, as a share of the largest of their layer (if above 1)."""
-    ids, seen = _ids(), _Seen()
-    network(ids, taps=seen)
-    theirs = peer(ids, output_hidden_states=True).hidden_states
+def _differences(network: Network, peer: Any) -> tuple[float, float]:
+    """The largest of logits, and of hidden states as a share of the largest of their layer."""
+    ids, seen = tokens(), Seen()
+    logits, theirs = network(ids, taps=seen), peer(ids, output_hidden_states=True)
+    hidden = theirs.hidden_states
     if peer.config.model_type in ("mamba", "mamba2"):  # theirs are of after every block, before the last norm too
-        theirs = (peer.get_input_embeddings()(ids), *theirs[:-2], theirs[-1])
-    assert len(seen.found) == len(theirs) == network.settings.depth + 1
-    pairs = zip(seen.found, theirs, strict=True)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
+        hidden = (peer.get_input_embeddings()(ids), *hidden[:-2], hidden[-1])
+    assert len(seen.found) == len(hidden) == network.settings.depth + 1
+    return float((logits - theirs.logits).abs().max()), share(zip(seen.found, hidden, strict=True))
 
 
 @torch.no_grad()
 def _greedy(network: Network, peer: Any) -> tuple[int, int]:
-    """How many greedy tokens were the same, and 1 if two best logits that nearly tied ended the comparison."""
-    start = _ids(1, 11)
+    start = tokens(1, 11)
     # limits on steps are left out where they go on from a cache, though not without one
     cached = tuple(getattr(peer.config, "time_step_limit", ())) in ((), (0.0, math.inf))
     theirs = peer.generate(start, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0, use_cache=cached)
-    theirs = theirs[0, 11:].tolist()
-    assert len(theirs) == TOKENS
-    state = network.init_state(1, CONTEXT)
-    logits = network.extend(start, state, last=True)[0, -1]
-    for step, token in enumerate(theirs):
-        best = logits.topk(2).values
-        if best[0] - best[1] < CLOSE:
-            return step, 1
-        assert int(logits.argmax()) == token, f"token {step}"
-        logits = network.extend(torch.tensor([[token]]), state, last=True)[0, -1]
-    return TOKENS, 0
+    assert theirs.shape == (1, 11 + TOKENS)
+    return greedy(network, network.init_state(1, CONTEXT), start, theirs[0, 11:].tolist(), CLOSE)
 
 
 @torch.no_grad()
 def _chunks(network: Network) -> None:
     """The same logits in chunks through a state as without one."""
-    ids = _ids()
+    ids = tokens()
     state = network.init_state(len(ids), 8)
     parts = [network.extend(part, state) for part in ids.split(13, 1)]
     assert (torch.cat(parts, 1) - network(ids)).abs().max() < 1e-4

@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import transformers
 
 import armillary as arm
 from armillary.base.errors import ArmillaryError
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
-
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 # A folder of public texts beside this checkout, or beside one of the folders above it.
 TEXTS = next((found for up in Path(__file__).parents if (found := up / "shared" / "data" / "flores200").is_dir()), None)

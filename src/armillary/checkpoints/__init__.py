@@ -18,9 +18,25 @@ from armillary.recipe import Recipe
 from armillary.text import Tokenizer
 
 _MODEL_FILES = re.compile(
-    r"armillary\.json|recipe\.yaml|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
-    r"|model\.safetensors\.index\.json|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json|1_Pooling|2_Normalize"
-    r"|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"""
+      armillary\.json
+    | recipe\.yaml
+    | config\.json
+    | generation_config\.json
+    | model\.safetensors
+    | model-\d{5}-of-\d{5}\.safetensors
+    | model\.safetensors\.index\.json
+    | tokenizer\.json
+    | tokenizer_config\.json
+    | special_tokens_map\.json
+    | chat_template\.jinja
+    | modules\.json  # those of an encoder of sentences
+    | sentence_bert_config\.json
+    | config_sentence_transformers\.json
+    | 1_Pooling
+    | 2_Normalize
+    """,
+    re.VERBOSE,
 )
 
 

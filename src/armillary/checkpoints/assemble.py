@@ -114,7 +114,9 @@ def recipe_around(settings: ModelSettings, tokenizer: Tokenizer | None, name: st
     """
     assert settings.vocabulary is not None
     size = settings.vocabulary if tokenizer is None else tokenizer.size
-    for _, objective in objectives:
+    # The first is for models with its own mixers, one of the others fits each form; all would be more to import.
+    for usual in ("adversarial", "causal", "masked", "prefix"):
+        objective = objectives.get(usual)
         try:
             training = TrainingSettings(objective=objective(), context=min(512, settings.context))
             objective().check(settings)

@@ -12,10 +12,14 @@ from typing import Any, ClassVar
 
 from armillary.base.errors import UnsupportedError
 from armillary.checkpoints.facts import Facts, facts
-from armillary.checkpoints.fields import Field, Same
+from armillary.checkpoints.fields import ACTIVATIONS, Field, Same, Word
 from armillary.checkpoints.table import Entry, Family, PermuteHalfInterleaved, Step
 from armillary.nn.network import ModelSettings
 
+RMSNORM = {"kind": "rmsnorm"}
+BIASES = Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False)
+ACTIVATION = Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu")
+TIED = Same("tie_word_embeddings", "head.tied", kind=bool, default=False)
 SIZES: tuple[Field, ...] = (
     Same("vocab_size", "vocabulary", needed=True),
     Same("hidden_size", "width", needed=True),
@@ -23,6 +27,41 @@ SIZES: tuple[Field, ...] = (
     Same("num_attention_heads", "block.mixer.heads", needed=True),
     Same("intermediate_size", "block.channel.hidden", needed=True),
 )
+
+
+def sizes(context: int, kv_heads: int | None = None, head_width: int | None = None) -> tuple[Field, ...]:
+    """The sizes of a model, with the readers' defaults for keys that may be missing; the feed-forward's is the last."""
+    return (
+        *SIZES[:-1],
+        Same("max_position_embeddings", "context", default=context),
+        Same("num_key_value_heads", "block.mixer.kv_heads", default=kv_heads, null=None),
+        Same("head_dim", "block.mixer.head_width", default=head_width),
+        SIZES[-1],
+    )
+
+
+def epsilon(default: float, *also: str) -> Field:
+    """That of every norm, and of those at these settings."""
+    return Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", *also, kind=float, default=default)
+
+
+def arrangement(
+    mixer: Mapping[str, Any] | None = None,
+    channel: str | None = "gated",
+    norm: Mapping[str, Any] = RMSNORM,
+    **block: Any,
+) -> dict[str, Any]:
+    """A template: rotary attention with these settings besides, and a channel mixer, of this kind in all blocks (None:
+    not in all). norm: every norm; block: what else a block has."""
+    parts = {"mixer": {"kind": "attention", "position": {"kind": "rope"}, **(mixer or {})}}
+    if channel is not None:
+        parts["channel"] = {"kind": channel}
+    return {
+        "form": "decoder",
+        "norm": norm,
+        "head": {"kind": "language_model"},
+        "block": {**parts, "norm": norm, **block},
+    }
 
 
 class Decoder(Family):
@@ -37,16 +76,7 @@ class Decoder(Family):
     channel: ClassVar[str] = "mlp"
     last: ClassVar[str] = "model.norm"
     whole: ClassVar[bool] = False
-    template: ClassVar[Mapping[str, Any]] = {
-        "form": "decoder",
-        "norm": {"kind": "rmsnorm"},
-        "head": {"kind": "language_model"},
-        "block": {
-            "mixer": {"kind": "attention", "position": {"kind": "rope"}},
-            "channel": {"kind": "gated"},
-            "norm": {"kind": "rmsnorm"},
-        },
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement()
     ignored: ClassVar[frozenset[str]] = frozenset({"pretraining_tp", "attention_dropout"})
     constants: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     leftovers: ClassVar[re.Pattern[str] | None] = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

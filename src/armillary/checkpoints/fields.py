@@ -76,7 +76,7 @@ class Field:
         raise NotImplementedError
 
     def write(self, facts: Facts, config: Data) -> None:
-        raise NotImplementedError
+        """By default nothing: what the readers take for granted, or what other keys say."""
 
 
 class Same(Field):
@@ -177,9 +177,6 @@ class Fixed(Field):
             hint = self.why or f"only {self.value!r} can be represented"
             raise UnsupportedError(f"'{self.keys[0]}' is {found!r}", where=config.where, hint=hint)
 
-    def write(self, facts: Facts, config: Data) -> None:
-        pass  # the readers' own default
-
 
 class Equal(Field):
     """A key that only repeats another one and must not contradict it."""
@@ -192,9 +189,6 @@ class Equal(Field):
         value = config.take(key)
         if value is not None and value != config.data.get(self.other):
             raise config.clash(f"'{key}': {value!r}", f"'{self.other}': {config.data.get(self.other)!r}")
-
-    def write(self, facts: Facts, config: Data) -> None:
-        pass
 
 
 # Keys that change the computation wherever they stand.

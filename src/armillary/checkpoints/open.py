@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.base.errors import CheckpointError, UnsupportedError, nearest
+from armillary.base.errors import CheckpointError, SettingsError, UnsupportedError, nearest
 from armillary.base.files import new_folder, write_atomic
 from armillary.checkpoints import sentence
 from armillary.checkpoints.assemble import Loaded, blank, fill, pick_device, pick_dtype, recipe_around, wanted
@@ -181,13 +181,11 @@ def _family(root: Path) -> Family:
     kind = read_json(path).get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError("'model_type' is missing", where=str(path), hint=f"known: {', '.join(families.names())}")
-    if kind not in families.names():
-        raise UnsupportedError(
-            f"'model_type' is {kind!r}, a family that is not read yet",
-            where=str(path),
-            hint=nearest(kind, families.names()),
-        )
-    return families.get(kind)()
+    try:
+        return families.get(kind)()  # imports one family, or all to find who answers for another name than its file's
+    except SettingsError as error:
+        what = f"'model_type' is {kind!r}, a family that is not read yet"
+        raise UnsupportedError(what, where=str(path), hint=error.hint) from None
 
 
 def _blank(family: Family, settings: ModelSettings, count: int, where: str) -> Network:

@@ -14,13 +14,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z", re.ASCII)
 _STEP = re.compile(r"step-(\d+)\Z")
 # Weights, settings and tokenizer; never code, never pickles.
 _FETCHED = ("*.safetensors", "*.json", "*.jinja", "recipe.yaml", *FILES)
-_FOLDERS = (
-    "[!1]*/*",
-    "1[!_]*/*",
-    "1_[!P]*/*",
-    "?/*",
-    "*/*.safetensors",
-)  # not looked into; 1_Pooling says how an encoder of sentences pools
+# What is left out of folders inside: all but 1_Pooling, which says how an encoder of sentences pools, and weights
+# there, too.
+_FOLDERS = ("[!1]*/*", "1[!_]*/*", "1_[!P]*/*", "?/*", "*/*.safetensors")
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:

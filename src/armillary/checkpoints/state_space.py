@@ -32,9 +32,6 @@ class Product(Field):
         if value is not None and value != expand * width:
             raise config.clash(f"'{key}': {value!r}", f"'expand': {expand!r} times 'hidden_size': {width!r}")
 
-    def write(self, facts: Facts, config: Data) -> None:
-        pass
-
 
 class StepRank(Field):
     """`time_step_rank`: a number, or auto."""
@@ -116,9 +113,6 @@ class Empty(Field):
         found = config.take(self.keys[0], {})
         if not isinstance(found, Mapping) or found:
             raise UnsupportedError(f"'{self.keys[0]}' is {found!r}", where=config.where, hint="only {} can be read")
-
-    def write(self, facts: Facts, config: Data) -> None:
-        pass
 
 
 def body_entries() -> list[Entry]:

@@ -84,7 +84,7 @@ def name_of(token: Any) -> str | None:
 
 
 def text_of(file: Path) -> str:
-    """What a file of text holds."""
+    """What a file of text holds, each end of a line as \\n."""
     try:
         with explained("reading", file):
             return file.read_text("utf-8")
@@ -94,14 +94,19 @@ def text_of(file: Path) -> str:
         raise TokenizerError("there is no such file", where=str(file)) from None
 
 
+def json_of(file: Path) -> Any:
+    """What a file of JSON holds."""
+    try:
+        return json.loads(text_of(file))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"not valid JSON: {error}", where=str(file)) from None
+
+
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one when there is no such file."""
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(text_of(file))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"not valid JSON: {error}", where=str(file)) from None
+    found = json_of(file)
     if not isinstance(found, dict):
         raise TokenizerError("expected a JSON object", where=str(file))
     return found

@@ -7,7 +7,6 @@ that `transformers` gives. A class that is not known is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from armillary.base.errors import TokenizerError
-from armillary.base.files import explained
+from armillary.text.declared import json_of, text_of
 from armillary.text.sentencepiece import (
     CONTROL,
     UNIGRAM,
@@ -104,7 +103,7 @@ def _class(folder: Path, config: Mapping[str, Any]) -> str:
     if isinstance(given, str) and given not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return given.removesuffix("Fast")
     if (folder / "config.json").is_file():
-        data = _json(folder / "config.json")
+        data = json_of(folder / "config.json")
         kind = data.get("model_type") if isinstance(data, Mapping) else None
         if isinstance(kind, str):
             return _CLASSES.get(kind, kind)
@@ -126,9 +125,9 @@ _BERT = {
 
 
 def _bert(paths: list[Path], config: Config) -> Tokenizer:
-    lines = _text(paths[0]).split("\n")
+    lines = text_of(paths[0]).split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
-    vocabulary = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
+    vocabulary = {line: index for index, line in enumerate(lines)}
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token=_name(config, "unk_token")))
     inner.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -145,12 +144,11 @@ def _bert(paths: list[Path], config: Config) -> Tokenizer:
 
 
 def _byte_pairs(paths: list[Path]) -> Tokenizer:
-    vocabulary = _json(paths[0])
+    vocabulary = json_of(paths[0])
     if not isinstance(vocabulary, Mapping) or not all(type(index) is int for index in vocabulary.values()):
         raise TokenizerError("expected tokens and their ids", where=str(paths[0]))
     merges = []
-    for number, line in enumerate(_text(paths[1]).split("\n"), 1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(text_of(paths[1]).split("\n"), 1):
         if line and not (number == 1 and line.startswith("#version")):
             pair = line.split(" ")
             if len(pair) != 2:
@@ -283,18 +281,3 @@ def _name(config: Config, key: str) -> str:
     if not isinstance(token, str):
         raise TokenizerError(f"'{key}' is {token!r}, expected a token")
     return token
-
-
-def _text(path: Path) -> str:
-    with explained("reading", path):
-        try:
-            return path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"not UTF-8 text: {error}", where=str(path)) from None
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"not valid JSON: {error}", where=str(path)) from None

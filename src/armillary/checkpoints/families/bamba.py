@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from armillary.base.errors import UnsupportedError
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import RMSNORM, SIZES, TIED, Decoder, epsilon
 from armillary.checkpoints.experts import blocks_listed
 from armillary.checkpoints.facts import Facts, facts
 from armillary.checkpoints.fields import Config, Data, Field, Fixed, Same
@@ -74,7 +74,7 @@ class Bamba(Decoder):
     last: ClassVar[str] = "model.final_layernorm"
     template: ClassVar[Mapping[str, Any]] = {
         **Decoder.template,
-        "block": {"channel": {"kind": "gated", "activation": "silu"}, "norm": {"kind": "rmsnorm"}},
+        "block": {"channel": {"kind": "gated", "activation": "silu"}, "norm": RMSNORM},
         _ATTENTION: {"mixer": {"kind": "attention", "position": {"kind": "rope"}}},
         _MAMBA: {"mixer": {"kind": "mamba2"}},
     }
@@ -100,15 +100,8 @@ class Bamba(Decoder):
         StepLimits("mamba.mixer.step_limits"),
         Fixed("hidden_act", "silu"),
         Same("mlp_bias", "block.channel.bias", kind=bool, default=False),
-        Same(
-            "rms_norm_eps",
-            "norm.epsilon",
-            "block.norm.epsilon",
-            "mamba.mixer.epsilon",
-            kind=float,
-            default=1e-5,
-        ),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        epsilon(1e-5, "mamba.mixer.epsilon"),
+        TIED,
         Attending(),
     )
     ignored: ClassVar[frozenset[str]] = Decoder.ignored | {

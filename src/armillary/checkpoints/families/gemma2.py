@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import BIASES, SIZES, Decoder, arrangement, epsilon
 from armillary.checkpoints.facts import Facts
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Equal, Field, Fixed, Same, Word, put
 from armillary.checkpoints.layers import Layers
@@ -27,9 +27,6 @@ class EmbedScale(Field):
 
     def read(self, config: Config, data: Data) -> None:
         put(data, "embed_scale", max(data["width"], 0) ** 0.5)
-
-    def write(self, facts: Facts, config: Data) -> None:
-        pass
 
 
 class Scalar(Field):
@@ -69,24 +66,20 @@ class Gemma2(Decoder):
     architectures: ClassVar[tuple[str, ...]] = ("Gemma2ForCausalLM", "Gemma2Model")
     whole: ClassVar[bool] = True
     norms: ClassVar[tuple[tuple[str, str], ...]] = NORMS
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "norm": NORM,
-        "block": {**Decoder.template["block"], "norm": NORM, "norm_at": "sandwich"},
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement(norm=NORM, norm_at="sandwich")
     fields: ClassVar[tuple[Field, ...]] = (
         *SIZES,
         Same("max_position_embeddings", "context", default=8192),
         Same("num_key_value_heads", "block.mixer.kv_heads", default=4),
         Same("head_dim", "block.mixer.head_width", default=256),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        BIASES,
         Scalar(),
         Same("attn_logit_softcapping", "block.mixer.softcap", kind=float, default=50.0, null=None),
         Same("final_logit_softcapping", "head.softcap", kind=float, default=30.0, null=None),
         Rope(),
         Word("hidden_activation", "block.channel.activation", ACTIVATIONS, default="gelu_pytorch_tanh"),
         Equal("hidden_act", "hidden_activation"),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-6),
+        epsilon(1e-6),
         Same("tie_word_embeddings", "head.tied", kind=bool, default=True),
         Fixed("use_bidirectional_attention", False),
         Equal("sliding_window_size", "sliding_window"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import BIASES, SIZES, Decoder, arrangement, epsilon
 from armillary.checkpoints.facts import Facts
 from armillary.checkpoints.families.gemma2 import NORM, NORMS, EmbedScale, Scalar
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word, put
@@ -85,34 +85,20 @@ class Gemma3(Decoder):
     architectures: ClassVar[tuple[str, ...]] = ("Gemma3ForCausalLM", "Gemma3TextModel")
     whole: ClassVar[bool] = True
     norms: ClassVar[tuple[tuple[str, str], ...]] = NORMS
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "norm": NORM,
-        "block": {
-            "mixer": {"kind": "attention", "norm": NORM, "norm_over": "head", "position": {"kind": "rope"}},
-            "channel": {"kind": "gated"},
-            "norm": NORM,
-            "norm_at": "sandwich",
-        },
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement(
+        {"norm": NORM, "norm_over": "head"}, norm=NORM, norm_at="sandwich"
+    )
     fields: ClassVar[tuple[Field, ...]] = (
         *SIZES,
         Same("max_position_embeddings", "context", default=131072),
         Same("num_key_value_heads", "block.mixer.kv_heads", default=4),
         Same("head_dim", "block.mixer.head_width", default=256),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        BIASES,
         Scalar(),
         Fixed("attn_logit_softcapping", None),  # their own readers leave it out
         Same("final_logit_softcapping", "head.softcap", kind=float),
         Word("hidden_activation", "block.channel.activation", ACTIVATIONS, default="gelu_pytorch_tanh"),
-        Same(
-            "rms_norm_eps",
-            "norm.epsilon",
-            "block.norm.epsilon",
-            "block.mixer.norm.epsilon",
-            kind=float,
-            default=1e-6,
-        ),
+        epsilon(1e-6, "block.mixer.norm.epsilon"),
         Same("tie_word_embeddings", "head.tied", kind=bool, default=True),
         Fixed("use_bidirectional_attention", False),
         EmbedScale(),

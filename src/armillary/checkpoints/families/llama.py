@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
-from armillary.checkpoints.fields import ACTIVATIONS, Field, Fixed, Same, Word
+from armillary.checkpoints.decoder import ACTIVATION, BIASES, TIED, Decoder, epsilon, sizes
+from armillary.checkpoints.fields import Field, Fixed, Same
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import families
 
@@ -22,16 +22,13 @@ class Llama(Decoder):
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
     whole: ClassVar[bool] = True
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
-        Same("max_position_embeddings", "context", default=2048),
-        Same("num_key_value_heads", "block.mixer.kv_heads"),
-        Same("head_dim", "block.mixer.head_width"),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        *sizes(2048),
+        BIASES,
         Rope(),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
+        ACTIVATION,
         Same("mlp_bias", "block.channel.bias", kind=bool, default=False),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-6),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        epsilon(1e-6),
+        TIED,
         Fixed("sliding_window", None),
     )
     ignored: ClassVar[frozenset[str]] = Decoder.ignored | {"max_sequence_length"}

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import ACTIVATION, TIED, Decoder, arrangement, epsilon, sizes
 from armillary.checkpoints.experts import IGNORED, expert_entries
 from armillary.checkpoints.facts import facts
-from armillary.checkpoints.fields import ACTIVATIONS, Field, Fixed, Same, Word
+from armillary.checkpoints.fields import Field, Fixed, Same
 from armillary.checkpoints.layers import Window
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import Entry, families
@@ -23,26 +23,16 @@ class Mixtral(Decoder):
     kind: ClassVar[str] = "mixtral"
     source: ClassVar[str] = "Jiang et al. 2024, Mixtral of Experts"
     architectures: ClassVar[tuple[str, ...]] = ("MixtralForCausalLM", "MixtralModel")
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "block": {
-            "mixer": {"kind": "attention", "position": {"kind": "rope"}},
-            "channel": {"kind": "moe"},
-            "norm": {"kind": "rmsnorm"},
-        },
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement(channel="moe")
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
+        *sizes(131072, kv_heads=8),
         Same("num_local_experts", "block.channel.experts", default=8, older=("num_experts",)),
         Same("num_experts_per_tok", "block.channel.top", default=2),
-        Same("max_position_embeddings", "context", default=131072),
-        Same("num_key_value_heads", "block.mixer.kv_heads", default=8, null=None),
-        Same("head_dim", "block.mixer.head_width"),
         Fixed("attention_bias", False),
         Rope(base=1e6),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-5),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        ACTIVATION,
+        epsilon(1e-5),
+        TIED,
         Window(),
     )
     ignored: ClassVar[frozenset[str]] = Decoder.ignored | IGNORED

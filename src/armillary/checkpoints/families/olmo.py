@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
-from armillary.checkpoints.fields import ACTIVATIONS, Field, Same, Word
+from armillary.checkpoints.decoder import ACTIVATION, BIASES, TIED, Decoder, arrangement, sizes
+from armillary.checkpoints.fields import Field, Same
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import families
 
@@ -21,19 +21,12 @@ class Olmo(Decoder):
     kind: ClassVar[str] = "olmo"
     source: ClassVar[str] = "Groeneveld et al. 2024, OLMo: Accelerating the Science of Language Models"
     architectures: ClassVar[tuple[str, ...]] = ("OlmoForCausalLM", "OlmoModel")
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "norm": _NORM,
-        "block": {**Decoder.template["block"], "norm": _NORM},
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement(norm=_NORM)
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
-        Same("max_position_embeddings", "context", default=2048),
-        Same("num_key_value_heads", "block.mixer.kv_heads"),
-        Same("head_dim", "block.mixer.head_width"),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        *sizes(2048),
+        BIASES,
         Same("clip_qkv", "block.mixer.clip", kind=float),
         Rope(),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        ACTIVATION,
+        TIED,
     )

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
-from armillary.checkpoints.fields import ACTIVATIONS, Field, Same, Word
+from armillary.checkpoints.decoder import ACTIVATION, BIASES, RMSNORM, TIED, Decoder, arrangement, epsilon, sizes
+from armillary.checkpoints.fields import Field
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import families
 
@@ -23,35 +23,12 @@ class Olmo2(Decoder):
         ("post_attention_layernorm", "mixer.norm"),
         ("post_feedforward_layernorm", "channel.norm"),
     )
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "block": {
-            "mixer": {
-                "kind": "attention",
-                "norm": {"kind": "rmsnorm"},
-                "norm_over": "all",
-                "position": {"kind": "rope"},
-            },
-            "channel": {"kind": "gated"},
-            "norm": {"kind": "rmsnorm"},
-            "norm_at": "after",
-        },
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement({"norm": RMSNORM, "norm_over": "all"}, norm_at="after")
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
-        Same("max_position_embeddings", "context", default=2048),
-        Same("num_key_value_heads", "block.mixer.kv_heads"),
-        Same("head_dim", "block.mixer.head_width"),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        *sizes(2048),
+        BIASES,
         Rope(),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
-        Same(
-            "rms_norm_eps",
-            "norm.epsilon",
-            "block.norm.epsilon",
-            "block.mixer.norm.epsilon",
-            kind=float,
-            default=1e-5,
-        ),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        ACTIVATION,
+        epsilon(1e-5, "block.mixer.norm.epsilon"),
+        TIED,
     )

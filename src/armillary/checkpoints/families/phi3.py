@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from armillary.base.errors import UnsupportedError
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import ACTIVATION, TIED, Decoder, epsilon, sizes
 from armillary.checkpoints.facts import Facts
-from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word
+from armillary.checkpoints.fields import Config, Data, Field, Fixed
 from armillary.checkpoints.layers import Window
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import Entry, Family, Split, families
@@ -33,9 +33,6 @@ class OwnCode(Field):
                 hint="the model is computed by code in its folder, and no code from a folder is ever run",
             )
 
-    def write(self, facts: Facts, config: Data) -> None:
-        pass
-
 
 _CLASSES = ("Phi3ForCausalLM", "Phi3Model")
 
@@ -48,15 +45,12 @@ class Phi3(Decoder):
     source: ClassVar[str] = "Abdin et al. 2024, Phi-3 Technical Report"
     architectures: ClassVar[tuple[str, ...]] = _CLASSES
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
-        Same("max_position_embeddings", "context", default=4096),
-        Same("num_key_value_heads", "block.mixer.kv_heads"),
-        Same("head_dim", "block.mixer.head_width"),
+        *sizes(4096),
         Fixed("attention_bias", False),
         Rope(fraction=1.0, scalings=()),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-5),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        ACTIVATION,
+        epsilon(1e-5),
+        TIED,
         OwnCode(),
         Window(),
     )

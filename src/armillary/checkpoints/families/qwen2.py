@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from armillary.checkpoints.decoder import SIZES, Decoder
-from armillary.checkpoints.fields import ACTIVATIONS, Field, Fixed, Same, Word
+from armillary.checkpoints.decoder import ACTIVATION, TIED, Decoder, arrangement, epsilon, sizes
+from armillary.checkpoints.fields import Field, Fixed
 from armillary.checkpoints.layers import UseWindow
 from armillary.checkpoints.rope import Rope
 from armillary.checkpoints.table import families
@@ -20,23 +20,13 @@ class Qwen2(Decoder):
     kind: ClassVar[str] = "qwen2"
     source: ClassVar[str] = "Yang et al. 2024, Qwen2 Technical Report"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen2ForCausalLM", "Qwen2Model")
-    template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "block": {
-            "mixer": {"kind": "attention", "bias": True, "out_bias": False, "position": {"kind": "rope"}},
-            "channel": {"kind": "gated"},
-            "norm": {"kind": "rmsnorm"},
-        },
-    }
+    template: ClassVar[Mapping[str, Any]] = arrangement({"bias": True, "out_bias": False})
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES,
-        Same("max_position_embeddings", "context", default=32768),
-        Same("num_key_value_heads", "block.mixer.kv_heads", default=32, null=None),
-        Same("head_dim", "block.mixer.head_width"),
+        *sizes(32768, kv_heads=32),
         Rope(),
-        Word("hidden_act", "block.channel.activation", ACTIVATIONS, default="silu"),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-6),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        ACTIVATION,
+        epsilon(1e-6),
+        TIED,
         Fixed("use_mrope", False),
         UseWindow(),
     )

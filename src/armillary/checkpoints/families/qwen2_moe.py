@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from armillary.base.errors import UnsupportedError
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import TIED, Decoder, arrangement, epsilon, sizes
 from armillary.checkpoints.experts import DENSE, IGNORED, KINDS, Sparse, expert_entries
 from armillary.checkpoints.facts import Facts, facts
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word
@@ -43,32 +43,25 @@ class Qwen2MoE(Decoder):
     source: ClassVar[str] = "Yang et al. 2024, Qwen2 Technical Report"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen2MoeForCausalLM", "Qwen2MoeModel")
     template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "block": {
-            "mixer": {"kind": "attention", "out_bias": False, "position": {"kind": "rope"}},
-            "norm": {"kind": "rmsnorm"},
-        },
+        **arrangement({"out_bias": False}, channel=None),
         "sparse": {"channel": {"kind": "moe", "shared_gate": True}},
         "dense": {"channel": {"kind": "gated"}},
     }
     kinds: ClassVar[Mapping[str, tuple[str, Any]]] = KINDS
     optional: ClassVar[frozenset[str]] = frozenset({DENSE})
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES[:-1],
+        *sizes(32768, kv_heads=16)[:-1],
         Same("intermediate_size", "dense.channel.hidden", default=5632),
         Same("moe_intermediate_size", "sparse.channel.hidden", default=1408),
         Same("shared_expert_intermediate_size", "sparse.channel.shared", default=5632),
         Same("num_experts", "sparse.channel.experts", default=60),
         Same("num_experts_per_tok", "sparse.channel.top", default=4),
         Same("norm_topk_prob", "sparse.channel.normalise", kind=bool, default=False),
-        Same("max_position_embeddings", "context", default=32768),
-        Same("num_key_value_heads", "block.mixer.kv_heads", default=16, null=None),
-        Same("head_dim", "block.mixer.head_width"),
         Same("qkv_bias", "block.mixer.bias", kind=bool, default=True),
         Rope(),
         Word("hidden_act", ("sparse.channel.activation", "dense.channel.activation"), ACTIVATIONS, default="silu"),
-        Same("rms_norm_eps", "norm.epsilon", "block.norm.epsilon", kind=float, default=1e-6),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        epsilon(1e-6),
+        TIED,
         Fixed("use_mrope", False),
         ListedWindow(),
         Sparse(),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from armillary.base.errors import UnsupportedError
-from armillary.checkpoints.decoder import SIZES, Decoder
+from armillary.checkpoints.decoder import BIASES, RMSNORM, TIED, Decoder, arrangement, epsilon, sizes
 from armillary.checkpoints.experts import DENSE, IGNORED, KINDS, Sparse, expert_entries
 from armillary.checkpoints.facts import Facts, facts
 from armillary.checkpoints.fields import ACTIVATIONS, Config, Data, Field, Fixed, Same, Word
@@ -48,43 +48,24 @@ class Qwen3MoE(Decoder):
     source: ClassVar[str] = "Yang et al. 2025, Qwen3 Technical Report"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen3MoeForCausalLM", "Qwen3MoeModel")
     template: ClassVar[Mapping[str, Any]] = {
-        **Decoder.template,
-        "block": {
-            "mixer": {
-                "kind": "attention",
-                "norm": {"kind": "rmsnorm"},
-                "norm_over": "head",
-                "position": {"kind": "rope"},
-            },
-            "norm": {"kind": "rmsnorm"},
-        },
+        **arrangement({"norm": RMSNORM, "norm_over": "head"}, channel=None),
         "sparse": {"channel": {"kind": "moe"}},
         "dense": {"channel": {"kind": "gated"}},
     }
     kinds: ClassVar[Mapping[str, tuple[str, Any]]] = KINDS
     optional: ClassVar[frozenset[str]] = frozenset({DENSE})
     fields: ClassVar[tuple[Field, ...]] = (
-        *SIZES[:-1],
+        *sizes(32768, kv_heads=4)[:-1],
         Same("intermediate_size", "dense.channel.hidden", default=6144),
         Same("moe_intermediate_size", "sparse.channel.hidden", default=768),
         Same("num_experts", "sparse.channel.experts", default=128, older=("num_local_experts",)),
         Same("num_experts_per_tok", "sparse.channel.top", default=8),
         Same("norm_topk_prob", "sparse.channel.normalise", kind=bool, default=False),
-        Same("max_position_embeddings", "context", default=32768),
-        Same("num_key_value_heads", "block.mixer.kv_heads", default=4, null=None),
-        Same("head_dim", "block.mixer.head_width"),
-        Same("attention_bias", "block.mixer.bias", "block.mixer.out_bias", kind=bool, default=False),
+        BIASES,
         Rope(),
         Word("hidden_act", ("sparse.channel.activation", "dense.channel.activation"), ACTIVATIONS, default="silu"),
-        Same(
-            "rms_norm_eps",
-            "norm.epsilon",
-            "block.norm.epsilon",
-            "block.mixer.norm.epsilon",
-            kind=float,
-            default=1e-6,
-        ),
-        Same("tie_word_embeddings", "head.tied", kind=bool, default=False),
+        epsilon(1e-6, "block.mixer.norm.epsilon"),
+        TIED,
         Fixed("qkv_bias", False),
         Fixed("use_qk_norm", True),
         Fixed("shared_expert_intermediate_size", 0),

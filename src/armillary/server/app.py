@@ -121,7 +121,7 @@ class Server:
             asked = await read(request, form)
             hosted = self.models.get(getattr(asked, "model", ""))
             if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
-                hosted.load.admit(1, 0, hosted.engine.cost if hosted.generates else 0.0)
+                hosted.load.admit(1, 0, hosted.engine.pace.token if hosted.generates else 0.0)
             # templates, tokenizers and grammars take their time: others are not to wait for it
             work = partial(call, asked, client, self._marks(request))
             response: Response = await asyncio.get_running_loop().run_in_executor(self._workers, work)

@@ -14,7 +14,7 @@ BLOCK, TARGET = 32, 0.03
 
 
 def main() -> None:
-    campaign = begin("block_gate", Budget(steps=120))
+    campaign = begin("block_gate", Budget(steps=120, seeds=3))
     block = 8 if campaign.tiny else BLOCK
     gates = {"position": "rope", "block": block, "penalty": 1.0, "target": TARGET, "start": -1.0}
     bits: dict[str, list[float]] = {}

@@ -16,7 +16,7 @@ FULL, KEPT = 11, 4
 
 
 def main() -> None:
-    campaign = begin("par", Budget(depth=2 * FULL, context=512, steps=150), depth=2 * FULL)
+    campaign = begin("par", Budget(depth=2 * FULL, context=512, steps=100), depth=2 * FULL)
     spread = [0, 4, 8, 12]
     places = {
         "reference": list(range(0, 2 * FULL, 2)),

@@ -19,7 +19,7 @@ BASE, WIDE = 128, 512
 
 
 def main() -> None:
-    campaign = begin("width_transfer", Budget(context=256, steps=150, depth=2, seeds=1))
+    campaign = begin("width_transfer", Budget(context=256, steps=100, depth=2, seeds=1))
     rates = RATES[2:4] if campaign.tiny else RATES
     narrow = campaign.budget.width  # 128, or tiny
     wide = narrow * WIDE // BASE

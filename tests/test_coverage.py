@@ -160,7 +160,7 @@ def test_the_check_ends_with_its_status() -> None:
 
 
 def test_a_campaign_has_a_page_and_a_drawing(tools: dict[str, ModuleType]) -> None:
-    """Differences 1, 2 and 3 % of 2 bits: mean 2, and 4.303 · 1 / √3 on either side (Student's t, 3 seeds)."""
+    """Differences 1, 2 and 3 % of 2 bits: mean 2, and 4.3027 · 1 / √3 on either side (Student's t, 3 seeds)."""
     campaigns = tools["campaigns"]
     arms = {"reference": [2.0, 2.0, 2.0], "candidate": [2.02, 2.04, 2.06]}
     record = {
@@ -168,7 +168,7 @@ def test_a_campaign_has_a_page_and_a_drawing(tools: dict[str, ModuleType]) -> No
         "arms": arms, "base": "reference", "budget": {"steps": 3}, "figures": {"removed": 0.3},
         "reach": {"removed": {"bound": 0.25, "kind": "min"}},
     }  # fmt: skip
-    assert campaigns.apart(record)["candidate"] == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert campaigns.apart(record)["candidate"] == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5))
     page = campaigns.page("a_b", record, "Why.")
     assert page.startswith("# A b\n\nWhat is claimed.\n") and page.endswith("\n\nWhy.\n")
     assert "+2.00% (-0.48 to +4.48)" in page and "| removed | 0.3 | ≥ 0.25 | reached |" in page

@@ -17,10 +17,10 @@ from performance import remarks
 from results import CAMPAIGN, ROOT, judged, latest, shown, table
 
 from armillary.compare.drawing import Row, intervals
+from armillary.compare.statistics import over_runs
 
 FOLDER = ROOT / "docs" / "results"
 REMARKS = Path(__file__).with_suffix(".md")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t by number of seeds
 STYLE = """text { font: 12px sans-serif; fill: #333; } .tick { fill: #666; } .grid { stroke: #ddd; }
 .level { stroke: #888; } .band { fill: #e8f1e4; } .whisk { stroke: #0b61a4; stroke-width: 2; }
 .v { fill: #0b61a4; } svg { background: #fff; }"""
@@ -49,10 +49,9 @@ def apart(record: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     for name, bits in arms.items():
         if name == base or len(bits) < 2:
             continue
-        differences = [100 * (a - b) / middle for a, b in zip(bits, arms[base], strict=True)]
-        mean = statistics.mean(differences)
-        wide = STUDENT[len(bits)] * statistics.stdev(differences) / len(bits) ** 0.5
-        found[name] = (mean, mean - wide, mean + wide)
+        between = over_runs([100 * (a - b) / middle for a, b in zip(bits, arms[base], strict=True)])
+        assert between.low is not None and between.high is not None
+        found[name] = (between.value, between.low, between.high)
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from paired import STUDENT, Budget, Campaign, begin
+from paired import Budget, Campaign, begin, percent
 
 TIMES, FEW = 3.0, 16
 
@@ -49,10 +49,9 @@ def main() -> None:
     figures["whole: bits per byte"] = base
     for name, found in bits.items():
         if name != "whole":
-            apart = [100 * (a - b) / b for a, b in zip(found, bits["whole"], strict=True)]
-            wide = STUDENT[len(apart)] * statistics.stdev(apart) / len(apart) ** 0.5
-            figures[f"{name}: difference %"] = statistics.mean(apart)
-            figures[f"{name}: difference %, high"] = statistics.mean(apart) + wide
+            apart = percent(found, bits["whole"])
+            figures[f"{name}: difference %"] = apart.value
+            figures[f"{name}: difference %, high"] = apart.high
     reach: dict[str, tuple[float, str]] = {
         "salient: times less memory": (TIMES, "min"),
         "salient: difference %, high": (2.0, "max"),

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from paired import STUDENT, Budget, Campaign, begin
+from paired import Budget, Campaign, begin, percent
 
 import common
 
@@ -61,7 +61,7 @@ def seconds_per_update(campaign: Campaign, models: dict[str, dict[str, Any]], re
 def main() -> None:
     from armillary.evaluate import expert_load
 
-    campaign = begin("experts", Budget(context=512, steps=300))
+    campaign = begin("experts", Budget(context=512, steps=300, seeds=3))
     models = arms(campaign)
     pace = common.ratio(seconds_per_update(campaign, models, 2 if campaign.tiny else 7), "experts", "equal total")
     whole, fewer = campaign.budget, max(1, round(campaign.budget.steps * pace))
@@ -89,10 +89,9 @@ def main() -> None:
         "load, mean": statistics.mean(loads),
     }
     for other in ("equal active", "equal time"):
-        apart = [100 * (a - b) / b for a, b in zip(bits["experts"], bits[other], strict=True)]
-        wide = STUDENT[len(apart)] * statistics.stdev(apart) / len(apart) ** 0.5
-        figures[f"experts against {other} %"] = statistics.mean(apart)
-        figures[f"experts against {other} %, high"] = statistics.mean(apart) + wide
+        apart = percent(bits["experts"], bits[other])
+        figures[f"experts against {other} %"] = apart.value
+        figures[f"experts against {other} %, high"] = apart.high
     reach = {
         "experts against equal active %, high": (0.0, "max"),
         "share of the gap closed": (0.5, "min"),

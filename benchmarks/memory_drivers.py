@@ -31,7 +31,7 @@ STREAM, EARLY, CHUNK = 1_000_000, 10_000, 2000
 DRIVERS: dict[str, dict[str, Any]] = {
     "transformer_xl": {"segment": LENGTH, "memory": 2 * LENGTH, "through": True},
     "memory_tokens": {"segment": LENGTH, "tokens": LENGTH},
-    "feedback": {"segment": LENGTH, "window": 1, "rows": LENGTH},
+    "feedback": {"segment": LENGTH, "window": 0, "rows": LENGTH},  # a window carries a little of the string, too
 }
 WIDE = {
     "transformer_xl": {"segment": 256, "memory": 512},

@@ -64,7 +64,7 @@ def overhead(net, tokenizer) -> dict[str, float]:
     """Steps of a full batch: all of it, and the part inside the network."""
     engine = Engine(net, tokenizer, slots=BATCH, keep=False)
     inside = 0.0
-    extend = net.extend
+    extend = engine.slots.extend
 
     def timed(*args, **kwargs):
         nonlocal inside
@@ -77,12 +77,11 @@ def overhead(net, tokenizer) -> dict[str, float]:
     answers = [engine.submit(Request(tuple(range(20, 52)), sampling, stream=row)) for row in range(BATCH)]
     while any(not answer.choices for answer in answers):
         engine.step()
-    net.extend = timed
+    engine.slots.extend = timed
     steps, start = engine.steps, time.perf_counter()
     while engine.step():
         pass
     whole = time.perf_counter() - start
-    del net.extend
     assert all(len(answer.choices) == TOKENS for answer in answers)
     count = engine.steps - steps
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from armillary.engine.pace import FIRST, LEAST, LONGEST, SHARE, WHOLE, Pace
+from armillary.engine.pace import FIRST, LEAST, LONGEST, SHARE, SHORT, WHOLE, Pace
 
 
 def test_a_prompt_adds_less_to_a_step_than_the_step_itself_takes() -> None:
@@ -24,6 +24,10 @@ def test_a_prompt_never_stands_still() -> None:
     assert pace.budget(True) == LEAST  # nothing is known of a step
     pace.went(1e-3)
     assert pace.budget(True) == LEAST
+    quick = Pace()
+    quick.read(1000, 0.1)
+    quick.went(1e-3)
+    assert quick.budget(True) == int(SHORT / 1e-4)  # in a gap that nobody notices
     assert Pace().budget(True) == FIRST
 
 

@@ -1,15 +1,17 @@
 """How many prompt tokens a step takes: as many as the running answers' own time allows.
 
 A step of running answers may last twice as long as without the prompt, no longer, so that no gap
-between their tokens doubles; nobody's prompt stands still. Times are learnt from the steps.
+between their tokens doubles; but a gap that nobody notices is always allowed, since few tokens at a time
+are read slowly. Times are learnt from the steps.
 """
 
 from __future__ import annotations
 
 WHOLE = 2048  # prompt tokens in a step, at the most
 FIRST = 256  # while it is not known how long a token takes
-LEAST = 16  # however slow
+LEAST = 48  # however slow: fewer take nearly as long
 SHARE = 0.8  # of the time of a step of running answers: what a prompt may add to it
+SHORT = 0.03  # seconds that it may add in any case
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
 RECENT = 0.3  # weight of the last time in what is learnt
 
@@ -33,7 +35,7 @@ class Pace:
         """Tokens of the next step; answering: there are running answers."""
         if self.token == 0:
             return FIRST
-        seconds = SHARE * self.step if answering else LONGEST
+        seconds = max(SHORT, SHARE * self.step) if answering else LONGEST
         return max(LEAST, min(WHOLE, int(seconds / self.token)))
 
 

@@ -1,21 +1,16 @@
 """Laws of adapters in one engine, for every mixer and driver that decodes.
 
 The oracle is a network with merged weights, W + (alpha / r) · B A by the formula, on an engine of its own; scores
-are compared within 1e-4 and greedy tokens up to where two come closer than that (`test_laws.alike`).
+are compared within 1e-4 and greedy tokens up to where two come closer than that (`engine_parts.alike`).
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_laws import ASKED, PROMPTS, alike, causal, network_of
+from engine_parts import ASKED, PROMPTS, alike, causal, network_of
 
 from armillary.base.errors import ArmillaryError, InputError, UnsupportedError
 from armillary.engine import Request, Sampling

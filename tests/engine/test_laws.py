@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from engine_parts import ASKED, MARGIN, PROMPTS, TOKENS, VOCABULARY, alike, causal, in_pieces, network_of
 
 from armillary.engine.core import Engine
 from armillary.engine.replay import Held
@@ -20,37 +21,6 @@ from armillary.engine.sampling import Sampling
 from armillary.nn.driver import drivers
 from armillary.nn.mechanism import mixers
 from armillary.nn.network import ModelSettings, Network, build
-
-VOCABULARY, TOKENS = 24, 8
-MARGIN = 1e-4
-PROMPTS = [tuple((7 * i + 3 * row * row) % VOCABULARY for i in range(9 + 5 * row)) for row in range(3)]
-ASKED = Sampling(max_new_tokens=TOKENS, temperature=0, alternatives=2)
-
-
-def causal(role):  # the first example of each kind that decodes
-    found = []
-    for kind, settings in sorted(dict(role).items()):
-        for example in settings.examples():
-            place = example.place
-            if place.get("order", "causal") == "causal" and not place.get("cross") and settings.capabilities.causal:
-                found.append(pytest.param(example.settings, id=kind))
-                break
-    return found
-
-
-def network_of(**settings) -> Network:
-    model = ModelSettings(width=16, depth=1, vocabulary=VOCABULARY, context=64, **settings)
-    return build(model, seed=5).eval()
-
-
-def alike(found: Answer, expected: Answer, what: str) -> None:
-    assert found.finish == expected.finish == "length"
-    for one, other in zip(found.choices, expected.choices, strict=True):
-        (_, best), (_, second) = other.top
-        if best - second < MARGIN:
-            return
-        assert one.token == other.token, what
-        assert one.logprob == pytest.approx(other.logprob, abs=MARGIN), what
 
 
 class Oracle:
@@ -77,9 +47,10 @@ def laws(network: Network, weights: Held = "auto") -> None:
         alike(found, expected, "batched against alone")
 
     chunked = engine_of(slots=2, keep=False)
-    chunked._budget = lambda: 3  # type: ignore[method-assign]
+    pieces = in_pieces(chunked)
     for found, expected in zip(chunked.run(requests), alone, strict=True):
         alike(found, expected, "in small chunks, with a place too few, against alone")
+    assert pieces.asked >= chunked.steps > sum(map(len, PROMPTS)) // pieces.size
 
     engine = engine_of(slots=2)
     alike(engine.run([requests[2]])[0], alone[2], "keeping against not keeping")
@@ -152,7 +123,7 @@ def test_prefix_models_read_their_prompts_whole() -> None:
     )
     requests = [Request(prompt, ASKED) for prompt in PROMPTS]
     engine = Engine(network, slots=2)
-    engine._budget = lambda: 3  # type: ignore[method-assign]
+    pieces = in_pieces(engine)
     for found in engine.run(requests):
         ids = list(found.request.ids)
         with torch.no_grad():
@@ -162,6 +133,7 @@ def test_prefix_models_read_their_prompts_whole() -> None:
                 assert choice.token == int(scores.argmax())
                 assert choice.logprob == pytest.approx(float(scores.max()), abs=MARGIN)
                 ids.append(choice.token)
+    assert pieces.asked
 
 
 def test_encoder_decoders_answer_sources_of_any_length() -> None:

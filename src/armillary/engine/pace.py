@@ -1,8 +1,8 @@
 """How many prompt tokens a step takes: as many as the running answers' own time allows.
 
-A step of running answers may last twice as long as without the prompt, no longer, so that no gap
-between their tokens doubles; but a gap that nobody notices is always allowed, since few tokens at a time
-are read slowly. Times are learnt from the steps.
+A prompt may make a step of running answers up to twice as long as it is without, so that no gap between
+their tokens doubles. Few tokens at a time are read slowly, so two things are always allowed: a gap that
+nobody notices, and a piece of LEAST tokens however long it takes. Times are learnt from the steps.
 """
 
 from __future__ import annotations

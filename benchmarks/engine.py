@@ -52,7 +52,8 @@ class Stream:
     def memory(self) -> list[Tensor]:
         """What a step reads: weights, and the entries of the tokens so far."""
         assert self.slots.replay is not None
-        length = self.slots.length(0)
+        self.slots.settle()
+        length = int(self.slots.state.lengths[0])
         held = [
             tensor[0, :, :length].contiguous() for _, _, s in self.slots.state.each() for tensor in s.tensors.values()
         ]

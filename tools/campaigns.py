@@ -17,7 +17,7 @@ from performance import remarks
 from results import CAMPAIGN, ROOT, judged, latest, shown, table
 
 from armillary.compare.drawing import Row, intervals
-from armillary.compare.statistics import over_runs
+from armillary.compare.statistics import percent_apart
 
 FOLDER = ROOT / "docs" / "results"
 REMARKS = Path(__file__).with_suffix(".md")
@@ -45,11 +45,11 @@ def apart(record: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     arms, base = record["arms"], record["base"]
     if base not in arms:
         return {}
-    middle, found = statistics.mean(arms[base]), {}
+    found = {}
     for name, bits in arms.items():
         if name == base or len(bits) < 2:
             continue
-        between = over_runs([100 * (a - b) / middle for a, b in zip(bits, arms[base], strict=True)])
+        between = percent_apart(bits, arms[base])
         assert between.low is not None and between.high is not None
         found[name] = (between.value, between.low, between.high)
     return found

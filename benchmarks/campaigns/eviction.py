@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from paired import Budget, Campaign, begin, percent
+from paired import Budget, Campaign, begin
+
+from armillary.compare.statistics import percent_apart
 
 TIMES, FEW = 3.0, 16
 
@@ -49,7 +51,7 @@ def main() -> None:
     figures["whole: bits per byte"] = base
     for name, found in bits.items():
         if name != "whole":
-            apart = percent(found, bits["whole"])
+            apart = percent_apart(found, bits["whole"])
             figures[f"{name}: difference %"] = apart.value
             figures[f"{name}: difference %, high"] = apart.high
     reach: dict[str, tuple[float, str]] = {

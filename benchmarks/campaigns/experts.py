@@ -13,9 +13,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from paired import Budget, Campaign, begin, percent
+from paired import Budget, Campaign, begin
 
 import common
+from armillary.compare.statistics import percent_apart
 
 EXPERTS, TOP = 8, 2
 
@@ -89,7 +90,7 @@ def main() -> None:
         "load, mean": statistics.mean(loads),
     }
     for other in ("equal active", "equal time"):
-        apart = percent(bits["experts"], bits[other])
+        apart = percent_apart(bits["experts"], bits[other])
         figures[f"experts against {other} %"] = apart.value
         figures[f"experts against {other} %, high"] = apart.high
     reach = {

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import common
+from armillary.compare.statistics import percent_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = {"novels_en": ("train-00*",), "textbooks": ("train*",), "tech_docs": ("train*",)}
@@ -63,14 +64,6 @@ def texts() -> Path:
         if all((folder / name).is_dir() for name in SETS):
             return folder
     raise SystemExit(f"the campaigns need {', '.join(SETS)} in ../shared/data beside the checkout, which is not there")
-
-
-def percent(found: list[float], base: list[float]) -> Any:
-    """Paired differences in % of the base's mean: their mean with its 95 % interval over seeds."""
-    from armillary.compare.statistics import over_runs
-
-    middle = statistics.mean(base)
-    return over_runs([100 * (a - b) / middle for a, b in zip(found, base, strict=True)])
 
 
 class Campaign:
@@ -199,7 +192,7 @@ class Campaign:
         for arm, found in bits.items():
             if arm == "reference":
                 continue
-            apart = percent(found, bits["reference"])
+            apart = percent_apart(found, bits["reference"])
             figures[f"{arm}: difference %"] = apart.value
             figures[f"{arm}: difference %, low"] = apart.low
             figures[f"{arm}: difference %, high"] = apart.high

@@ -46,6 +46,7 @@ def run(model: Path, tiny: bool) -> tuple[Figures, Reach]:
         "TTFT, another's over new, low": (0.95, "min"),
         "TTFT, another's over new, high": (1.05, "max"),
         "TTFT, own over new, high": (0.5, "max"),
+        "log lines": (30, "min"),  # the control: there is something to look through
         "keys in logs and metrics": (0, "max"),
         "prompts in logs and metrics": (0, "max"),
     }

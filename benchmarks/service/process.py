@@ -122,6 +122,13 @@ class Process:
                 raise RuntimeError(f"the server is not live after {within:g} s")
             time.sleep(0.02)
 
+    def ready(self) -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
     # -- what it says
 
     def metrics(self) -> dict[str, float]:

@@ -99,6 +99,17 @@ def test_base_rows_are_what_they_are_without_adapters() -> None:
     assert found[2].finish == "length"
 
 
+def test_prefixes_go_by_numbers_and_not_by_names() -> None:
+    network = network_of(block=BLOCK)
+    engine = Engine(network, slots=2)
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        engine.adapters.load(name, changes_of(network, seed))
+    reused = {
+        name: engine.run([Request(PROMPTS[2], ASKED, adapter=name)])[0].reused for name in ("one", "other", "same")
+    }
+    assert reused["one"] == reused["other"] == 0 < reused["same"]
+
+
 def test_guesses_are_checked_with_the_adapter() -> None:
     network = network_of(block=BLOCK)
     changes = changes_of(network, 1)

@@ -128,7 +128,7 @@ def test_several_threads_may_wait_for_one_engine(network) -> None:
     assert [[one.token for one in answer.choices] for answer in answers] == expected
 
 
-def test_a_step_of_one_answer_that_fails_in_any_way_ends_that_one_only(network) -> None:
+def test_a_step_of_one_answer_that_fails_in_any_way_ends_that_one_only(network, caplog) -> None:
     class Broken:
         def apply(self, scores, ids):
             raise ValueError("unforeseen")
@@ -144,3 +144,6 @@ def test_a_step_of_one_answer_that_fails_in_any_way_ends_that_one_only(network) 
     with pytest.raises(GenerationError, match="unforeseen"):
         bad.wait()
     assert bad.inside
+    (line,) = caplog.records
+    assert line.message == "an answer failed"
+    assert isinstance(line.exc_info[1], ValueError)

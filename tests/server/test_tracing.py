@@ -160,7 +160,7 @@ def test_what_goes_wrong(watched) -> None:
 
 
 def test_who_asks_for_health_is_not_traced(watched) -> None:
-    for path in ("/live", "/ready", "/metrics"):
+    for path in ("/live", "/ready", "/health", "/metrics"):
         assert httpx.get(f"{watched.url}{path}", headers=HEADERS).status_code == 200
     httpx.get(f"{watched.url}/v1/models", headers=HEADERS)
     watched.spans("/v1/models")

@@ -167,6 +167,8 @@ def adapted(given: str, hosted: Sequence[Hosted]) -> Hosted:
     if base and base not in bases:
         raise InputError(f"there is no model '{base}' for --adapter {given}", hint=nearest(base, list(bases)))
     model = bases[base or next(iter(bases))]
+    if not model.generates:
+        raise InputError(f"'{model.name}' does not generate text, so it takes no --adapter {given}")
     return model.adapted(name, read_adapter(folder, model.network))
 
 

@@ -92,6 +92,12 @@ def over_runs(values: Sequence[float]) -> Interval:
     return _around(mean, float(data.std(ddof=1)) / len(data) ** 0.5, len(data) - 1)
 
 
+def percent_apart(values: Sequence[float], base: Sequence[float]) -> Interval:
+    """Paired differences from `base`, one number per run of each, in % of its mean: their mean with its t interval."""
+    middle = float(np.mean(base))
+    return over_runs([100 * (a - b) / middle for a, b in zip(values, base, strict=True)])
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """p-values of several comparisons, each raised so that all hold together."""
     order = sorted(range(len(values)), key=lambda i: values[i])

@@ -154,9 +154,9 @@ class Engine:
             self._prepared(request, listener)
             for request, listener in zip(requests, listeners or [None] * len(requests), strict=True)
         ]
-        if any((request.ids, request.origin) != (requests[0].ids, requests[0].origin) for request in requests):
-            raise InputError("copies need one prompt")
         first = runs[0]
+        if any((run.answer.request.ids, run.origin) != (first.answer.request.ids, first.origin) for run in runs):
+            raise InputError("copies need one prompt")
         if len(runs) > 1 and self.keeps:
             first.followers = runs[1:]
             before = len(first.ids) - 1
@@ -224,7 +224,8 @@ class Engine:
         else:
             while self.busy and time.monotonic() < self._closing:
                 self.step()
-            self._end_all()
+            with self._stepping:  # somebody who waits may be in the middle of a step
+                self._end_all()
 
     @property
     def busy(self) -> bool:
@@ -260,9 +261,11 @@ class Engine:
             self._compute(works)
         if together:
             self.pace.went(time.monotonic() - started)
-        for one in plan.work:
-            if one not in together:
-                self._compute([one])
+        prompts, failures, started = [one for one in plan.work if one not in together], self.failures, time.monotonic()
+        for one in prompts:
+            self._compute([one])
+        if self.failures == failures:
+            self.pace.read(sum(one.count for one in prompts), time.monotonic() - started)
         self.progressed = time.monotonic()
         return True
 
@@ -287,7 +290,8 @@ class Engine:
                 self.slots.begin(progress.slot, run.match, run.answer.request.source, run.network)
             except Exception as error:
                 plan.work = [one for one in plan.work if one.sequence is not progress]
-                self._fail(run, error)
+                self._faulty("an answer could not begin")
+                self._fail(run, error, told=True)
                 continue
             run.answer.begun_at = run.answer.begun_at or time.monotonic()
             run.answer.reused = max(run.answer.reused, min(progress.computed, len(run.answer.request.ids)))
@@ -312,7 +316,6 @@ class Engine:
         before = [
             self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
         ]
-        started = time.monotonic()
         try:
             rows = [one.sequence.slot for one in works]
             logits = self.slots.extend(
@@ -326,10 +329,7 @@ class Engine:
             with self._lock:
                 for run in runs:
                     if run.answer.finish is None:
-                        self._fail(run, error)
-            return
-        if len(works) == 1:
-            self.pace.read(works[0].count, time.monotonic() - started)
+                        self._fail(run, error, told=True)
 
     def _choose(
         self, works: list[Work], runs: list[_Running], logits: Tensor, before: list[Snapshot], asked: bool
@@ -470,9 +470,12 @@ class Engine:
             piece = Piece(rest, (), finish)
         run.answer.give(piece)
 
-    def _fail(self, run: _Running, error: Exception) -> None:
-        """End an answer with what went wrong; what is not said for people (`what`) stays out of their sight."""
+    def _fail(self, run: _Running, error: Exception, told: bool = False) -> None:
+        """End an answer with what went wrong; what is not said for people (`what`) stays out of their sight, and is
+        logged unless the log was told."""
         run.answer.inside = not isinstance(error, ArmillaryError)
+        if run.answer.inside and not told:
+            log.error("an answer failed", exc_info=error)
         self._end(run, "error", f"{type(error).__name__}: {error}" if run.answer.inside else str(error))
 
     def _faulty(self, what: str) -> None:
@@ -495,7 +498,7 @@ class Engine:
                     if error is None:
                         self._end(run, "cancelled")
                     else:
-                        self._fail(run, error)
+                        self._fail(run, error, told=True)
 
     # -- what is kept for later
 

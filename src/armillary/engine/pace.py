@@ -23,7 +23,7 @@ class Pace:
         self.token = self.step = 0.0
 
     def read(self, tokens: int, seconds: float) -> None:
-        """A prompt's tokens were read; a few say nothing of what many cost."""
+        """Tokens of prompts were read in a step; a few say nothing of what many cost."""
         if tokens >= LEAST:
             self.token = _learnt(self.token, seconds / tokens)
 

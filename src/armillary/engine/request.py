@@ -48,8 +48,9 @@ class Request:
 
     @property
     def origin(self) -> tuple[object, ...]:
-        """What the states of a prompt depend on besides its tokens: only requests of one origin share them."""
-        return (self.space, self.adapter, *sorted(self.side.items()))
+        """What the states of a prompt depend on besides its tokens and its adapter: only requests of one origin share
+        them."""
+        return (self.space, *sorted(self.side.items()))
 
 
 @dataclass(frozen=True)

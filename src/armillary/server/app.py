@@ -113,11 +113,10 @@ class Server:
 
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
+            self.door.admit(client)
             if self.upstream is not None:
-                self.door.admit(client)
                 given = await read_as_it_is(request, form)
                 return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
-            self.door.admit(client)
             asked = await read(request, form)
             hosted = self.models.get(getattr(asked, "model", ""))
             if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
@@ -364,6 +363,7 @@ class Server:
             await self.upstream.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
+        self._workers.shutdown(wait=False)
 
 
 class Embedded(JSONResponse):

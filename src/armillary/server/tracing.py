@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SELDOM = 600.0  # seconds between lines about traces that do not arrive
 CLOSING = 3.0  # seconds for those that are left at the end
-NOT_TRACED = ("/live", "/ready", "/metrics")  # asked every few seconds by machines
+NOT_TRACED = ("/live", "/ready", "/health", "/metrics")  # asked every few seconds by machines
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # else a client's own words
 OPERATIONS = {
     "/v1/chat/completions": "chat",

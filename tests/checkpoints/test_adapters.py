@@ -5,25 +5,21 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peers import transformers
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from test_parity import PEERS, VOCABULARY
 
 from armillary.base.errors import ArmillaryError, CheckpointError, UnsupportedError
-from armillary.checkpoints import load, save_open
+from armillary.checkpoints import load, save, save_open
 from armillary.checkpoints.adapters import read_adapter
 from armillary.model import Model
-from armillary.nn.adapted import adapted
+from armillary.nn.adapted import LowRankChange, adapted
+from armillary.nn.linear import Linear
 from armillary.nn.network import ModelSettings, build
-
-transformers = pytest.importorskip("transformers")
 
 RANK, ALPHA = 3, 12
 CONFIG = {
@@ -238,3 +234,16 @@ def test_folders_that_hold_no_adapter(tmp_path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
         ours().adapted(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("layout", ["native", "open"])
+def test_a_model_with_an_adapter_is_not_written_without_it(tmp_path: Path, layout: str) -> None:
+    made = build(ModelSettings(width=16, depth=1, vocabulary=24, context=32), seed=1)
+    path = next(name for name, module in made.named_modules() if type(module) is Linear)
+    product = made.get_submodule(path)
+    change = LowRankChange(torch.ones(1, product.inputs), torch.ones(product.outputs, 1), 1.0)
+    with pytest.raises(UnsupportedError, match="adapter"):
+        save(tmp_path / "it", adapted(made, {path: change}), layout=layout)
+    assert not (tmp_path / "it").exists()
+    with pytest.raises(UnsupportedError, match="already"):
+        adapted(adapted(made, {path: change}), {path: change})

@@ -154,3 +154,14 @@ def test_what_cannot_be_an_end(tmp_path: Path) -> None:
         path.write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(CheckpointError, match=r"generation_config\.json: 'eos_token_id' is"):
             arm.load(tmp_path, device="cpu")
+
+
+def test_what_only_the_tokenizer_says_stays(tmp_path: Path) -> None:
+    _made(tmp_path / "theirs", "Llama", "generation_config.json")
+    model = arm.load(tmp_path / "theirs", device="cpu")
+    arm.save(model, tmp_path / "open", layout="open")
+    (tmp_path / "open" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "open" / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "open" / "config.json").write_text(json.dumps(config))
+    assert arm.load(tmp_path / "open", device="cpu").tokenizer.ends == model.tokenizer.ends

@@ -146,6 +146,15 @@ def test_a_second_name_that_agrees_is_read(tmp_path: Path) -> None:
     assert torch.equal(loaded.embed.weight, network.embed.weight)
 
 
+@pytest.mark.parametrize("kind", ["auto", "bfloat16"])
+def test_a_second_name_that_differs_by_rounding_differs(tmp_path: Path, kind: str) -> None:
+    """Whatever type the weights are wanted in."""
+    save_open(tmp_path / "model", _network())
+    _change(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].bfloat16()}))
+    with pytest.raises(ArmillaryError, match="differs from"):
+        load_open(tmp_path / "model", "cpu", kind)
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_published_gpt2_leftovers_are_ignored(tmp_path: Path, prefix: str) -> None:
     """The published folders hold causal masks as tensors, with and without the prefix."""

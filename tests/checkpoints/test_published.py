@@ -218,6 +218,22 @@ JUNK += ("", "x", "gelu", [], ["x"], [None], [[1]], {}, {"x": 1}, {"rope_type": 
 JUNK += ({"rope_type": "linear", "factor": 0}, {"rope_type": "llama3", "factor": True}, {"full_attention": 3})
 
 
+def _of(model: str) -> dict[str, Any]:
+    return _small(next(name for name in sorted(PUBLISHED) if PUBLISHED[name][1]["model_type"] == model))
+
+
+@pytest.mark.parametrize(("model", "key"), [("bamba", "num_attention_heads"), ("t5", "d_model")])
+def test_sizes_that_others_are_read_by_are_refused_first(model: str, key: str) -> None:
+    with pytest.raises(ArmillaryError, match=f"'{key}' is 0, expected at least 1"):
+        families.get(model)().settings(_of(model) | {key: 0}, "here/config.json")
+
+
+def test_the_older_name_of_a_size_serves_those_that_repeat_it() -> None:
+    config = _of("mamba")
+    config |= {"hidden_size": None, "d_model": config["hidden_size"], "d_inner": 2 * config["hidden_size"]}
+    assert families.get("mamba")().settings(config, "here/config.json").width == config["d_model"]
+
+
 @settings(max_examples=150)
 @given(name=st.sampled_from(sorted(PUBLISHED)), choice=st.integers(0, 999), junk=st.sampled_from(range(len(JUNK))))
 def test_junk_is_read_or_refused_in_words(folders: Path, name: str, choice: int, junk: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from armillary import testing
 from armillary.base.errors import InputError, SettingsError
+from armillary.nn.channels.expert_choice import ExpertChoiceSettings
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
@@ -391,6 +392,12 @@ def test_sites(module: type[Alibi], what: str) -> None:
 
 
 # -- the public face
+
+
+def test_a_channel_whose_tokens_compete_may_not_take_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    can = ExpertChoiceSettings.can
+    monkeypatch.setattr(ExpertChoiceSettings, "can", lambda self: dataclasses.replace(can(self), mask=True))
+    broken(contract.mask, Case("channel", "expert_choice", ExpertChoiceSettings.examples()[0]), "hidden place")
 
 
 @pytest.fixture

@@ -39,6 +39,9 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "a class that is a number": (CONFIG, {"tokenizer_class": 4}, "'tokenizer_class' is 4"),
     "ends that are text": (CONFIG, {ENDS: ["</s>"]}, f"'{ENDS}' is"),
     "a template that is a number": (CONFIG, {"chat_template": 1}, "'chat_template' is 1"),
+    "a template that is nought": (CONFIG, {"chat_template": 0}, "'chat_template' is 0"),
+    "a template that is empty": (CONFIG, {"chat_template": {}}, "'chat_template' is {}"),
+    "ends that are false": (CONFIG, {ENDS: False}, f"'{ENDS}' is False"),
     "templates without names": (CONFIG, {"chat_template": ["a"]}, "'chat_template' is ['a']"),
 }
 

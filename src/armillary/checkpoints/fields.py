@@ -19,9 +19,9 @@ Data = dict[str, Any]
 
 # More than any model has; beyond, a wrong number would fill the memory before it is noticed.
 LARGEST = 2**31 - 1
-DEPTHS = ("depth", "encoder.depth")
-MOST = dict.fromkeys(DEPTHS, 10_000) | {"width": 2**20}
-MOST |= {"mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
+# By the end of a setting's path: the largest that is read, and what must be at least 1 for others to be read by it.
+MOST = {"depth": 10_000, "width": 2**20, "mixer.heads": 2**16, "mixer.head_width": 2**16, "channel.experts": 2**12}
+COUNTED = {"depth", "width", "mixer.heads"}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -116,10 +116,11 @@ class Same(Field):
                 raise config.wrong(key, value, "true or false")
         else:
             value = config.number(key, value, self.kind)
-            most = min(MOST.get(path.partition(".")[2] or path, LARGEST) for path in self.paths)
+            ends = {path.partition(".")[2] or path for path in self.paths}
+            most = min((MOST.get(end, LARGEST) for end in ends), default=LARGEST)
             if value > most:
                 raise config.wrong(key, value, f"at most {most}")
-            if value < 1 and any(path in DEPTHS for path in self.paths):
+            if value < 1 and ends & COUNTED:
                 raise config.wrong(key, value, "at least 1")
         if value is not None:
             for path in self.paths:

@@ -34,6 +34,7 @@ from armillary.checkpoints.tensors import (
     write_tensors,
 )
 from armillary.nn import taps
+from armillary.nn.adapted import check_plain
 from armillary.nn.network import ModelSettings, Network
 from armillary.recipe import Recipe
 from armillary.recipe.migrate import SCHEMA_VERSION, migrate
@@ -75,6 +76,7 @@ def write_native(
 
     name: of the recipe that is made when there is none.
     """
+    check_plain(network)
     settings = network.settings
     if recipe is None:
         recipe = recipe_around(settings, tokenizer, name)

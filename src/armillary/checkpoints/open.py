@@ -33,6 +33,7 @@ from armillary.checkpoints.tensors import (
     read_tensors,
     write_tensors,
 )
+from armillary.nn.adapted import check_plain
 from armillary.nn.network import ModelSettings, Network
 from armillary.text import Tokenizer
 from armillary.text.older import FILES
@@ -107,7 +108,7 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     fill(network, _imported(bound, found), place, kind)
     parameters = {one.theirs[0]: network.get_parameter(one.ours[0]) for one in bound if not one.steps}
     for name, first in second.items():
-        if name in found and not _equal(found[name], parameters[first], kind):
+        if name in found and not _equal(found[name], found[first], parameters[first]):
             raise CheckpointError(
                 f"tensor '{name}' differs from '{first}', but "
                 + ("both are one" if name in repeats else "'tie_word_embeddings' says that they are one"),
@@ -130,6 +131,7 @@ def save_open(
     family: by default the first that can. Raises UnsupportedError that says which setting has no
     counterpart. The folder appears complete or not at all.
     """
+    check_plain(network)
     chosen, config = _expressed(network, family)
     network.check_ties()
     ours = wanted(network)
@@ -232,11 +234,13 @@ def _imported(bound: list[Bound], found: Mapping[str, Stored]) -> Iterator[tuple
         yield from one.imported(found).items()
 
 
-def _equal(stored: Stored, parameter: Tensor, kind: torch.dtype | None) -> bool:
-    """Whether a stored tensor would have become this parameter, which was read from another one."""
-    tensor = stored.read().to(parameter.device, kind)
-    common = torch.promote_types(tensor.dtype, parameter.dtype)
-    return torch.equal(tensor.to(common), parameter.detach().to(common))
+def _equal(one: Stored, other: Stored, parameter: Tensor) -> bool:
+    """Whether two stored tensors are the same; parameter: what the other became, which saves reading it again
+    where nothing was lost."""
+    tensor = one.read()
+    second = parameter.detach().to(tensor.device) if parameter.dtype == other.dtype else other.read()
+    common = torch.promote_types(tensor.dtype, second.dtype)
+    return torch.equal(tensor.to(common), second.to(common))
 
 
 def _second(family: Family, network: Network, bound: list[Bound]) -> dict[str, str]:
@@ -254,12 +258,14 @@ def _tokenizer(root: Path, settings: ModelSettings) -> Tokenizer | None:
     if not found:
         return None
     tokenizer = Tokenizer.load(root)
-    tokenizer.end_at(id for id in _ends(root) if id < (settings.vocabulary or 0))  # others are never chosen
+    ends = _ends(root)
+    if ends is not None:
+        tokenizer.end_at(id for id in ends if id < (settings.vocabulary or 0))  # others are never chosen
     return tokenizer
 
 
-def _ends(root: Path) -> list[int]:
-    """The ids that end an answer: what generation_config.json says stands before config.json."""
+def _ends(root: Path) -> list[int] | None:
+    """The ids that end an answer: what generation_config.json says stands before config.json; None: neither does."""
     for name in (GENERATION, CONFIG):
         if (root / name).exists():
             given = read_json(inside(root, name)).get("eos_token_id")
@@ -270,7 +276,7 @@ def _ends(root: Path) -> list[int]:
                 where = str(root / name)
                 raise CheckpointError(f"'eos_token_id' is {given!r}, expected an id or a list of them", where=where)
             return [id for id in ids if id >= 0]
-    return []
+    return None
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ class Product(Field):
 
     def read(self, config: Config, data: Data) -> None:
         (key,) = self.keys
-        value, width = config.take(key), config.data.get("hidden_size")
+        value, width = config.take(key), data["width"]
         expand = config.data.get("expand", self.expand)
         if value is not None and value != expand * width:
             raise config.clash(f"'{key}': {value!r}", f"'expand': {expand!r} times 'hidden_size': {width!r}")

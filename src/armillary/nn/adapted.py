@@ -2,8 +2,8 @@
 
 What an adapter is made of is a `Change` for each product that it touches, by the product's path. An adapted
 network is a rewrite at the linear seam: modules of its own over the very tensors of the network that it was
-made from. So both can be used at once, by any threads, and neither can alter what the other computes; states
-go with either.
+made from. So both can be used at once, by any threads, and no call of one alters what the other computes; states
+go with either. Who trains or casts one does so to both.
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ class Adapted(Linear):
         return y + self.change.added(x)
 
 
+def check_plain(network: Network) -> None:
+    """Raises UnsupportedError where there is an adapter, which the parameters alone do not hold."""
+    if any(isinstance(module, Adapted) for module in network.modules()):
+        raise UnsupportedError(
+            "a network with an adapter cannot be written as one", hint="keep the adapter's folder beside the model"
+        )
+
+
 def adapted(network: Network, changes: Mapping[str, Change]) -> Network:
     """The network with these changes, by the paths of its products; it shares every tensor.
 
@@ -103,6 +111,8 @@ def adapted(network: Network, changes: Mapping[str, Change]) -> Network:
         if module is None:
             known = [name for name, one in modules.items() if type(one) is Linear]
             raise UnsupportedError(f"there is no '{path}' in this network", hint=nearest(path, known))
+        if isinstance(module, Adapted):
+            raise UnsupportedError(f"'{path}' has an adapter already")
         if type(module) is not Linear:
             raise UnsupportedError(f"'{path}' is a {type(module).__name__}, which adapters cannot change")
         if change.shape != (module.outputs, module.inputs):

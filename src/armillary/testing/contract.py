@@ -175,10 +175,16 @@ def mask(case: Case) -> None:
     """No mask is in the way of what works within a position; a channel mixer whose tokens compete refuses one."""
     trial = Trial(case)
     with torch.no_grad():
-        if case.can.mask:
-            same(trial.whole(mask=_Hidden()), trial.whole(), "under a mask from the objective")
-        else:
+        if not case.can.mask:
             refuses(lambda: trial.whole(mask=_Hidden()), "a mask from the objective")
+            return
+        base = trial.whole(mask=_Hidden())
+        same(base, trial.whole(), "under a mask from the objective")
+        x = trial.x.clone()
+        x[:, 1] = trial.x[:, :1].mean((0, 1))
+        found = trial.whole(x, mask=_Hidden())
+        found[:, 1] = base[:, 1]
+        same(found, base, "beside another token in a hidden place")
 
 
 def sites(case: Case) -> None:

@@ -67,11 +67,13 @@ def check(config: Mapping[str, Any], where: str | None = None) -> None:
             _wrong(key, config[key], "true or false", where)
     if config.get("tokenizer_class") is not None and not _sound(config["tokenizer_class"]):
         _wrong("tokenizer_class", config["tokenizer_class"], "a name", where)
-    ids = config.get(ENDS, [])
+    ids = config.get(ENDS)
+    ids = [] if ids is None else ids
     if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
         _wrong(ENDS, ids, "a list of ids", where)
     template = config.get("chat_template")
-    named = template if isinstance(template, list) else [{"name": "default", "template": template or ""}]
+    alone = {"name": "default", "template": "" if template is None else template}
+    named = template if isinstance(template, list) else [alone]
     for one in named:
         if not (isinstance(one, Mapping) and _sound(one.get("name")) and _sound(one.get("template"))):
             _wrong("chat_template", template, "text, or a list of objects with 'name' and 'template'", where)

@@ -90,7 +90,7 @@ class Tokenizer:
         self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.mask = self._named("pad_token"), self._named("mask_token")
-        self.end_at(self.config.get(ENDS, ()))
+        self.end_at(self.config.get(ENDS) or ())
         self.begin = self._begin()
         self.around: tuple[list[int], list[int]] = self._around()
         self.chat_template: str | None = self._template()

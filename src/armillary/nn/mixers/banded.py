@@ -155,9 +155,8 @@ class BandMixer(Mixer):
             values = self.tapped_values(values, ctx)
         q, k, groups = self._asked(x, ctx)
         q, k, v = (part.transpose(1, 2) for part in (q, k, values))
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if ctx.lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        valid = ctx.present(x)
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         real = valid[:, None, None].expand_as(groups)
         first = torch.tensor(_starts([n for n, _ in self.orders]), device=x.device)[:, None]
         counts = state.tensors["counts"]

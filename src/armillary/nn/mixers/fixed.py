@@ -143,9 +143,8 @@ class Fixed(Mixer):
         values = self.values(x, ctx)
         if ctx.taps is not None:
             values = self.tapped_values(values, ctx)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if ctx.lengths is not None:
-            real = torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None]
+        real = ctx.present(x)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
         # What is held stands before the chunk like one more token.
         parts = self._places(torch.cat([state.tensors["begun"][:, None], real], 1), ctx.where(x), None, state.tensors)
         mixed, kept = self._mixed(parts, values)

@@ -266,11 +266,8 @@ class Longformer(WindowAttention):
     def _rows(self, x: Tensor, ctx: Context) -> Tensor:
         """Where the global tokens of x stand, [B, m], −1 for none."""
         marks = (ctx.where(x) < self.globals).expand(x.shape[0], -1)
-        if ctx.padding is not None:
-            marks = marks & ctx.padding
-        if ctx.lengths is not None:
-            marks = marks & (torch.arange(x.shape[1], device=x.device) < ctx.lengths[:, None])
-        return marked_places(marks, self._most(x.shape[1], ctx))
+        real = ctx.present(x)
+        return marked_places(marks if real is None else marks & real, self._most(x.shape[1], ctx))
 
     def _most(self, length: int, ctx: Context) -> int:
         # each of the packed documents, of which there may be as many as tokens, has its own

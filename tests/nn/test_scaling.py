@@ -153,6 +153,11 @@ def test_the_optimiser_learns_at_the_rates_and_decays_as_before() -> None:
 
 # Their scores are not only products of heads over √K, but of hashes, codewords, moments, sketches or pools.
 UNSAID = {"additive", "lada", "lhc", "lisa", "lln", "lsh", "lsh_local", "lsh_published", "smart_bird"}
+# No score grows with the width: a norm follows, features are of a fixed number, or there are no scores.
+STEADY = {
+    "attention_rnn", "choice", "cot", "efficient", "fixed", "gated_conv", "gated_delta", "gla", "gru", "linear", "lstm",
+    "mamba", "mamba2", "ngram", "retention", "rnn", "self_positioning", "taylor",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", mixers.names())
@@ -172,6 +177,7 @@ def test_a_mixer_says_by_what_its_scores_grow_or_is_refused_by_name(kind: str) -
         network(64, {"width": 32, "rule": "kernel"})
         return
     scaled, bare, base = network(64, {"width": 32}), network(64), network(32)
+    assert (next(iter(scaled.mixers())).scaled == ()) == (kind in STEADY)
     for after, before, first in zip(scaled.mixers(), bare.mixers(), base.mixers(), strict=True):
         assert after.scaled is not None
         for name in after.scaled:

@@ -47,7 +47,7 @@ _NEUTRAL = {
 }
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the weights of the base, too
 
-Product = tuple[str, Callable[[Tensor], Tensor]]  # our path, and its rows of a B
+OurProduct = tuple[str, Callable[[Tensor], Tensor]]  # our path, and its rows of a B
 
 
 def read_adapter(folder: str | Path, network: Network) -> dict[str, Change]:
@@ -134,9 +134,9 @@ def _scaling(config: Mapping[str, Any], where: str) -> Callable[[int], float]:
     return scale
 
 
-def _products(network: Network, theirs: list[str], where: str) -> dict[str, list[Product]]:
+def _products(network: Network, theirs: list[str], where: str) -> dict[str, list[OurProduct]]:
     """Their products → ours. The names are our own paths, or of the first family in which all are known."""
-    own: dict[str, list[Product]] = {
+    own: dict[str, list[OurProduct]] = {
         name: [(name, _whole)] for name, module in network.named_modules() if type(module) is Linear
     }
     best = own
@@ -151,7 +151,7 @@ def _products(network: Network, theirs: list[str], where: str) -> dict[str, list
     )
 
 
-def _layouts(network: Network) -> Iterator[dict[str, list[Product]]]:
+def _layouts(network: Network) -> Iterator[dict[str, list[OurProduct]]]:
     """Of each family whose layout can hold this network."""
     shapes = wanted(network)
     for family in each():
@@ -159,21 +159,23 @@ def _layouts(network: Network) -> Iterator[dict[str, list[Product]]]:
             family.config(network.settings)
         except UnsupportedError:
             continue
-        yield _of(family.bind(network.settings, shapes), family.prefix)
+        yield _layout(family.bind(network.settings, shapes), family.prefix)
 
 
-def _of(bound: list[Bound], prefix: str) -> dict[str, list[Product]]:
+def _layout(bound: list[Bound], prefix: str) -> dict[str, list[OurProduct]]:
     """The products of one family's layout, under the names of a whole model and of its bare body."""
-    found: dict[str, list[Product]] = {}
+    found: dict[str, list[OurProduct]] = {}
     for one in bound:
         steps = [step for step in one.steps if not isinstance(step, Transpose)]
+        if any(isinstance(step, Transpose) for step in one.steps[len(one.steps) - len(steps) :]):
+            continue  # only those that come first can be told from the shapes that follow
         rows = all(type(step) in (Split, SplitByHead, PermuteHalfInterleaved) for step in steps)
         rows = rows and all(step.axis == 0 for step in steps if isinstance(step, Split))
         if len(one.theirs) > 1 or not rows or not all(name.endswith(".weight") for name in (*one.theirs, *one.ours)):
             continue
         heights = [[part.shape[0] for part in stage] for stage in one.stages[1:]]
         heights = heights[len(one.steps) - len(steps) :]
-        products: list[Product] = []
+        products: list[OurProduct] = []
         for place, name in enumerate(one.ours):
 
             def part(b: Tensor, place: int = place, steps: Any = steps, heights: Any = heights) -> Tensor:
@@ -194,7 +196,7 @@ def _whole(b: Tensor) -> Tensor:
     return b
 
 
-def _misfits(network: Network, products: list[Product], parts: Mapping[str, tuple[str, Stored]]) -> list[str]:
+def _misfits(network: Network, products: list[OurProduct], parts: Mapping[str, tuple[str, Stored]]) -> list[str]:
     """What is wrong with a product's A and B, a line for each."""
     (a_name, a), (b_name, b) = parts["A"], parts["B"]
     problems = [f"wrong type: '{name}' holds {one.kind}" for name, one in parts.values() if one.dtype not in FLOATS]

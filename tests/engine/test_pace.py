@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from engine_parts import network_of
 
+from armillary.engine.core import Engine
 from armillary.engine.pace import FIRST, LEAST, LONGEST, SHARE, SHORT, WHOLE, Pace
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
 
 
 def test_a_prompt_adds_less_to_a_step_than_the_step_itself_takes() -> None:
@@ -39,3 +43,11 @@ def test_times_are_followed() -> None:
         pace.went(0.5)
     assert pace.token == pytest.approx(0.002, rel=1e-3)
     assert pace.budget(True) == pytest.approx(SHARE * 0.5 / 0.002, abs=1)
+
+
+def test_an_engine_learns_from_prompts_that_are_read_together() -> None:
+    engine = Engine(network_of(block={"mixer": {"kind": "attention", "heads": 2}, "channel": "ffn"}), slots=2)
+    asked = Sampling(max_new_tokens=4, temperature=0)
+    assert LEAST > 30
+    engine.run([Request(tuple(range(20)) + (row,) * 10, asked) for row in range(2)])
+    assert engine.pace.token > 0 and engine.pace.step > 0

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from armillary.native import tape as native
 from armillary.native.rows import read_all
 from armillary.nn.linear import Linear
 from common import SMALL, Shape, interleaved, ours, ratio, report, slow, theirs, write_gguf
-from peers import Llama, Transformers, missing, packs
+from peers import Llama, Transformers, missing
 
 LARGE = Shape(width=1024, depth=30, heads=16, kv_heads=8, hidden=2816, vocabulary=32768)
 PROMPT, TOKENS, STREAMS = 256, 16, 16
@@ -120,24 +121,13 @@ def apart(network: Any, weights: str) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def peer(kind: str, shape: Shape, rows: int, folder: str) -> Call | None:
-    """Tokens/s of llama.cpp on the same shape behind the same prompts, or None where it is not installed."""
+def peer(kind: str, shape: Shape, rows: int, folder: str) -> Llama | None:
+    """llama.cpp on the same shape behind the same prompts, or None where it is not installed."""
     if missing("engine"):
         return None
     file = Path(folder) / f"{kind}.gguf"
     write_gguf(file, kind, shape)
-    packed = packs() if kind.startswith("Q") else True
-    model = Llama(file, rows, ROOM, threads=torch.get_num_threads(), packs=packed)
-    for row in range(rows):
-        model.read(row, prompt(row))
-
-    def once() -> float:
-        start = time.perf_counter()
-        for _ in range(TOKENS):
-            model.step([5] * rows)
-        return rows * TOKENS / (time.perf_counter() - start)
-
-    return once
+    return Llama(file, [prompt(row) for row in range(rows)], ROOM)
 
 
 def one(network: Any, name: str, shape: Shape, repeats: int, exceeds: bool) -> None:
@@ -149,8 +139,10 @@ def one(network: Any, name: str, shape: Shape, repeats: int, exceeds: bool) -> N
             calls = {"armillary": stream.decode, "floor": stream.floor()}
             rival = peer(PEERS[weights], shape, 1, folder)
             if rival is not None:
-                calls["llama.cpp"] = rival
+                calls["llama.cpp"] = partial(rival.decode, TOKENS)
             found = interleaved(calls, repeats)
+            if rival is not None:
+                rival.close()
         size = sum(part.numel() * part.element_size() for part in stream.memory())
         figures: dict[str, Any] = {
             "tokens/s": statistics.median(found["armillary"]),
@@ -200,13 +192,15 @@ def many(network: Any, repeats: int) -> None:
     wholes = {kind: Whole(network, kind) for kind in ("bf16", "int8")}
     calls |= {f"{kind} with choice": whole for kind, whole in wholes.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in wholes:
-            if (rival := peer(PEERS[kind], SMALL, STREAMS, folder)) is not None:
-                calls[f"llama.cpp {PEERS[kind]}"] = rival
+        rivals = {f"llama.cpp {PEERS[kind]}": peer(PEERS[kind], SMALL, STREAMS, folder) for kind in wholes}
+        calls |= {name: partial(rival.decode, TOKENS) for name, rival in rivals.items() if rival is not None}
         generate = transformers()
         if generate is not None:
             calls["transformers"] = generate
         found = interleaved(calls, repeats)
+        for rival in rivals.values():
+            if rival is not None:
+                rival.close()
     figures: dict[str, Any] = {f"{name} tokens/s": statistics.median(found[name]) for name in calls}
     for kind, whole in wholes.items():
         figures[f"{kind}, requests from end to end, tokens/s"] = statistics.median(whole.whole[1:])

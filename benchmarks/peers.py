@@ -1,21 +1,16 @@
-"""The peers of decoding on the same shape: `llama.cpp` through its C interface, and `transformers`."""
+"""The peers of decoding on the same shape, asked for what they take: `llama.cpp` and `transformers`."""
 
 from __future__ import annotations
 
-import ctypes
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from common import Shape, write_gguf
-
-BATCH = 512  # tokens that llama.cpp takes at a time
 
 
 def missing(benchmark: str) -> str:
@@ -30,85 +25,56 @@ def missing(benchmark: str) -> str:
 
 
 class Llama:
-    """A random model of llama.cpp over `rows` sequences of at most `room` tokens, each with a past of its own.
+    """A model of llama.cpp in a process of its own, with `rows` sequences of at most `room` tokens each behind such
+    prompts; flash: whether with its fused attention. It puts quantised weights into an order of its own, unless it
+    crashes so: built by some compilers, its products with AMX end with SIGSEGV."""
 
-    flash: its fused attention; packs: whether it puts quantised weights into an order of its own (`packs()`).
-    Logits are computed and waited for, and nothing is chosen.
-    """
+    def __init__(self, file: Path, prompts: Sequence[Sequence[int]], room: int, *, flash: bool = False) -> None:
+        self.rows = len(prompts)
+        for packs in (True, False):
+            given = json.dumps([str(file), self.rows, room, torch.get_num_threads(), flash, packs])
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("llama.py")), given],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            try:
+                self._heard()
+                for row, prompt in enumerate(prompts):
+                    self._ask("read", row, prompt)
+                return
+            except (EOFError, BrokenPipeError):
+                if not packs:
+                    raise
+                print("  llama.cpp ends with its own order of weights; it is asked without", file=sys.stderr)
 
-    def __init__(
-        self, file: Path, rows: int, room: int, *, threads: int, flash: bool = False, packs: bool = True
-    ) -> None:
-        import llama_cpp
+    def decode(self, steps: int) -> float:
+        """Tokens/s of all rows together."""
+        return self.rows * steps / self._ask("steps", steps)
 
-        self._api, self.rows = llama_cpp, rows
-        self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        given = llama_cpp.llama_model_default_params()
-        given.use_extra_bufts = packs
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), given)
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch = rows * room, rows, BATCH, BATCH
-        settings.n_threads = settings.n_threads_batch = threads
-        settings.kv_unified = False  # pasts apart: with 16 streams 1.75 times as fast as all in one
-        settings.flash_attn_type, settings.no_perf = int(flash), True
-        self._context = llama_cpp.llama_init_from_model(self._model, settings)
-        assert self._context, "llama.cpp made no context"
-        self._batch = llama_cpp.llama_batch_init(max(BATCH, rows), 0, 1)
-        self._length = [0] * rows
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Tokens/s of a prompt from the beginning on."""
+        self._ask("clear")
+        return len(prompt) / self._ask("read", 0, prompt)
 
     def close(self) -> None:
-        self._api.llama_batch_free(self._batch)
-        self._api.llama_free(self._context)
-        self._api.llama_model_free(self._model)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
-    def clear(self) -> None:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-        self._length = [0] * self.rows
+    def _ask(self, *words: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        return self._heard()
 
-    def read(self, row: int, ids: Sequence[int]) -> None:
-        """Take in tokens of one sequence; the scores after the last are there when it returns."""
-        for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
-            self._run([row] * len(part), part, len(ids) - start <= BATCH)
-
-    def step(self, tokens: Sequence[int]) -> None:
-        """A token of each sequence."""
-        self._run(range(self.rows), tokens, None)
-
-    def _run(self, rows: Sequence[int], ids: Sequence[int], ends: bool | None) -> None:
-        """ends: whether the last place's scores are wanted; None: those of all places."""
-        batch, last = self._batch, len(ids) - 1
-        batch.n_tokens = len(ids)
-        for place, (row, token) in enumerate(zip(rows, ids, strict=True)):
-            batch.token[place], batch.pos[place] = token, self._length[row]
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
-            batch.logits[place] = ends is None or (ends and place == last)
-            self._length[row] += 1
-        failed = self._api.llama_decode(self._context, batch)
-        assert not failed, f"llama.cpp could not compute: {failed}"
-        if ends is not False:
-            self._api.llama_get_logits_ith(self._context, last)[0]  # waits for them
-
-
-@cache
-def packs() -> bool:
-    """Whether llama.cpp computes several rows by weights in its own order without a crash, tried in a process of
-    its own: where it was built by some compilers, its products with AMX end with SIGSEGV."""
-    tried = subprocess.run([sys.executable, __file__], capture_output=True)
-    if tried.returncode:
-        print("  llama.cpp crashes here with weights in an order of its own; it is asked without", file=sys.stderr)
-    return tried.returncode == 0
-
-
-def _try() -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "small.gguf"
-        write_gguf(file, "Q8_0", Shape(256, 1, 4, 2, 512, 512))
-        Llama(file, 1, 64, threads=2).read(0, list(range(3, 40)))
+    def _heard(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError(f"llama.cpp ended with {self._process.wait()}")
+        return json.loads(line)
 
 
 class Transformers:
@@ -136,7 +102,3 @@ class Transformers:
         )
         assert len(times) == tokens + 1
         return len(self.ids) * tokens / (times[-1] - times[0])
-
-
-if __name__ == "__main__":
-    _try()

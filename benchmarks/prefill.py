@@ -47,19 +47,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "random.gguf"
         write_gguf(file)
-        calls = {"armillary": alone, "through the engine": whole}
+        calls, peers = {"armillary": alone, "through the engine": whole}, list[Llama]()
         for name, flash in (("llama.cpp", False), ("llama.cpp, its fused attention", True)):
-            peer = Llama(file, 1, PROMPT + 8, threads=torch.get_num_threads(), flash=flash)
-
-            def theirs(peer: Llama = peer) -> float:
-                ids = prompt()
-                peer.clear()
-                start = time.perf_counter()
-                peer.read(0, ids)
-                return PROMPT / (time.perf_counter() - start)
-
-            calls[name] = theirs
+            peer = Llama(file, [prompt()], PROMPT + 8, flash=flash)
+            calls[name] = lambda peer=peer: peer.prefill(prompt())
+            peers.append(peer)
         found = interleaved(calls, repeats=15)
+        for peer in peers:
+            peer.close()
     figures = {f"{name} tokens/s": statistics.median(speeds) for name, speeds in found.items()}
     rival = max((name for name in found if name.startswith("llama.cpp")), key=lambda one: statistics.median(found[one]))
     figures["speed ratio"] = ratio(found, "armillary", rival)

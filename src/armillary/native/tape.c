@@ -94,6 +94,35 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case RETAIN:
         retain(op, call, rows, share_of(n[0], thread, threads));
         break;
+    case MATRIX:
+        matrix(op, call, rows, share_of(n[0], thread, threads));
+        break;
+    case GATES:
+        gates(op, rows, share_of(n[0], thread, threads));
+        break;
+    case CUT: /* n: width, first column of it, how many */
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(out + r * n[2], in + r * n[0] + n[1], sizeof(float) * (size_t)n[2]);
+        break;
+    case TAKE: /* n: width; rest: [slots, width] */
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(out + r * n[0], (float *)op->rest + call->slots[r] * n[0], sizeof(float) * (size_t)n[0]);
+        break;
+    case CONVOLVE:
+    case MAP:
+    case SELECT:
+    case CELL:
+    case SCALED: { /* n: width, units */
+        range_t mine = share_of(n[1], thread, threads);
+        int64_t from = mine.first * (n[0] / n[1]), to = mine.stop * (n[0] / n[1]);
+        if (op->code == CONVOLVE) convolve(op, call, out, rows, from, to);
+        else if (op->code == SELECT) select_(op, call, in, out, rows, from, to);
+        else if (op->code == CELL) cell(op, call, in, out, rows, from, to);
+        else if (op->code == SCALED) scaled(op, in, out, rows, from, to);
+        else
+            for (int64_t r = 0; r < rows; r++) map(out + r * n[0] + from, to - from, op->kind, op->f[0]);
+        break;
+    }
     default: { /* element by element; n: width, units */
         range_t mine = share_of(n[1], thread, threads);
         int64_t from = mine.first * (n[0] / n[1]), count = mine.stop * (n[0] / n[1]) - from;

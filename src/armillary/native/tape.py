@@ -39,6 +39,15 @@ class Code(IntEnum):
     RETAIN = 13
     CLIP = 14
     PICK = 15
+    CONVOLVE = 16
+    GATES = 17
+    MAP = 18
+    MATRIX = 19
+    SELECT = 20
+    CUT = 21
+    TAKE = 22
+    CELL = 23
+    SCALED = 24
 
 
 class Kind(IntEnum):

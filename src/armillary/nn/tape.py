@@ -128,6 +128,8 @@ class Tape(Buffers):
                 what.lines = None
         self._steps.append(record)
 
+    write = _add  # of operations that stand in files of their own
+
     def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
         """Rows of a table [entries, D], by id or by position."""
         table = table.detach().contiguous()
@@ -263,13 +265,13 @@ class Tape(Buffers):
         self, code: Code, x: Buffer, y: Buffer | None, factor: float = 1.0, kind: int = 0, unit: int | None = None
     ) -> Buffer:
         assert not x.own
-        units = x.width // unit if unit is not None else self._units_of(x)
+        units = x.width // unit if unit is not None else self.units_of(x)
         reads = [] if y is None else [(y, units)]
         n = (x.width, units)
         self._add(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
         return x
 
-    def _units_of(self, x: Buffer) -> int:
+    def units_of(self, x: Buffer) -> int:
         """As the value was last written, so that no thread waits for another; else by columns."""
         last = [part for part, wrote in self.touched.get(x.at, ()) if wrote and part > 0]
         return last[0] if len(last) == 1 and x.width % last[0] == 0 else _units(x.width)

@@ -19,7 +19,9 @@ from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
+from armillary.nn.recurrences import Map, mapped, matrix, sums
 from armillary.nn.state import FixedState, State
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 # What stands in for ε where features are exponentials: far below every sum that float32 holds to
 # full precision, and large enough that its inverse overflows nothing.
@@ -213,6 +215,16 @@ class KernelAttention(Mixer):
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
 
+    def recorded(self, tape: Tape, x: Buffer) -> Buffer:
+        """[rows, H · K] → features [rows, H · F] of queries or keys; raises NoStep for logarithms."""
+        raise NoStep(f"{type(self).__name__} has no native features")
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (held,) = sums(tape, state, "matrix")
+        q, k, v = (record(product, tape, x, unit=self.width) for product in (self.q, self.k, self.v))
+        mixed = matrix(tape, self.recorded(tape, q), self.recorded(tape, k), v, held, epsilon=self.eps)
+        return record(self.o, tape, mixed)  # type: ignore[no-any-return]
+
 
 class LinearAttention(KernelAttention):
     """Features elu(x) + 1, as many as a head is wide."""
@@ -227,6 +239,9 @@ class LinearAttention(KernelAttention):
 
     def keys(self, k: Tensor) -> Tensor:
         return _elu_plus_one(k)
+
+    def recorded(self, tape: Tape, x: Buffer) -> Buffer:
+        return mapped(tape, x, Map.ELU_ONE)
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

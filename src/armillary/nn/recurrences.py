@@ -213,9 +213,7 @@ def take(tape: Tape, state: Tensor) -> Buffer:
     return out
 
 
-def cell(
-    tape: Tape, kind: str, found: Buffer, held: Buffer, bias: Tensor, h: Tensor, c: Tensor | None
-) -> Buffer:
+def cell(tape: Tape, kind: str, found: Buffer, held: Buffer, bias: Tensor, h: Tensor, c: Tensor | None) -> Buffer:
     """The step of an RNN, LSTM or GRU from the products of inputs and state; h and c are states [slots, R]. A
     sequence can take one token in a call only, since `held` is made for all rows at once."""
     tape.single = True

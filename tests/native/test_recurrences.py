@@ -38,7 +38,7 @@ NATIVE = {
     "rnn",
     "window",
 }
-NATIVE_CHANNELS = {"ffn", "gated"}
+NATIVE_CHANNELS = {"ffn", "gated", "moe"}
 # Widths of values that take stripes of 4, 2 and 1 vectors and single columns, shared keys, long convolutions.
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba2_groups": {"kind": "mamba2", "head_width": 12, "state_width": 20, "groups": 2, "taps": 5},

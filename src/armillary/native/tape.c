@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "products.h"
 #include "recurrence.h"
 #include "rowwise.h"
@@ -100,6 +101,18 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case GATES:
         gates(op, rows, share_of(n[0], thread, threads));
         break;
+    case ROUTE:
+        route(op, in, out, rows, scratch);
+        break;
+    case EXPERTS_IN:
+    case EXPERTS_OUT: { /* n: inputs, outputs, units; rest: from one thread's picks to the next one's */
+        range_t mine = share_of(n[2], thread, threads);
+        range_t columns = {mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])};
+        const float *picks = (const float *)((char *)op->more + (intptr_t)op->rest * thread);
+        if (op->code == EXPERTS_IN) experts_in(op, in, picks, out, rows, columns, scratch);
+        else experts_out(op, in, picks, out, rows, columns, scratch);
+        break;
+    }
     case CUT: /* n: width, first column of it, how many */
         for (int64_t r = 0; r < rows; r++)
             memcpy(out + r * n[2], in + r * n[0] + n[1], sizeof(float) * (size_t)n[2]);
@@ -112,12 +125,14 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case MAP:
     case SELECT:
     case CELL:
-    case SCALED: { /* n: width, units */
+    case SCALED:
+    case ADD_GATED: { /* n: width, units */
         range_t mine = share_of(n[1], thread, threads);
         int64_t from = mine.first * (n[0] / n[1]), to = mine.stop * (n[0] / n[1]);
         if (op->code == CONVOLVE) convolve(op, call, out, rows, from, to);
         else if (op->code == SELECT) select_(op, call, in, out, rows, from, to);
         else if (op->code == CELL) cell(op, call, in, out, rows, from, to);
+        else if (op->code == ADD_GATED) add_gated(op, in, out, rows, from, to);
         else if (op->code == SCALED) scaled(op, in, out, rows, from, to);
         else
             for (int64_t r = 0; r < rows; r++) map(out + r * n[0] + from, to - from, op->kind, op->f[0]);

@@ -48,6 +48,10 @@ class Code(IntEnum):
     TAKE = 22
     CELL = 23
     SCALED = 24
+    ROUTE = 25
+    EXPERTS_IN = 26
+    EXPERTS_OUT = 27
+    ADD_GATED = 28
 
 
 class Kind(IntEnum):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from armillary.nn.context import Context, Memory
 from armillary.nn.mechanism import Frozen, Mixer
 from armillary.nn.ops.short_conv import next_tail, short_conv
-from armillary.nn.recurrences import convolve, gates
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve, gates
 from armillary.nn.tape import Buffer, Tape
 
 

@@ -22,8 +22,8 @@ from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, mixers
 from armillary.nn.ops.neighbours import Grid, Neighbourhood
 from armillary.nn.ops.short_conv import next_tail
-from armillary.nn.recurrences import convolve
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve
 from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 

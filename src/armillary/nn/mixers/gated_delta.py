@@ -26,9 +26,9 @@ from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, NormSett
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.delta import delta_attend
 from armillary.nn.ops.short_conv import short_conv_flops
-from armillary.nn.recurrences import gates, matrix, sums
 from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import gates, matrix, sums
 from armillary.nn.tape import Buffer, Tape, record
 
 TINY = 1e-6  # added to the squared lengths of q and k

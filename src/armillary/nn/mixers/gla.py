@@ -24,9 +24,9 @@ from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, NormSett
 from armillary.nn.norms.layernorm import LayerNormSettings
 from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.channel_decay import channel_attend
-from armillary.nn.recurrences import Map, mapped, matrix, sums
 from armillary.nn.recurrent import MatrixMixer
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import Map, mapped, matrix, sums
 from armillary.nn.tape import Buffer, Tape, record
 
 

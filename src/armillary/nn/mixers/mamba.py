@@ -27,8 +27,8 @@ from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, mixers
 from armillary.nn.ops.scan import selective_scan, selective_scan_flops
 from armillary.nn.ops.short_conv import next_tail, short_conv, short_conv_flops
-from armillary.nn.recurrences import convolve, cut, select, sums
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve, cut, select, sums
 from armillary.nn.tape import Buffer, Tape, record
 
 STEPS = (1e-3, 1e-1)  # where the steps start, log-uniform

@@ -23,9 +23,9 @@ from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, Place, mixers
 from armillary.nn.ops.decay import decay_attend
 from armillary.nn.ops.short_conv import short_conv_flops
-from armillary.nn.recurrences import matrix, scaled, sums
 from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import matrix, scaled, sums
 from armillary.nn.tape import Buffer, Tape, record
 
 

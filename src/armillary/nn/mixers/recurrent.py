@@ -22,8 +22,8 @@ from armillary.nn.linear import Linear
 from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place
 from armillary.nn.ops import plain
 from armillary.nn.ops.recurrent import GATES, WORK, CellKind, begins, fused_lstm, has_fused_lstm, recur, recur_plain
-from armillary.nn.recurrences import cell, sums, take
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import cell, sums, take
 from armillary.nn.tape import Buffer, Tape, record
 
 

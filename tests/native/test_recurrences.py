@@ -34,8 +34,10 @@ NATIVE = {
     "lstm",
     "mamba",
     "mamba2",
+    "performer",
     "retention",
     "rnn",
+    "taylor",
     "window",
 }
 NATIVE_CHANNELS = {"ffn", "gated", "moe"}
@@ -51,6 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "delta_shared": {"kind": "gated_delta", "heads": 4, "key_heads": 2, "head_width": 10, "expand": 1.5},
     "delta_plain": {"kind": "gated_delta", "heads": 3, "head_width": 20, "expand": 3.0, "fading": False, "taps": 1},
     "linear": {"kind": "linear", "heads": 2, "head_width": 57},
+    "performer": {"kind": "performer", "heads": 3, "features": 40},
+    "performer_pairs": {"kind": "performer", "heads": 2, "features": 22, "hyperbolic": True},
+    "performer_relu": {"kind": "performer", "heads": 2, "features": 22, "kernel": "relu"},
+    "taylor": {"kind": "taylor", "heads": 2},
     "retention": {"kind": "retention", "heads": 3, "expand": 1.25},
     "gru": {"kind": "gru", "hidden": 37},
     "lstm": {"kind": "lstm", "hidden": 37},

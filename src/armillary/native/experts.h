@@ -13,11 +13,11 @@ typedef struct {
 
 /* The `top` largest of each row's scores [rows, experts] and their gates: picks [rows, 2 top]. Of equal ones the
  * first. n: experts, top, 1: by sigmoids, 1: gates sum to 1; bias: added where experts are picked, or null;
- * f: factor on the gates; scratch: experts numbers twice */
+ * f: factor on the gates; scratch: three numbers an expert */
 static void route(const op_t *op, const float *scores, float *picks, int64_t rows, float *scratch) {
     int64_t experts = op->n[0], top = op->n[1];
     const float *added = op->bias;
-    float *every = scratch, *by = scratch + experts;
+    float *every = scratch, *by = scratch + experts, *open = by + experts;
     for (int64_t r = 0; r < rows; r++) {
         const float *each = scores + r * experts;
         float *pick = picks + r * 2 * top, *gate = pick + top, total = 0.0f;
@@ -30,14 +30,13 @@ static void route(const op_t *op, const float *scores, float *picks, int64_t row
         }
         /* a softmax keeps the order of scores, which do not round to ties where its shares would */
         for (int64_t e = 0; e < experts; e++) by[e] = op->n[2] || added ? every[e] + (added ? added[e] : 0.0f) : each[e];
+        for (int64_t e = 0; e < experts; e++) open[e] = 1.0f;
         total = 0.0f;
         for (int64_t j = 0; j < top; j++) {
             int64_t best = -1;
-            for (int64_t e = 0; e < experts; e++) {
-                int taken = 0;
-                for (int64_t i = 0; i < j; i++) taken |= (int64_t)pick[i] == e;
-                if (!taken && (best < 0 || by[e] > by[best])) best = e;
-            }
+            for (int64_t e = 0; e < experts; e++)
+                if (open[e] != 0.0f && (best < 0 || by[e] > by[best])) best = e;
+            open[best] = 0.0f;
             pick[j] = (float)best;
             total += gate[j] = every[best];
         }

@@ -3,7 +3,7 @@
 #ifndef ARMILLARY_RECURRENCE_H
 #define ARMILLARY_RECURRENCE_H
 
-#include "record.h"
+#include "products.h"
 #include "rowwise.h"
 
 #define PER_LOG2 1.44269504f
@@ -51,7 +51,7 @@ INLINE void matrix_stripe(const int n, const int fading, const int delta, float 
     for (int s = 0; s < n; s++) *(wide *)(y + s * WIDE) = sums[s];
 }
 
-INLINE float matrix_column(const int fading, const int delta, float *state, int64_t stride, int64_t keys,
+static float matrix_column(int fading, int delta, float *state, int64_t stride, int64_t keys,
                            const float *q, const float *k, float v, const float *fades, float share) {
     float fade = fading == BY_HEAD ? fades[0] : 1.0f, held = 0.0f, sum = 0.0f;
     if (delta)
@@ -93,16 +93,14 @@ static void matrix(const op_t *op, const call_t *call, int64_t rows, range_t min
             const float *v = (const float *)op->weight + head * values, *fades = op->bias;
             float *y = (float *)op->out + head * values;
             float *state = (float *)op->rest + (call->slots[r] * heads + h) * keys * stride;
-            if (fading == BY_KEY)
-                matrix_head(BY_KEY, 0, state, stride, keys, values, q, k, v, fades + head * keys, 1.0f, y);
-            else if (fading == STILL)
-                matrix_head(STILL, 0, state, stride, keys, values, q, k, v, NULL, 1.0f, y);
-            else if (op->n[5] == 1)
-                matrix_head(BY_HEAD, 1, state, stride, keys, values, q, k, v, fades + 2 * head, fades[2 * head + 1], y);
-            else
-                matrix_head(BY_HEAD, 0, state, stride, keys, values, q, k, v, fades + 2 * head, fades[2 * head + 1], y);
+            const float *own = fading == STILL ? NULL : fades + head * (fading == BY_KEY ? keys : 2);
+            float share = fading == BY_HEAD ? own[1] : 1.0f;
+            if (fading == BY_KEY) matrix_head(BY_KEY, 0, state, stride, keys, values, q, k, v, own, share, y);
+            else if (fading == STILL) matrix_head(STILL, 0, state, stride, keys, values, q, k, v, own, share, y);
+            else if (op->n[5] == 1) matrix_head(BY_HEAD, 1, state, stride, keys, values, q, k, v, own, share, y);
+            else matrix_head(BY_HEAD, 0, state, stride, keys, values, q, k, v, own, share, y);
             if (op->n[5] == 2) {
-                float sum = matrix_column(STILL, 0, state + values, stride, keys, q, k, 1.0f, NULL, 1.0f) + op->f[0];
+                float sum = matrix_column((int)fading, 0, state + values, stride, keys, q, k, 1.0f, own, share) + op->f[0];
                 for (int64_t c = 0; c < values; c++) y[c] /= sum;
             }
         }
@@ -163,6 +161,60 @@ static void scaled(const op_t *op, const float *x, float *y, int64_t rows, int64
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = from, at = r * op->n[0]; i < to; i++)
             y[at + i] = x ? y[at + i] + x[at + i] * weight[i] : y[at + i] * weight[i];
+}
+
+/* -- features of queries and keys, by heads */
+
+enum features { RELU_FEATURES, EXP_FEATURES, UNIT_FEATURES };
+
+/* In place, a line of logarithms: exponentials relative to its largest or, of keys, to the largest so far in steps
+ * of 4, to which `fade` brings the sums up to here. */
+static void exponentials(float *line, int64_t n, float *so_far, float *fade) {
+    float peak = most_of(line, n, -INFINITY), top = ceilf(peak * 0.25f) * 4.0f;
+    if (so_far) {
+        top = top > -1e30f ? top : -1e30f;
+        top = *so_far > top ? *so_far : top;
+        fade[0] = exp_down(*so_far - top), fade[1] = 1.0f;
+        *so_far = peak = top;
+    }
+    for (int64_t i = 0; i < n; i++) line[i] = exp_down(line[i] - peak);
+}
+
+/* x [rows, heads, width] -> out [rows, heads, features], heads `mine`. By random directions: relu(d x) + f1;
+ * exp(d x - |x|^2 / 2), if paired also of -d; or x to length 1 and a 1. n: heads, width, directions, features,
+ * kind, paired; weight: directions; f: factor on x, what is added; of keys, rest: their largest so far [slots,
+ * heads], more: pairs of a fade and a share [rows, heads, 2]; scratch: width and directions of all heads */
+static void features(const op_t *op, const call_t *call, const float *x, float *out, int64_t rows, range_t mine,
+                     float *scratch) {
+    int64_t heads = op->n[0], width = op->n[1], directions = op->n[2], size = op->n[3], count = mine.stop - mine.first;
+    float *scaled_ = scratch, *found = scratch + heads * width;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = x + (r * heads + mine.first) * width;
+        for (int64_t i = 0; i < count * width; i++) scaled_[i] = from[i] * op->f[0];
+        if (op->n[4] != UNIT_FEATURES) {
+            op_t one = *op;
+            one.n[0] = width, one.n[1] = directions, one.bias = NULL, one.f[0] = 1.0f;
+            f32_product(&one, scaled_, found, count, (range_t){0, directions});
+        }
+        for (int64_t h = 0; h < count; h++) {
+            const float *each = scaled_ + h * width, *by = found + h * directions;
+            int64_t head = r * heads + mine.first + h;
+            float *line = out + head * size, squares = sum_line(each, width, 1, 0.0f);
+            if (op->n[4] == UNIT_FEATURES) {
+                float length = 1.0f / sqrtf(squares + op->f[1]);
+                for (int64_t i = 0; i < width; i++) line[i] = each[i] * length;
+                line[width] = 1.0f;
+            } else if (op->n[4] == RELU_FEATURES) {
+                for (int64_t i = 0; i < directions; i++) line[i] = (by[i] > 0.0f ? by[i] : 0.0f) + op->f[1];
+            } else {
+                for (int64_t i = 0; i < directions; i++) line[i] = by[i] - 0.5f * squares;
+                if (op->n[5])
+                    for (int64_t i = 0; i < directions; i++) line[directions + i] = -by[i] - 0.5f * squares;
+                float *so_far = op->rest ? (float *)op->rest + call->slots[r] * heads + mine.first + h : NULL;
+                exponentials(line, size, so_far, (float *)op->more + 2 * head);
+            }
+        }
+    }
 }
 
 /* -- short convolutions: channels `from` to before `to` of x [rows, channels], in place. n: channels, units, taps,

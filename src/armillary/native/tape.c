@@ -113,6 +113,9 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
         else experts_out(op, in, picks, out, rows, columns, scratch);
         break;
     }
+    case FEATURES:
+        features(op, call, in, out, rows, share_of(n[0], thread, threads), scratch);
+        break;
     case CUT: /* n: width, first column of it, how many */
         for (int64_t r = 0; r < rows; r++)
             memcpy(out + r * n[2], in + r * n[0] + n[1], sizeof(float) * (size_t)n[2]);

@@ -52,6 +52,7 @@ class Code(IntEnum):
     EXPERTS_IN = 26
     EXPERTS_OUT = 27
     ADD_GATED = 28
+    FEATURES = 29
 
 
 class Kind(IntEnum):

@@ -215,15 +215,17 @@ class KernelAttention(Mixer):
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
 
-    def recorded(self, tape: Tape, x: Buffer) -> Buffer:
-        """[rows, H · K] → features [rows, H · F] of queries or keys; raises NoStep for logarithms."""
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        """[rows, H · K] → features [rows, H · F] of queries, or with `so_far`, the state's scale, of keys, and then
+        fades; raises NoStep where there is none."""
         raise NoStep(f"{type(self).__name__} has no native features")
 
     def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
-        (held,) = sums(tape, state, "matrix")
+        held, *scale = sums(tape, state, "matrix", *(["scale"] if self.logarithmic else []))
         q, k, v = (record(product, tape, x, unit=self.width) for product in (self.q, self.k, self.v))
-        mixed = matrix(tape, self.recorded(tape, q), self.recorded(tape, k), v, held, epsilon=self.eps)
-        return record(self.o, tape, mixed)  # type: ignore[no-any-return]
+        q, _ = self.recorded(tape, q)
+        k, fades = self.recorded(tape, k, scale[0] if scale else None)
+        return record(self.o, tape, matrix(tape, q, k, v, held, fades=fades, epsilon=self.eps))  # type: ignore[no-any-return]
 
 
 class LinearAttention(KernelAttention):
@@ -240,8 +242,8 @@ class LinearAttention(KernelAttention):
     def keys(self, k: Tensor) -> Tensor:
         return _elu_plus_one(k)
 
-    def recorded(self, tape: Tape, x: Buffer) -> Buffer:
-        return mapped(tape, x, Map.ELU_ONE)
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        return mapped(tape, x, Map.ELU_ONE), None
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

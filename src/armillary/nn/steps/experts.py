@@ -29,7 +29,7 @@ def route(
     """The `top` best of every row's scores and their gates (see ops.routing.top_gates), for every thread: [rows, 2 ·
     top], the experts and then the gates."""
     picks = tape.buffer(2 * top, own=True)
-    tape.scratch = max(tape.scratch, 2 * scores.width)
+    tape.scratch = max(tape.scratch, 3 * scores.width)
     tape.write(
         Code.ROUTE,
         into=scores,

@@ -27,6 +27,14 @@ class Fading(IntEnum):
     BY_KEY = 2
 
 
+class Features(IntEnum):
+    """Of queries and keys; the order is that of recurrence.h."""
+
+    RELU = 0
+    EXP = 1
+    UNIT = 2
+
+
 class Map(IntEnum):
     """Functions of one number; the order is that of recurrence.h."""
 
@@ -118,6 +126,46 @@ def mapped(tape: Tape, x: Buffer, kind: Map, factor: float = 1.0) -> Buffer:
     units = tape.units_of(x)
     tape.write(Code.MAP, out=x, writes=[(x, units)], kind=kind, n=(x.width, units), f=(factor,))
     return x
+
+
+def features(
+    tape: Tape,
+    x: Buffer,
+    heads: int,
+    kind: Features,
+    *,
+    directions: Tensor | None = None,
+    paired: bool = False,
+    factor: float = 1.0,
+    offset: float = 0.0,
+    so_far: Tensor | None = None,
+) -> tuple[Buffer, Buffer | None]:
+    """Of every head of x [rows, heads · K], with x̃ = factor · x: relu(d·x̃) + offset for the directions d [m, K];
+    exp(d·x̃ − ‖x̃‖²/2), if paired also of −d, relative to the largest; or x̃ / √(‖x̃‖² + offset) and a 1.
+
+    so_far [slots, heads]: of keys, relative to the largest that there was, which moves on (see
+    ops.linear.running_max); then the fades that the sums so far need come, too.
+    """
+    width = x.width // heads
+    many = 0 if directions is None else len(directions)
+    size = width + 1 if kind == Features.UNIT else many * (2 if paired else 1)
+    out = tape.buffer(heads * size)
+    fades = None if so_far is None else tape.buffer(2 * heads)
+    tape.scratch = max(tape.scratch, heads * (width + many))
+    moved = [] if so_far is None or fades is None else [(so_far.data_ptr(), heads), (fades, heads)]
+    tape.write(
+        Code.FEATURES,
+        into=x,
+        out=out,
+        reads=[(x, heads)],
+        writes=[(out, heads), *moved],
+        n=(heads, width, many, size, kind, int(paired)),
+        f=(factor, offset),
+        weight=0 if directions is None else tape.pack(directions, "float32")[1],
+        more=0 if fades is None else fades.at,
+        rest=0 if so_far is None else so_far.data_ptr(),
+    )
+    return out, fades
 
 
 def matrix(

@@ -37,6 +37,7 @@ NATIVE = {
     "performer",
     "retention",
     "rnn",
+    "stick_breaking",
     "taylor",
     "window",
 }
@@ -57,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "performer_pairs": {"kind": "performer", "heads": 2, "features": 22, "hyperbolic": True},
     "performer_relu": {"kind": "performer", "heads": 2, "features": 22, "kernel": "relu"},
     "taylor": {"kind": "taylor", "heads": 2},
+    "stick": {"kind": "stick_breaking", "heads": 4, "kv_heads": 2, "head_width": 13},
     "retention": {"kind": "retention", "heads": 3, "expand": 1.25},
     "gru": {"kind": "gru", "hidden": 37},
     "lstm": {"kind": "lstm", "hidden": 37},

@@ -79,7 +79,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "retention": {"block": {"mixer": {"kind": "retention", "heads": 2}, "channel": "gated"}},
     "some_plain": {
-        "blocks": {"other": {"mixer": "performer", "channel": "gated"}, "look": look(position="rope")},
+        "blocks": {"other": {"mixer": "additive", "channel": "gated"}, "look": look(position="rope")},
         "pattern": ["other", "look"],
         "depth": 4,
     },
@@ -267,5 +267,5 @@ def test_what_cannot_be_done_is_said() -> None:
     assert Slots(made, 1, 64).replay is None
     with pytest.warns(UserWarning, match=r"blocks\.0\.mixer"):
         assert (
-            Slots(network(block={"mixer": "performer", "channel": "gated"}), 1, 64, weights="int4").replay is not None
+            Slots(network(block={"mixer": "additive", "channel": "gated"}), 1, 64, weights="int4").replay is not None
         )

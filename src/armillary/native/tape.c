@@ -18,6 +18,7 @@
 #include "products.h"
 #include "recurrence.h"
 #include "rowwise.h"
+#include "stick.h"
 
 static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch) {
     int64_t rows = op->picked ? call->picks : call->rows;
@@ -115,6 +116,9 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     }
     case FEATURES:
         features(op, call, in, out, rows, share_of(n[0], thread, threads), scratch);
+        break;
+    case STICK:
+        stick(op, call, in, out, rows, thread, threads);
         break;
     case CUT: /* n: width, first column of it, how many */
         for (int64_t r = 0; r < rows; r++)

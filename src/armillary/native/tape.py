@@ -53,6 +53,7 @@ class Code(IntEnum):
     EXPERTS_OUT = 27
     ADD_GATED = 28
     FEATURES = 29
+    STICK = 30
 
 
 class Kind(IntEnum):

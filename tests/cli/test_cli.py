@@ -186,8 +186,8 @@ def test_a_new_recipe_is_explained_and_shown(
     assert facts["state_bytes"] == 2 * 2 * 64 * 48 * (2 if computes_bf16() else 4)  # precision: auto
     text = armillary("show", "mine.yaml").out
     assert "training memory" in text and "native steps" in text
-    text = armillary("show", "mine.yaml", "model.block={mixer: performer, channel: gated}").out
-    assert "blocks.0.mixer and" in text and "Performer has no native step" in text
+    text = armillary("show", "mine.yaml", "model.block={mixer: additive, channel: gated}").out
+    assert "blocks.0.mixer and" in text and "Additive has no native step" in text
     again = armillary("new", "mine.yaml")
     assert again.status == 2 and "already there" in again.err and "--force" in again.err
     assert armillary("new", "recipe.schema.json", "--schema").status == 0

@@ -6,6 +6,9 @@ kind: alone and together, one token and several, ragged, with plain chunks and s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from armillary.base.settings import parse
 from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
+from armillary.native.tape import Program, pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.example import Example
 from armillary.nn.linear import Linear
@@ -94,6 +97,17 @@ CASES = [
 ]
 
 
+@contextmanager
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(replay, "ALONE", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
     slots = Slots(made, rows, 64, weights=weights)  # type: ignore[arg-type]
     assert slots.replay is not None and not slots.replay.tape.plain
@@ -146,23 +160,21 @@ def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.Mo
     chunks = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
     alone = taped(made)
     single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(chunks)]
-    monkeypatch.setattr(replay, "ALONE", 0)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        together = taped(made)
-        assert together.replay is not None and together.replay.tape.threads == 3
-        if together.replay.tape.single:  # a chunk of several tokens is a plain one
-            for step in range(5):
-                found = together.extend([0, 1, 2], [ids[step : step + 1] for ids in chunks])[:, 0]
-                assert all(torch.equal(found[row], single[row][step]) for row in range(3))
-            return
-        begun = together.extend([0, 1, 2], [ids[:3] for ids in chunks], last=False).clone()
-        assert all(torch.equal(begun[row], single[row][:3]) for row in range(3))
-        rest = together.extend([0, 2], [chunks[0][3:], chunks[2][3:4]], last=False).clone()
-        assert torch.equal(rest[0], single[0][3:]) and torch.equal(rest[1, :1], single[2][3:4])
-    finally:
-        torch.set_num_threads(threads)
+    with three_threads(monkeypatch):
+        for way in ("at once", "in turn", "back"):
+            if way != "at once":
+                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
+            together = taped(made)
+            assert together.replay is not None and together.replay.tape.threads == 3
+            if together.replay.tape.single:  # a chunk of several tokens is a plain one
+                for step in range(5):
+                    found = together.extend([0, 1, 2], [ids[step : step + 1] for ids in chunks])[:, 0]
+                    assert all(torch.equal(found[row], single[row][step]) for row in range(3)), way
+                continue
+            begun = together.extend([0, 1, 2], [ids[:3] for ids in chunks], last=False).clone()
+            assert all(torch.equal(begun[row], single[row][:3]) for row in range(3)), way
+            rest = together.extend([0, 2], [chunks[0][3:], chunks[2][3:4]], last=False).clone()
+            assert torch.equal(rest[0], single[0][3:]) and torch.equal(rest[1, :1], single[2][3:4]), way
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])

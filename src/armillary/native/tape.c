@@ -183,3 +183,16 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
         free(scratch);
     }
 }
+
+/* As `tape_run`, but what threads do between two barriers is done by one after another, by the last one first if
+ * `back`: what a thread takes from another one without waiting for it is not there yet, or is gone. For tests. */
+void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_t threads, int64_t back) {
+    float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+    for (int64_t first = 0, stop; first < count; first = stop) {
+        for (stop = first + 1; stop < count && !ops[stop].wait; stop++);
+        for (int64_t turn = 0; turn < threads; turn++)
+            for (int64_t i = first; i < stop; i++)
+                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, scratch);
+    }
+    free(scratch);
+}

@@ -115,6 +115,11 @@ class Program:
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
 
+    def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
+        """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""
+        run = function("tape_run_in_turn", [POINTER(Record), c_int64, POINTER(Call), c_int64, c_int64])
+        run(self.records, len(self.records), byref(call), threads, int(back))
+
 
 def line_bytes(width: int) -> int:
     """Bytes of one quantised row: its scale, and the numbers up to whole groups."""

@@ -7,7 +7,7 @@
 #include "rowwise.h"
 
 #define PER_LOG2 1.44269504f
-#define BLOCK 32 /* channels at a time */
+#define CHANNELS 32 /* channels at a time */
 
 enum fading { STILL, BY_HEAD, BY_KEY };
 enum cell { RNN_TANH, RNN_RELU, LSTM, GRU };
@@ -225,9 +225,9 @@ static void convolve(const op_t *op, const call_t *call, float *x, int64_t rows,
     const float *weight = op->weight, *bias = op->bias;
     int bf16 = op->kind == BF16;
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = from; c < to; c += BLOCK) {
-            int64_t count = to - c < BLOCK ? to - c : BLOCK, at = call->slots[r] * before * all + op->n[3] + c;
-            float sums[BLOCK], *line = x + r * channels + c;
+        for (int64_t c = from; c < to; c += CHANNELS) {
+            int64_t count = to - c < CHANNELS ? to - c : CHANNELS, at = call->slots[r] * before * all + op->n[3] + c;
+            float sums[CHANNELS], *line = x + r * channels + c;
             const float *own = weight + before * channels + c;
             for (int64_t i = 0; i < count; i++) sums[i] = own[i] * line[i] + (bias ? bias[c + i] : 0.0f);
             for (int64_t j = 0; j < before; j++) {
@@ -254,7 +254,7 @@ static void convolve(const op_t *op, const call_t *call, float *x, int64_t rows,
 INLINE void select_block(const int64_t count, float *h, const float *rates, int64_t channels, int64_t states,
                          const float *u, const float *steps, const float *b, const float *c, const float *skip,
                          const float *shift, float *y) {
-    float step[BLOCK], in[BLOCK], out[BLOCK];
+    float step[CHANNELS], in[CHANNELS], out[CHANNELS];
     for (int64_t i = 0; i < count; i++) {
         step[i] = softplus_of(steps[i] + shift[i]);
         in[i] = step[i] * u[i];
@@ -279,7 +279,7 @@ static void select_(const op_t *op, const call_t *call, const float *u, float *y
                     int64_t to) {
     int64_t channels = op->n[0], states = op->n[2];
     const float *rates = op->weight, *skip = rates + states * channels, *shift = skip + channels;
-    for (int64_t c = from; c < to; c += BLOCK)
+    for (int64_t c = from; c < to; c += CHANNELS)
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = r * channels + c;
             float *h = (float *)op->rest + call->slots[r] * states * channels + c;
@@ -287,7 +287,7 @@ static void select_(const op_t *op, const call_t *call, const float *u, float *y
             const float *b = (const float *)op->bias + r * op->n[3] + op->n[4];
 #define SELECT(N) \
     select_block(N, h, rates + c, channels, states, u + at, steps, b, b + states, skip + c, shift + c, y + at)
-            if (to - c >= BLOCK) SELECT(BLOCK);
+            if (to - c >= CHANNELS) SELECT(CHANNELS);
             else SELECT(to - c);
 #undef SELECT
         }

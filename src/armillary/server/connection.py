@@ -7,6 +7,7 @@ as long as the connection stands. Here both have a time; a body has one of its o
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -26,6 +27,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        given = transport.get_extra_info("socket")
+        if given is not None and given.family in (socket.AF_INET, socket.AF_INET6):
+            # what is written is sent: asyncio sees to that only where a listening socket names its protocol
+            given.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._coming = self.loop.call_later(self.headers_within, self._late)
 
     def data_received(self, data: bytes) -> None:

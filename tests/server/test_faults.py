@@ -10,13 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import httpx
 import openai
 import pytest
 from server_parts import Served, hosted
 
-from armillary.server import Door, Server
+from armillary.server import Door, Server, body
+from armillary.server.body import checked, parse
+from armillary.server.errors import HTTPError
+from armillary.server.protocol import CompletionRequest
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 HEADERS = {"authorization": "Bearer secret-of-a", "content-type": "application/json"}
@@ -56,6 +60,84 @@ def test_hostile_bodies(served, body, status) -> None:
     found = httpx.post(f"{served.url}/v1/completions", content=body, headers=HEADERS, timeout=30)
     assert found.status_code == status
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+TALK = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "a"}}
+
+
+@pytest.mark.parametrize(
+    "path, asked, param, words",
+    [
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"prompt": ["a"] * 65}, "prompt", "at most 64 items"),
+        ("completions", {"prompt": [[1], []]}, "prompt.1", "at least 1 item"),
+        ("completions", {"prompt": ["a", 1]}, "prompt.1", "valid string"),
+        ("completions", {"prompt": None}, "prompt", "valid string"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 17}, "stop", "at most 16 items"),
+        ("completions", {"prompt": "a", "stop": ["b", "c" * 257]}, "stop.1", "at most 256 characters"),
+        ("completions", {"prompt": "a", "n": 9}, "n", "less than or equal to 8"),
+        ("completions", {"prompt": "a", "n": 2, "best_of": 1}, "best_of", "less than n, 2"),
+        ("completions", {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "no token id"),
+        ("completions", {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ("completions", {"prompt": "a" * 3000}, "prompt", "2048 is the most"),
+        ("completions", {"prompt": "a", "foo-bar": 1}, "foo-bar", "unknown parameter 'foo-bar'"),
+        ("completions", {"prompt": "a", "regex": "("}, "regex", "unclosed group"),
+        ("completions", {"prompt": "a", "grammar": "start: /[^\\s\\S]/"}, "grammar", "nothing matches it"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
+        ("chat/completions", {"messages": TALK, "tools": [TOOL, TOOL]}, "tools", "one name"),
+        ("chat/completions", {"messages": TALK, "tool_choice": "required"}, "tool_choice", "needs tools"),
+        (
+            "chat/completions",
+            {"messages": TALK, "tool_choice": {"type": "function"}},
+            "tool_choice.function",
+            "missing",
+        ),
+        ("chat/completions", {"messages": TALK, "top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        ("responses", {"input": []}, "input", "at least 1 item"),
+        (
+            "responses",
+            {"input": [{"role": "wizard", "content": "a"}]},
+            "input.0.role",
+            "'system', 'developer', 'user' or 'assistant'",
+        ),
+        ("embeddings", {"input": []}, "input", "at least 1 item"),
+    ],
+)
+def test_errors_name_the_field_and_the_bound(served, path, asked, param, words) -> None:
+    found = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny"} | asked, headers=HEADERS, timeout=30)
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == param
+    assert words in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("item", ["null", "[]", '{"a": 1}'])
+def test_a_million_mistakes_cost_no_more_than_one(item) -> None:
+    """Where each was told, a body of 8 MiB took 16 s and 3 GB."""
+    wrong = f'{{"model": "tiny", "prompt": [{",".join([item] * 90_000)}]}}'.encode()
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(HTTPError):
+        checked(parse(wrong), CompletionRequest)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - begun < 5
+    assert peak < 120 * len(wrong)
+    keys = ",".join(f'"{key}": 1' for key in range(5000))
+    with pytest.raises(HTTPError, match="4096 is the most"):
+        parse(f'{{"metadata": {{{keys}}}}}'.encode())
+    with pytest.raises(HTTPError, match="more than 100000 lists"):
+        parse(f"[{'[],' * 100_000}[]]".encode())
+
+
+def test_others_do_not_wait_while_a_long_body_is_read(served, monkeypatch) -> None:
+    names = []
+    monkeypatch.setattr(body, "parse", lambda data: names.append(threading.current_thread()) or parse(data))
+    for prompt in ("a", "a" * body.LONG):
+        httpx.post(f"{served.url}/v1/completions", json={"model": "tiny", "prompt": prompt}, headers=HEADERS)
+    assert names[0] is served.thread
+    assert names[1] is not served.thread
 
 
 def test_wrong_methods_paths_and_types(served) -> None:

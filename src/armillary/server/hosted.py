@@ -199,7 +199,8 @@ class Hosted:
             )
         bias = {}
         for token, amount in (asked.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= self.tokenizer.size:
+            known = token.isascii() and token.isdecimal() and len(token) < 19
+            if not known or int(token) >= self.tokenizer.size:
                 raise HTTPError(400, f"'logit_bias' names '{token[:40]}', which is no token id", param="logit_bias")
             bias[int(token)] = amount
         limit = most or min(room, DEFAULT_TOKENS)

@@ -21,6 +21,7 @@ from armillary.server import Door, Server, body
 from armillary.server.body import checked, parse
 from armillary.server.errors import HTTPError
 from armillary.server.protocol import CompletionRequest
+from armillary.text import TokenizerSettings, train_tokenizer
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 HEADERS = {"authorization": "Bearer secret-of-a", "content-type": "application/json"}
@@ -298,27 +299,72 @@ def test_timeouts(served) -> None:
     served.quiet()
 
 
-def test_the_command_serves_and_ends_politely(tmp_path) -> None:
-    """`armillary serve` on a saved model: a stream is under way when the signal comes, and is completed."""
+def saved(folder, template: str | None = None) -> str:
+    import armillary
     from armillary.model import Model
 
     one = hosted()
     one.engine.close()
-    import armillary
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte", chat_template=template), [])
+    armillary.save(Model(one.network, tokenizer), folder)
+    return str(folder)
 
-    armillary.save(Model(one.network, one.tokenizer), tmp_path / "tiny")
+
+def url_of(process: subprocess.Popen) -> str:
+    """Where it serves, once it does."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    while "serving tiny on" not in line:
+        assert line, "the server ended before it served"
+        line = process.stderr.readline()
+    return line.split(" on ")[1].strip()
+
+
+def test_a_signal_ends_the_process_whatever_clients_and_templates_do(tmp_path) -> None:
+    """A body that does not come, an answer that is not read, and a template that takes a hundred years."""
+    folder = saved(tmp_path / "tiny", "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
+    command = [sys.executable, "-m", "armillary", "serve", folder, "--port", "0", "--drain", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = url_of(process)
+        port = int(url.split(":")[2].partition("/")[0])
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+        )
+        half = socket.create_connection(("127.0.0.1", port))
+        half.sendall(head.format(1000).encode())
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        many = {"model": "tiny", "prompt": "a", "stream": True, "n": 8, "max_tokens": 2000, "logprobs": 20}
+        body = json.dumps(many | {"ignore_eos": True}).encode()
+        deaf.sendall(head.format(len(body)).encode() + body)
+        found = []
+        asking = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{url}/chat/completions", json=ASK, timeout=60))
+        )
+        asking.start()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0  # a second to drain, two to read, one for threads; and a busy machine
+        asking.join(20)
+        assert found[0].status_code == 503
+        assert found[0].json()["error"]["code"] == "shutting_down"
+        assert b" 503 " in half.recv(4096)
+    finally:
+        process.kill()
+
+
+def test_the_command_serves_and_ends_politely(tmp_path) -> None:
+    """`armillary serve` on a saved model: a stream is under way when the signal comes, and is completed."""
     environment = os.environ | {"ARMILLARY_API_KEYS": "a:secret-of-a"}
-    command = [sys.executable, "-m", "armillary", "serve", str(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
+    command = [sys.executable, "-m", "armillary", "serve", saved(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
     (tmp_path / "key").write_text("a secret for watermarks")
     command += ["--kv", "int8", "--watermark", str(tmp_path / "key")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        while "serving tiny on" not in line:
-            assert line, "the server ended before it served"
-            line = process.stderr.readline()
-        url = line.split(" on ")[1].strip()
+        url = url_of(process)
         client = openai.OpenAI(base_url=url, api_key="secret-of-a", max_retries=0)
         stream = client.chat.completions.create(**ASK | {"max_tokens": 60}, stream=True, extra_body={"min_tokens": 60})
         chunks = [next(stream)]
@@ -326,8 +372,9 @@ def test_the_command_serves_and_ends_politely(tmp_path) -> None:
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert process.wait(30) == 0
+        assert process.stderr is not None
         rest = process.stderr.read()
-        assert "secret" not in line + rest
+        assert "secret" not in rest
         assert "hello" not in rest
     finally:
         process.kill()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from armillary.server.errors import HTTPError
+from armillary.server.errors import HTTPError, shutting_down
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Load:
     def admit(self, answers: int, tokens: int, seconds_per_token: float) -> None:
         """Raises HTTPError 429 when there is too much, 503 when no more is taken."""
         if self.draining:
-            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+            raise shutting_down()
         if self.answers + answers > self.most:
             raise HTTPError(
                 429,

@@ -141,6 +141,31 @@ def test_others_do_not_wait_while_a_long_body_is_read(served, monkeypatch) -> No
     assert names[1] is not served.thread
 
 
+def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(served, monkeypatch) -> None:
+    """8 MB take a tokenizer 8 s and 2 GB."""
+    tokenizer, read = served.server.models["tiny"].tokenizer, []
+    encode = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda texts, **more: read.extend(map(len, texts)) or encode(texts, **more)
+    )
+    text = "a" * 1_000_000
+    asked = [
+        ("completions", {"prompt": text}, "prompt"),
+        ("completions", {"prompt": ["a", text]}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("responses", {"input": text}, "input"),
+        ("embeddings", {"input": text}, "input"),
+    ]
+    for path, more, param in asked:
+        found = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny"} | more, headers=HEADERS, timeout=30)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == param
+        assert "2048 is the most" in found.json()["error"]["message"]
+    assert max(read) <= 16 * 2048
+    found = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "text": "a" * 1_000_001}, headers=HEADERS)
+    assert found.json()["error"]["param"] == "text"
+
+
 def test_wrong_methods_paths_and_types(served) -> None:
     with httpx.Client(base_url=served.url, headers=HEADERS) as client:
         assert client.get("/v1/chat/completions").status_code == 405

@@ -309,7 +309,7 @@ class TokenizeRequest(Form):
     """POST /tokenize: the ids of a text, or of a conversation through the chat template."""
 
     model: str
-    text: str | None = None
+    text: str | None = Field(None, max_length=1_000_000)
     messages: Many[Message] | None = Field(None, min_length=1, max_length=2048)
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ import uvicorn
 
 from armillary.base.errors import InputError
 from armillary.server.app import Server
-from armillary.server.connection import Connection
+from armillary.server.connection import Connection, descriptors
 
 _EXTRAS = ("route", "status", "client", "id", "seconds", "finish")
 LEAVING = 2  # seconds in which clients may read what was said to them before the end
@@ -81,6 +81,7 @@ def config(server: Server) -> uvicorn.Config:
         lifespan="on",
         server_header=False,
         timeout_keep_alive=30,
+        backlog=min(2048, descriptors() // 8),  # asyncio accepts as many at once, and there must be room for them
         timeout_graceful_shutdown=LEAVING,
         h11_max_incomplete_event_size=65536,
     )

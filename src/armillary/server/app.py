@@ -232,7 +232,7 @@ class Server:
         found = self.models.get(name)
         if found is None:
             base, _, adapter = name.rpartition(":")
-            known = ", ".join(self.models)
+            known = f"known are {', '.join(self.models)}"
             what = f"there is no model '{name[:200]}'"
             if base in self.models:
                 what = f"the model '{base[:100]}' has no adapter '{adapter[:100]}'"

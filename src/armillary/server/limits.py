@@ -107,18 +107,22 @@ class Door:
 
     def admit(self, client: Client) -> None:
         """A request, before anything is done for it. Raises HTTPError 429."""
-        self._take(client.requests, 1)
+        self._take(client.requests, 1, "requests")
 
     def admit_tokens(self, client: Client, tokens: int) -> None:
         """So many prompt tokens. Raises HTTPError 429."""
-        self._take(client.tokens, tokens)
+        self._take(client.tokens, tokens, "tokens")
 
-    def _take(self, bucket: Bucket, amount: int) -> None:
+    def _take(self, bucket: Bucket, amount: int, what: str) -> None:
         now = self.clock()
         wait = bucket.wait(amount, now)
         if wait > 0:
             raise HTTPError(
-                429, "this key has used up its rate", code="rate_limit_exceeded", retry=wait, hint="try again later"
+                429,
+                f"this key has used up its {bucket.most:g} {what} per minute",
+                code="rate_limit_exceeded",
+                retry=wait,
+                hint=f"try again in {max(1, round(wait))} s",
             )
         bucket.take(amount, now)
 

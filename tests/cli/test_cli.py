@@ -549,3 +549,15 @@ def test_watermarks_are_written_and_found(armillary: Armillary, trained: Path, t
     assert facts["z"] == arm.detect(text, mark, model.tokenizer).z
     shown = armillary("detect", str(trained), "text", "--watermark", str(tmp_path / "none"))
     assert shown.status == 2 and "cannot be read" in shown.err
+
+
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, armillary: Armillary) -> None:
+    """What is asked for is too much: one error, no traceback."""
+
+    def state(*_: object, **__: object) -> None:
+        raise MemoryError("unable to allocate 381 GiB")
+
+    monkeypatch.setattr("armillary.cli.models.open_model", state)
+    shown = armillary("generate", "runs/none", "a")
+    assert shown.status == 2
+    assert "not enough memory: unable to allocate 381 GiB" in shown.err

@@ -126,7 +126,7 @@ class Engine:
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self._shrink
         )
-        self.pace = Pace()
+        self.pace = Pace(self.slots.beside)
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
@@ -246,28 +246,49 @@ class Engine:
                     self._end(run, "cancelled")
                 self._take_in()  # who followed one of them: a plan may choose it now
             self._guess()
-            answering = any(run.progress.decoding for run in self._runs.values())
-            plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answering))
+            under_way = [run.progress for run in self._runs.values() if run.progress.stage == "running"]
+            answers = sum(progress.decoding for progress in under_way)
+            context = max((progress.computed for progress in under_way if not progress.decoding), default=0)
+            plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answers, context))
             self._place(plan)
         if not plan.work:
             return False
         self.steps += 1
-        together = [one for one in plan.work if one.count == 1 or one.drafts]
+        answers = [one for one in plan.work if one.count == 1 or one.drafts]
         groups: dict[Network | None, list[Work]] = {}
-        for one in together:
+        for one in answers:
             groups.setdefault(self._runs[one.sequence].network, []).append(one)
-        started = time.monotonic()
-        for works in groups.values():
-            self._compute(works)
-        if together:
-            self.pace.went(time.monotonic() - started)
-        prompts, failures, started = [one for one in plan.work if one not in together], self.failures, time.monotonic()
+        prompts = [one for one in plan.work if one not in answers]
+        joined = self._joined(groups.get(None, []), prompts)
+        pieces = [(one.count, one.sequence.computed) for one in joined]
+        failures, started = self.failures, time.monotonic()
+        for network, works in groups.items():
+            self._compute(works if network is not None else [*works, *joined])
+        if answers and self.failures == failures:
+            took = time.monotonic() - started
+            self.pace.joined(len(answers), pieces, took) if pieces else self.pace.went(len(answers), took)
+        prompts, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
         for one in prompts:
             self._compute([one])
         if self.failures == failures:
             self.pace.read(sum(one.count for one in prompts), time.monotonic() - started)
         self.progressed = time.monotonic()
         return True
+
+    def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
+        """The pieces of prompts that one call takes together with answers, all of the engine's own network, of
+        which nobody wants more than the scores of the last token."""
+        own = [one for one in prompts if self._runs[one.sequence].network is None]
+        if not answers or sum(one.count for one in [*answers, *own]) > self.slots.beside:
+            return []
+        return [] if any(self._asked(one) for one in [*answers, *own]) else own
+
+    def _asked(self, one: Work) -> bool:
+        """Whether the scores of every place are wanted."""
+        run = self._runs[one.sequence]
+        return bool(one.drafts) or (
+            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
+        )
 
     def _take_in(self) -> None:
         for run in self._new:
@@ -301,29 +322,36 @@ class Engine:
             run.match = Match()
 
     def _compute(self, works: list[Work]) -> None:
-        """One call of the network for sequences of one adapter that take a token (and guesses) each, or for one
-        prompt."""
+        """One call of the network for sequences of one adapter that take a token (and guesses) each, for a piece of
+        a prompt, or for both (`_joined`)."""
         works = sorted(works, key=lambda one: one.sequence.slot)
         runs = [self._runs[one.sequence] for one in works]
         chunks = [
             (run.ids + run.drafts)[one.sequence.computed : one.sequence.computed + one.count]
             for one, run in zip(works, runs, strict=True)
         ]
-        asked = any(one.drafts for one in works) or any(
-            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
-            for one, run in zip(works, runs, strict=True)
-        )
+        asked = any(self._asked(one) for one in works)
         before = [
             self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
         ]
+        rows, computed = [one.sequence.slot for one in works], False
         try:
-            rows = [one.sequence.slot for one in works]
             logits = self.slots.extend(
                 rows, chunks, last=not asked, side=self._side, taps=self.taps, network=runs[0].network
             )
+            computed = True
             self._choose(works, runs, logits, before, asked)
             self.failing = 0
         except Exception as error:
+            pieces = [one for one in works if one.count > 1 and not one.drafts]
+            answers = [one for one in works if one not in pieces]
+            if answers and pieces and not computed:
+                # Joined, and nothing has been computed (`Replay.extend`): each by itself, so that the fault of one
+                # does not end the others.
+                self._faulty("a step that was joined failed")
+                for part in [answers, *([one] for one in pieces)]:
+                    self._compute(part)
+                return
             # Rows of other sequences are untouched: they were no part of the call.
             self._faulty("a step failed")
             with self._lock:

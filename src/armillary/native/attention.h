@@ -20,16 +20,16 @@ static void append(const op_t *op, const call_t *call, const float *x, int64_t r
         }
 }
 
-/* Queries of one slot go through its keys together, BLOCK keys at a time, so that keys and values are read once for
- * all of them: rows of neighbouring places, times heads of one group. Blocks begin at multiples of BLOCK, whoever
+/* Queries of one slot go through its keys together, KEYS keys at a time, so that keys and values are read once for
+ * all of them: rows of neighbouring places, times heads of one group. Blocks begin at multiples of KEYS, whoever
  * asks, and every query keeps a running maximum of its own and takes the keys of its own range only. So its sums have
  * one order, alone or not. */
-enum { BLOCK = 64, ASKED = 32 };
+enum { KEYS = 64, ASKED = 32 };
 
 /* What a block of queries holds; lines of `padded` numbers, zeros behind the width. */
 typedef struct {
-    float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, BLOCK], [BLOCK, padded] twice */
-    int64_t key_at[BLOCK], value_at[BLOCK];     /* where each key and value of the block begins */
+    float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, KEYS], [KEYS, padded] twice */
+    int64_t key_at[KEYS], value_at[KEYS];     /* where each key and value of the block begins */
     float most[ASKED], sum[ASKED], fade[ASKED]; /* of a query: maximum and sum so far, what is left of the past */
     int64_t from[ASKED], to[ASKED];             /* its keys in the block */
 } asked_t;
@@ -54,7 +54,7 @@ INLINE void score_tile(const int bf16, const int queries, const void *keys, cons
         }
     }
     broad found = sums_of(sums);
-    UNROLLED for (int q = 0; q < queries; q++) memcpy(to + q * BLOCK, (float *)&found + q * each, sizeof(float) * each);
+    UNROLLED for (int q = 0; q < queries; q++) memcpy(to + q * KEYS, (float *)&found + q * each, sizeof(float) * each);
 }
 
 /* Adds the weighted values of keys `from` to before `to` to what is left of the past, for a tile of queries. */
@@ -72,7 +72,7 @@ INLINE void gather_tile(const int bf16, const int queries, const void *values, c
             for (int s = 0; s < (N); s++) each[s] = broad_get(values, at[i] + c + s * BROAD, bf16);     \
             for (int q = 0; q < queries; q++)                                                           \
                 for (int s = 0; s < (N); s++)                                                           \
-                    sums[q][s] = broad_fuse(each[s], broad_of(weights[q * BLOCK + i]), sums[q][s]);     \
+                    sums[q][s] = broad_fuse(each[s], broad_of(weights[q * KEYS + i]), sums[q][s]);     \
         }                                                                                               \
         for (int q = 0; q < queries; q++)                                                               \
             for (int s = 0; s < (N); s++) *(broad *)(out + q * padded + c + s * BROAD) = sums[q][s];    \
@@ -96,7 +96,7 @@ INLINE void score_block(const int bf16, asked_t *a, const void *keys, int64_t qu
 #define SCORE(N)                                                                                                \
     {                                                                                                           \
         for (int64_t i = from; i < to; i += BROAD / N)                                                          \
-            score_tile(bf16, N, keys, a->key_at + i, a->ask + q * padded, padded, a->weights + q * BLOCK + i);  \
+            score_tile(bf16, N, keys, a->key_at + i, a->ask + q * padded, padded, a->weights + q * KEYS + i);  \
         q += N;                                                                                                 \
     }
         TILED(queries - q, SCORE)
@@ -114,7 +114,7 @@ INLINE void gather_block(const int bf16, asked_t *a, const void *values, int64_t
         }
 #define GATHER(N)                                                                                               \
     {                                                                                                           \
-        gather_tile(bf16, N, values, a->value_at, from, to, a->weights + q * BLOCK, a->fade + q,                \
+        gather_tile(bf16, N, values, a->value_at, from, to, a->weights + q * KEYS, a->fade + q,                \
                     a->out + q * padded, padded);                                                               \
         q += N;                                                                                                 \
     }
@@ -125,18 +125,18 @@ INLINE void gather_block(const int bf16, asked_t *a, const void *values, int64_t
 
 /* The scores of one query become weights; key: the block's first; the query stands at `place`. */
 static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope, float cap) {
-    float *line = a->weights + q * BLOCK;
+    float *line = a->weights + q * KEYS;
     int64_t from = a->from[q], to = a->to[q];
     if (from >= to) return;
     /* The whole line, keys of others included: what a number comes to does not depend on where a loop begins. */
     if (cap > 0.0f)
-        for (int64_t i = 0; i < BLOCK; i++) line[i] = cap * tanh_of(line[i] / cap);
+        for (int64_t i = 0; i < KEYS; i++) line[i] = cap * tanh_of(line[i] / cap);
     if (slope != 0.0f)
-        for (int64_t i = 0; i < BLOCK; i++) line[i] -= slope * (float)(place - key - i);
-    broad each[BLOCK / BROAD], most = broad_of(a->most[q]);
-    broad_ints own[BLOCK / BROAD], at;
+        for (int64_t i = 0; i < KEYS; i++) line[i] -= slope * (float)(place - key - i);
+    broad each[KEYS / BROAD], most = broad_of(a->most[q]);
+    broad_ints own[KEYS / BROAD], at;
     for (int i = 0; i < BROAD; i++) at[i] = i;
-    UNROLLED for (int i = 0; i < BLOCK / BROAD; i++) {
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
         own[i] = (at + i * BROAD >= (int32_t)from) & (at + i * BROAD < (int32_t)to);
         each[i] = chosen(own[i], *(const broad *)(line + i * BROAD), broad_of(-INFINITY));
         most = chosen(each[i] > most, each[i], most);
@@ -144,7 +144,7 @@ static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope
     float peak = a->most[q];
     for (int i = 0; i < BROAD; i++) peak = most[i] > peak ? most[i] : peak;
     broad sum = {0};
-    UNROLLED for (int i = 0; i < BLOCK / BROAD; i++) {
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
         broad weight = chosen(own[i], broad_exp(each[i] - peak), (broad){0});
         *(broad *)(line + i * BROAD) = weight;
         sum += weight;
@@ -157,7 +157,7 @@ static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope
 }
 
 /* Of one block's keys or values, float32 lines. */
-static void spread(const void *from, const int64_t *at, int64_t first, int64_t stop, int bf16, int64_t width,
+static void widened(const void *from, const int64_t *at, int64_t first, int64_t stop, int bf16, int64_t width,
                    int64_t padded, float *to) {
     for (int64_t i = first; i < stop; i++) {
         int64_t c = 0;
@@ -186,8 +186,8 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
     int bf16 = op->kind == BF16, apart = width != padded || queries > 4;
     asked_t a;
     a.ask = taken(&scratch, ASKED * padded), a.out = taken(&scratch, ASKED * padded);
-    a.keys = taken(&scratch, BLOCK * padded), a.values = taken(&scratch, BLOCK * padded);
-    a.weights = taken(&scratch, ASKED * BLOCK);
+    a.keys = taken(&scratch, KEYS * padded), a.values = taken(&scratch, KEYS * padded);
+    a.weights = taken(&scratch, ASKED * KEYS);
     for (int64_t i = 0; i < queries; i++) {
         int64_t h = head + i % heads;
         const float *from = q + ((row + i / heads) * op->n[0] + h) * width;
@@ -195,24 +195,24 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
         for (int64_t c = 0; c < padded; c++) a.out[i * padded + c] = 0.0f;
         a.most[i] = sinks ? sinks[h] : -INFINITY, a.sum[i] = sinks ? 1.0f : 0.0f;
     }
-    for (int64_t key = earliest / BLOCK * BLOCK; key < end; key += BLOCK) {
+    for (int64_t key = earliest / KEYS * KEYS; key < end; key += KEYS) {
         /* what any of the queries needs, up to whole vectors: a slot has a whole room, and what is beyond is not used */
         int64_t from = earliest > key ? (earliest - key) / BROAD * BROAD : 0;
-        int64_t to = end - key < BLOCK ? padded_to(end - key) : BLOCK, slot = (key + from) % room;
+        int64_t to = end - key < KEYS ? padded_to(end - key) : KEYS, slot = (key + from) % room;
         for (int64_t i = from; i < to; i++) {
             a.key_at[i] = a.value_at[i] = base + slot * width;
             slot = slot + 1 == room ? 0 : slot + 1;
         }
         if (apart) {
-            spread(op->more, a.key_at, from, to, bf16, width, padded, a.keys);
-            spread(op->weight, a.value_at, from, to, bf16, width, padded, a.values);
+            widened(op->more, a.key_at, from, to, bf16, width, padded, a.keys);
+            widened(op->weight, a.value_at, from, to, bf16, width, padded, a.values);
             for (int64_t i = from; i < to; i++) a.key_at[i] = a.value_at[i] = i * padded;
             score_block(0, &a, a.keys, queries, padded, from, to);
         } else if (bf16) score_block(1, &a, op->more, queries, padded, from, to);
         else score_block(0, &a, op->more, queries, padded, from, to);
         for (int64_t i = 0; i < queries; i++) {
             int64_t own = place + i / heads, first = own > back ? own - back - key : -key;
-            a.from[i] = first > 0 ? first : 0, a.to[i] = own + 1 - key < BLOCK ? own + 1 - key : BLOCK;
+            a.from[i] = first > 0 ? first : 0, a.to[i] = own + 1 - key < KEYS ? own + 1 - key : KEYS;
             weigh(&a, i, key, own, slopes ? slopes[head + i % heads] : 0.0f, op->f[1]);
         }
         if (apart) gather_block(0, &a, a.values, queries, padded);
@@ -237,7 +237,7 @@ static void attend(const op_t *op, const call_t *call, const float *q, float *ou
     int64_t most = ASKED / heads;
     if (groups % threads && most > (rows + threads - 1) / threads) most = (rows + threads - 1) / threads;
     double all = 0.0, before = 0.0;
-    for (int64_t r = 0; r < rows; r++) all += (double)(call->places[r] < back ? call->places[r] : back) + BLOCK;
+    for (int64_t r = 0; r < rows; r++) all += (double)(call->places[r] < back ? call->places[r] : back) + KEYS;
     all *= (double)(groups * each);
     for (int64_t g = 0; g < groups; g++)
         for (int64_t r = 0, count; r < rows; r += count) {
@@ -245,7 +245,7 @@ static void attend(const op_t *op, const call_t *call, const float *q, float *ou
             while (r + count < rows && count < most && call->slots[r + count] == call->slots[r] &&
                    call->places[r + count] == call->places[r] + count)
                 count++;
-            double keys = (double)(call->places[r] < back ? call->places[r] : back) + BLOCK;
+            double keys = (double)(call->places[r] < back ? call->places[r] : back) + KEYS;
             for (int64_t h = 0, some; h < each; h += some) {
                 some = each - h < heads ? each - h : heads;
                 double cost = (double)(count * some) * keys;

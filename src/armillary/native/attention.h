@@ -2,9 +2,9 @@
 #ifndef ARMILLARY_ATTENTION_H
 #define ARMILLARY_ATTENTION_H
 
-#include "broad.h"
-#include "record.h"
 #include "rowwise.h"
+
+#include "attention_tiles.h"
 
 /* n: units, width of one, room; out: [slots, units, room, width] */
 static void append(const op_t *op, const call_t *call, const float *x, int64_t rows, range_t mine) {
@@ -236,6 +236,11 @@ static void attend(const op_t *op, const call_t *call, const float *q, float *ou
     if (heads > ASKED) heads = ASKED;
     int64_t most = ASKED / heads;
     if (groups % threads && most > (rows + threads - 1) / threads) most = (rows + threads - 1) / threads;
+#if defined(LOOK_TILES)
+    int tiles = op->kind == BF16 && op->n[2] % CHUNK == 0 && tiles_allowed();
+    setup_t tiles_before;
+    if (tiles) whole_tiles(&tiles_before);
+#endif
     double all = 0.0, before = 0.0;
     for (int64_t r = 0; r < rows; r++) all += (double)(call->places[r] < back ? call->places[r] : back) + KEYS;
     all *= (double)(groups * each);
@@ -249,11 +254,19 @@ static void attend(const op_t *op, const call_t *call, const float *q, float *ou
             for (int64_t h = 0, some; h < each; h += some) {
                 some = each - h < heads ? each - h : heads;
                 double cost = (double)(count * some) * keys;
-                if ((int)((before + 0.5 * cost) * threads / all) == thread)
-                    attend_together(op, call, q, out, r, count, g * each + h, some, scratch);
+                if ((int)((before + 0.5 * cost) * threads / all) == thread) {
+#if defined(LOOK_TILES)
+                    if (tiles) attend_tiles(op, call, q, out, r, count, g * each + h, some, scratch);
+                    else
+#endif
+                        attend_together(op, call, q, out, r, count, g * each + h, some, scratch);
+                }
                 before += cost;
             }
         }
+#if defined(LOOK_TILES)
+    if (tiles) tiles_back(&tiles_before);
+#endif
 }
 
 #endif

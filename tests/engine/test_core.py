@@ -192,10 +192,10 @@ def test_a_piece_of_a_prompt_is_read_in_one_call_with_answers(network) -> None:
     for answer in answers:
         (alone,) = Engine(network, slots=1, keep=False).run([answer.request])
         assert tokens(answer) == tokens(alone)
-    # of a prompt whose own scores are wanted, all are computed: not with those of answers
-    answers, calls = beside(network, prompt_logprobs=True)
-    assert calls[:2] == [(1, 1), (3,)]
-    assert len(answers[2].prompt_choices) == len(LONG) - 1
+    scored, calls = beside(network, prompt_logprobs=True)
+    assert calls[0] == (1, 1, 3)
+    assert [tokens(answer) for answer in scored] == [tokens(answer) for answer in answers]
+    assert [choice.token for choice in scored[2].prompt_choices] == list(LONG[1:])
 
 
 @pytest.mark.skipif(not available(), reason="there is no C compiler here")

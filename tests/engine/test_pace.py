@@ -53,10 +53,10 @@ def test_a_prompt_never_stands_still() -> None:
     quick.read(1000, 0.1)
     quick.went(1, 1e-3)
     assert quick.budget(1) == int(SHORT / 1e-4)  # in a gap that nobody notices
-    slow = Pace(32)
+    slow = Pace()
     told(slow, 1, 1e-3)
     slow.joined(1, [(4, 0)], 1.0)
-    assert slow.budget(1) == FEWEST
+    assert slow.budget(1, 0, 31) == FEWEST
 
 
 def test_times_are_followed() -> None:
@@ -77,11 +77,11 @@ def added(tokens: int, context: int) -> float:
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_pieces_fit_into_a_step_all_through_a_long_prompt(noise: float) -> None:
     """The first pieces feel their way; from then on a step with a piece takes at most what it may."""
-    draw, pace, own = random.Random(0), Pace(64), 0.005
+    draw, pace, own = random.Random(0), Pace(), 0.005
     told(pace, 4, own)
     context, sizes, over = 0, [], 0
     while context < 4000:
-        size = pace.budget(4, context)
+        size = pace.budget(4, context, 60)
         if size == 0:
             pace.went(4, own * (1 + noise * draw.uniform(-1, 1)))
             continue
@@ -97,43 +97,43 @@ def test_pieces_fit_into_a_step_all_through_a_long_prompt(noise: float) -> None:
     assert over <= 0.05 * len(sizes)
     # and after the long one, the next begins with as many as fit there
     for _ in range(6):
-        size = pace.budget(4, 0)
+        size = pace.budget(4, 0, 60)
         pace.joined(4, [(size, 0)], own + added(size, 0)) if size else pace.went(4, own)
-    assert pace.budget(4, 0) == pytest.approx(SHARE * own / 3e-4, rel=0.25)
+    assert pace.budget(4, 0, 60) == pytest.approx(SHARE * own / 3e-4, rel=0.25)
 
 
 def test_one_step_that_is_held_up_changes_little() -> None:
-    pace = Pace(64)
+    pace = Pace()
     told(pace, 1, 0.01)
     for _ in range(20):
         pace.joined(1, [(8, 0)], 0.01 + 8 * 5e-4)
-    before = pace.budget(1)
+    before = pace.budget(1, 0, 63)
     assert before == pytest.approx(SHARE * 0.01 / 5e-4, abs=1)
     pace.went(1, 3.0)
     assert pace.step(1) == 0.01
     pace.joined(1, [(8, 0)], 3.0)
-    assert before / 2 <= pace.budget(1) <= before
+    assert before / 2 <= pace.budget(1, 0, 63) <= before
 
 
 def test_now_and_then_a_step_goes_without() -> None:
     """So that it stays known what a step takes; sooner, where it is not known yet."""
-    pace = Pace(64)
-    assert pace.budget(3) == 0
-    assert [pace.budget(3) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False]
+    pace = Pace()
+    assert pace.budget(3, 0, 61) == 0
+    assert [pace.budget(3, 0, 61) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False]
     told(pace, 3, 0.01)
-    assert [pace.budget(3) > 0 for _ in range(FRESH + 1)] == [True] * FRESH + [False]
-    assert [pace.budget(5) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing is known"
+    assert [pace.budget(3, 0, 61) > 0 for _ in range(FRESH + 1)] == [True] * FRESH + [False]
+    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing is known"
     assert pace.step(5) == pace.step(3) == 0.01
 
 
 def test_long_steps_take_what_pytorch_reads_in_the_time() -> None:
-    pace = Pace(32)
+    pace = Pace()
     told(pace, 4, 0.5)
     pace.read(1000, 1.0)
-    assert pace.budget(4) == pytest.approx(SHARE * 500, abs=1)
+    assert pace.budget(4, 0, 28) == pytest.approx(SHARE * 500, abs=1)
     assert SHARE * 500 > MANY
     pace.read(1000, 1000.0)
-    assert pace.budget(4) <= 32 - 4
+    assert pace.budget(4, 0, 28) <= 28
 
 
 def test_an_engine_learns_from_prompts_that_are_read_together() -> None:

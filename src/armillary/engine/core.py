@@ -126,7 +126,7 @@ class Engine:
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self._shrink
         )
-        self.pace = Pace(self.slots.beside)
+        self.pace = Pace()
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
@@ -246,20 +246,20 @@ class Engine:
                     self._end(run, "cancelled")
                 self._take_in()  # who followed one of them: a plan may choose it now
             self._guess()
-            under_way = [run.progress for run in self._runs.values() if run.progress.stage == "running"]
-            answers = sum(progress.decoding for progress in under_way)
-            context = max((progress.computed for progress in under_way if not progress.decoding), default=0)
-            plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answers, context))
+            budget = self._budget()
+            plan = self.scheduler.plan(time.monotonic(), budget)
             self._place(plan)
         if not plan.work:
             return False
         self.steps += 1
-        answers = [one for one in plan.work if one.count == 1 or one.drafts]
+        answers = [one for one in plan.work if one.sequence.decoding]
         groups: dict[Network | None, list[Work]] = {}
         for one in answers:
             groups.setdefault(self._runs[one.sequence].network, []).append(one)
         prompts = [one for one in plan.work if one not in answers]
-        joined = self._joined(groups.get(None, []), prompts)
+        joined = self._joined(answers, prompts)
+        if joined:
+            groups.setdefault(None, [])
         pieces = [(one.count, one.sequence.computed) for one in joined]
         failures, started = self.failures, time.monotonic()
         for network, works in groups.items():
@@ -267,28 +267,30 @@ class Engine:
         if answers and self.failures == failures:
             took = time.monotonic() - started
             self.pace.joined(len(answers), pieces, took) if pieces else self.pace.went(len(answers), took)
-        prompts, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
-        for one in prompts:
+        apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
+        for one in apart:
             self._compute([one])
         if self.failures == failures:
-            self.pace.read(sum(one.count for one in prompts), time.monotonic() - started)
+            self.pace.read(sum(one.count for one in apart), time.monotonic() - started)
         self.progressed = time.monotonic()
         return True
 
-    def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
-        """The pieces of prompts that one call takes together with answers, all of the engine's own network, of
-        which nobody wants more than the scores of the last token."""
-        own = [one for one in prompts if self._runs[one.sequence].network is None]
-        if not answers or sum(one.count for one in [*answers, *own]) > self.slots.beside:
-            return []
-        return [] if any(self._asked(one) for one in [*answers, *own]) else own
+    def _budget(self) -> int:
+        """How many prompt tokens the next step may take."""
+        runs = list(self._runs.values())
+        answers = [run.progress for run in runs if run.progress.decoding]
+        prompts = [run for run in runs if not run.progress.decoding]
+        context = max((run.progress.computed for run in prompts), default=0)
+        taken = sum(1 + progress.drafts for progress in answers)
+        own = all(run.network is None for run in prompts)
+        return self.pace.budget(len(answers), context, max(0, self.slots.beside - taken) if own else 0)
 
-    def _asked(self, one: Work) -> bool:
-        """Whether the scores of every place are wanted."""
-        run = self._runs[one.sequence]
-        return bool(one.drafts) or (
-            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
-        )
+    def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
+        """The pieces of prompts that one call takes together with the answers' tokens; all or none."""
+        if not answers or any(self._runs[one.sequence].network is not None for one in prompts):
+            return []
+        fits = sum(one.count for one in [*answers, *prompts]) <= self.slots.beside
+        return prompts if fits else []
 
     def _take_in(self) -> None:
         for run in self._new:
@@ -330,7 +332,10 @@ class Engine:
             (run.ids + run.drafts)[one.sequence.computed : one.sequence.computed + one.count]
             for one, run in zip(works, runs, strict=True)
         ]
-        asked = any(self._asked(one) for one in works)
+        asked = any(one.drafts for one in works) or any(
+            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
+            for one, run in zip(works, runs, strict=True)
+        )
         before = [
             self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
         ]
@@ -343,8 +348,8 @@ class Engine:
             self._choose(works, runs, logits, before, asked)
             self.failing = 0
         except Exception as error:
-            pieces = [one for one in works if one.count > 1 and not one.drafts]
-            answers = [one for one in works if one not in pieces]
+            answers = [one for one in works if one.sequence.decoding]
+            pieces = [one for one in works if one not in answers]
             if answers and pieces and not computed:
                 # Joined, and nothing has been computed (`Replay.extend`): each by itself, so that the fault of one
                 # does not end the others.

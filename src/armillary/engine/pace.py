@@ -19,7 +19,7 @@ FIRST = 256  # while it is not known how long a token takes
 LEAST = 48  # by themselves, however slow: fewer take nearly as long
 MANY = 4 * LEAST  # from here on the time of a token by itself says what others would take
 FEWEST = 2  # in one call with the answers, however slow
-SHARE = 0.7  # of the time of a step of running answers: what a prompt may add to it
+SHARE = 0.6  # of the time of a step of running answers: what a prompt may add to it
 SHORT = 0.03  # seconds that tokens read by themselves may add in any case: a gap that nobody notices
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
 RECENT = 0.3  # weight of the last time in what is learnt
@@ -62,11 +62,10 @@ class Beside:
 
 
 class Pace:
-    """token: seconds of a prompt token read by itself, 0 until known; most: tokens that one call takes with those
-    of answers, 0 where there is no such call."""
+    """token: seconds of a prompt token read by itself, 0 until known."""
 
-    def __init__(self, most: int = 0) -> None:
-        self.token, self.most = 0.0, most
+    def __init__(self) -> None:
+        self.token = 0.0
         self.beside = Beside()
         self._steps: dict[int, deque[float]] = {}  # by the number of answers: the last times
         self._pieces = PATIENT  # steps with pieces since the last one without
@@ -98,11 +97,12 @@ class Pace:
             return 0.0
         return statistics.median(self._steps[min(self._steps, key=lambda seen: abs(seen - answers))])
 
-    def budget(self, answers: int, context: int = 0) -> int:
-        """Prompt tokens of the next step; answers: how many go on in it; context: tokens before the piece."""
+    def budget(self, answers: int, context: int = 0, most: int = 0) -> int:
+        """Prompt tokens of the next step; answers: how many go on in it; context: tokens before the piece; most: how
+        many tokens one call takes with those of the answers, 0 where prompts are read by themselves."""
         if not answers:
             return FIRST if self.token == 0 else max(LEAST, min(WHOLE, int(LONGEST / self.token)))
-        seconds, most = SHARE * self.step(answers), self.most - answers
+        seconds = SHARE * self.step(answers)
         if most <= 0:
             if self.token == 0:
                 return FIRST

@@ -25,6 +25,7 @@ from armillary.native.tape import (
     Program,
     Record,
     Weights,
+    attend_floats,
     pack_int4,
     pack_int8,
 )
@@ -348,7 +349,7 @@ class Tape(Buffers):
         """Attention of every token over the keys and values so far, [slots, groups, room, width]."""
         groups, room, width = k.shape[1:]
         out = self.buffer(q.width)
-        self.scratch = max(self.scratch, 4 * (width + room))
+        self.scratch = max(self.scratch, attend_floats(width))
         self._add(
             Code.ATTEND,
             into=q,

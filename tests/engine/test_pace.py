@@ -122,7 +122,7 @@ def test_now_and_then_a_step_goes_without() -> None:
     assert [pace.budget(3, 0, 61) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False]
     told(pace, 3, 0.01)
     assert [pace.budget(3, 0, 61) > 0 for _ in range(FRESH + 1)] == [True] * FRESH + [False]
-    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing is known"
+    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing"
     assert pace.step(5) == pace.step(3) == 0.01
 
 

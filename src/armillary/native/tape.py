@@ -18,7 +18,6 @@ from armillary.native.library import function
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
 HEADER = 32  # bytes before the numbers of a quantised row
-KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
 
 
 class Code(IntEnum):
@@ -54,6 +53,13 @@ class Kind(IntEnum):
 
 KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int64: Kind.INT64}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
+
+
+def attend_floats(width: int) -> int:
+    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
+    padded = -(-width // 16) * 16
+    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
 class Record(Structure):
@@ -100,12 +106,6 @@ class Program:
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
-
-
-def attend_floats(width: int) -> int:
-    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
-    padded = -(-width // 16) * 16
-    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
 def line_bytes(width: int) -> int:

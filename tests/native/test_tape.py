@@ -7,6 +7,7 @@ hold: what is left is the rounding of one float32 sum.
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "retention": {"block": {"mixer": {"kind": "retention", "heads": 2}, "channel": "gated"}},
     "some_plain": {
-        "blocks": {"other": {"mixer": "performer", "channel": "gated"}, "look": look(position="rope")},
+        "blocks": {"other": {"mixer": "additive", "channel": "gated"}, "look": look(position="rope")},
         "pattern": ["other", "look"],
         "depth": 4,
     },
@@ -139,6 +140,28 @@ def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> Non
         taped = Slots(made, 3, 64, weights="float32")
         assert taped.replay is not None and taped.replay.tape.threads == 3
         assert follow(taped, plain) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:the weights of")
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between barriers one thread runs after another, in either order; that a wait is missing shows without fail."""
+    made = network(**NETWORKS[name])
+    alone = Slots(made, 3, 64, weights="int8")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(replay, "ALONE", 0)
+    texts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]]
+    expected = alone.extend([0, 1, 2], texts, last=False).clone()
+    try:
+        torch.set_num_threads(3)
+        turns = Slots(made, 3, 64, weights="int8")
+        monkeypatch.setattr(native.Program, "run", partialmethod(native.Program.run_in_turn, back=back))
+        assert turns.replay is not None and turns.replay.tape.threads == 3
+        assert torch.equal(turns.extend([0, 1, 2], texts, last=False), expected)
     finally:
         torch.set_num_threads(threads)
 
@@ -266,6 +289,4 @@ def test_what_cannot_be_done_is_said() -> None:
         assert Slots(made, 1, 64, weights="int8").replay is None
     assert Slots(made, 1, 64).replay is None
     with pytest.warns(UserWarning, match=r"blocks\.0\.mixer"):
-        assert (
-            Slots(network(block={"mixer": "performer", "channel": "gated"}), 1, 64, weights="int4").replay is not None
-        )
+        assert Slots(network(block={"mixer": "additive", "channel": "gated"}), 1, 64, weights="int4").replay is not None

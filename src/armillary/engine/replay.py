@@ -70,8 +70,8 @@ class Replay:
     def _recorded(self) -> Tape:
         size = sum(p.numel() * p.element_size() for p in self.network.parameters())
         packed = _packed.setdefault(self.network, {})
-        places = {p.data_ptr() for p in self.network.parameters()}
-        for key in [key for key in packed if key[0] not in places]:
+        places = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+        for key in [key for key, (_, held) in packed.items() if held[0].untyped_storage().data_ptr() not in places]:
             del packed[key]
         tape = Tape(
             PIECE if self.other else MOST,

@@ -18,6 +18,7 @@ from armillary.native.library import function
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
 HEADER = 32  # bytes before the numbers of a quantised row
+KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
 
 
 class Code(IntEnum):
@@ -68,13 +69,6 @@ class Kind(IntEnum):
 
 KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int64: Kind.INT64}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
-KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
-
-
-def attend_floats(width: int) -> int:
-    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
-    padded = -(-width // 16) * 16
-    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
 class Record(Structure):
@@ -126,6 +120,12 @@ class Program:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""
         run = function("tape_run_in_turn", [POINTER(Record), c_int64, POINTER(Call), c_int64, c_int64])
         run(self.records, len(self.records), byref(call), threads, int(back))
+
+
+def attend_floats(width: int) -> int:
+    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
+    padded = -(-width // 16) * 16
+    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
 def line_bytes(width: int) -> int:

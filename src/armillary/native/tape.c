@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "attention_int8.h"
 #include "experts.h"
 #include "products.h"
 #include "recurrence.h"
@@ -116,6 +117,12 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     }
     case FEATURES:
         features(op, call, in, out, rows, share_of(n[0], thread, threads), scratch);
+        break;
+    case APPEND_INT8:
+        append_int8(op, call, in, rows, share_of(n[0], thread, threads));
+        break;
+    case ATTEND_INT8:
+        attend_int8(op, call, in, out, rows, scratch, thread, threads);
         break;
     case STICK:
         stick(op, call, in, out, rows, thread, threads);

@@ -55,6 +55,8 @@ class Code(IntEnum):
     ADD_GATED = 28
     FEATURES = 29
     STICK = 30
+    APPEND_INT8 = 31
+    ATTEND_INT8 = 32
 
 
 class Kind(IntEnum):
@@ -67,7 +69,7 @@ class Kind(IntEnum):
     INT64 = 4
 
 
-KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int64: Kind.INT64}
+KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int8: Kind.INT8, torch.int64: Kind.INT64}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 

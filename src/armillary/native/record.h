@@ -6,7 +6,7 @@
 
 enum code { EMBED, NORM, ANGLES, QUANTISE, PRODUCT, HEAD_NORM, ROTATE, APPEND, ATTEND, ACTIVATE, ADD, COPY, CAP, RETAIN, CLIP, PICK };
 enum kind { F32, BF16, INT8, INT4, INT64 };
-enum { GROUP = 32, HEADER = 32 };
+enum { GROUP = 32 }; /* numbers of int4 that share a scale */
 
 /* in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread
  * that has its own; wait: a barrier comes first; picked: only the rows of which scores are asked for. */

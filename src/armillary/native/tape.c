@@ -18,7 +18,8 @@
 #include "recurrence.h"
 #include "rowwise.h"
 
-static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch) {
+static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch,
+                 int *tiles) {
     int64_t rows = op->picked ? call->picks : call->rows;
     float *in = op->in ? (float *)((char *)op->in + op->in_stride * thread) : NULL;
     float *out = op->out ? (float *)((char *)op->out + op->out_stride * thread) : NULL;
@@ -57,16 +58,18 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
             }
         break;
     }
-    case QUANTISE: /* n: width */
-        for (int64_t r = 0; r < rows; r++) quantise(in + r * n[0], (int8_t *)out + r * line_of(n[0]), n[0]);
+    case QUANTISE: { /* n: width; out: as products with weights of the kind take rows */
+        prepared_t p = prepared(out, op->kind, n[0], rows);
+        for (int64_t r = 0; r < rows; r++) {
+            if (op->kind == BF16) split(in + r * n[0], &p, r, n[0]);
+            else if (op->kind == INT8) quantise(in + r * n[0], &p, r, n[0], OFFSET, 0);
+            else quantise(in + r * n[0], &p, r, n[0], 0, 1);
+        }
         break;
-    case PRODUCT: { /* n: inputs, outputs, units; more: scales of int8; f: factor, before the bias */
+    }
+    case PRODUCT: {
         range_t mine = share_of(n[2], thread, threads);
-        range_t columns = {mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])};
-        if (op->kind == F32) f32_product(op, in, out, rows, columns);
-        else if (op->kind == BF16) bf16_product(op, in, out, rows, columns);
-        else if (op->kind == INT8) int8_product(op, in, out, rows, columns);
-        else int4_product(op, in, out, rows, columns);
+        product(op, in, out, rows, (range_t){mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])}, tiles);
         break;
     }
     case HEAD_NORM: { /* n: units, width of one, whether centred */
@@ -123,12 +126,14 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
     _Pragma("omp parallel num_threads((int)threads)") {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
         float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+        int tiles = 0; /* how the thread's are set up */
         for (int64_t i = 0; i < count; i++) {
             if (ops[i].wait) {
                 _Pragma("omp barrier")
             }
-            step(ops + i, call, thread, all, scratch);
+            step(ops + i, call, thread, all, scratch, &tiles);
         }
+        free_tiles(&tiles);
         free(scratch);
     }
 }

@@ -1,0 +1,81 @@
+/* Rows as products with int8, int4 and, in tiles, bf16 take them. */
+#ifndef ARMILLARY_PREPARED_H
+#define ARMILLARY_PREPARED_H
+
+#include "lanes.h"
+#include "record.h"
+
+/* Steps of 64 bytes: 64 numbers of a row in int8, or 32 in bf16. One step of all rows follows another, so that
+ * the rows of a step are a tile. In bf16 a number is the sum of two, which stand in two lines of the
+ * tile: 16 bits of it, all but about 2^-17 of its size. */
+enum { STEP = 64, TILE = 16 };
+
+typedef struct {
+    char *numbers;                     /* [steps, lines, STEP bytes] */
+    int32_t *sums;                     /* [groups, rows] of the numbers of a group (int4) */
+    float *scales;                     /* [rows] (int8, int4) */
+    int64_t steps, lines, rows, width; /* width: numbers of a step */
+} prepared_t;
+
+/* Where the parts of `rows` rows of k numbers lie. Lines beyond two tiles are filled up to whole tiles. */
+INLINE prepared_t prepared(void *at, int kind, int64_t k, int64_t rows) {
+    prepared_t p = {.numbers = at, .rows = rows, .width = kind == BF16 ? STEP / 2 : STEP};
+    int64_t lines = kind == BF16 ? 2 * rows : rows;
+    p.lines = lines > 2 * TILE ? (lines + TILE - 1) / TILE * TILE : lines;
+    p.steps = (k + p.width - 1) / p.width;
+    p.sums = (int32_t *)(p.numbers + p.steps * p.lines * STEP);
+    p.scales = (float *)(p.sums + (kind == INT4 ? p.steps * (STEP / GROUP) * rows : 0));
+    return p;
+}
+
+INLINE char *line_of(const prepared_t *p, int64_t step, int64_t line) {
+    return p->numbers + (step * p->lines + line) * STEP;
+}
+
+/* Row r in int8 with one scale; rows that hold NaN or infinity get a scale of NaN. */
+static void quantise(const float *x, const prepared_t *p, int64_t r, int64_t k, const int offset, const int sums) {
+    uint32_t most = 0; /* sizes compare as the integers that they are stored as; NaN lies above infinity */
+    for (int64_t i = 0; i < k; i++) {
+        uint32_t size;
+        memcpy(&size, x + i, 4);
+        size &= 0x7fffffffu;
+        most = size > most ? size : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    int fine = most < 0x7f800000u;
+    float each = fine && largest > 1e-30f ? 127.0f / largest : 0.0f;
+    p->scales[r] = fine ? largest / 127.0f : NAN;
+    for (int64_t s = 0; s < p->steps; s++) {
+        int8_t *to = (int8_t *)line_of(p, s, r);
+        int64_t count = k - s * STEP < STEP ? k - s * STEP : STEP;
+        float line[STEP] = {0};
+        if (fine) memcpy(line, x + s * STEP, sizeof(float) * (size_t)count);
+        int8_t number[STEP];
+        for (int i = 0; i < STEP; i++) number[i] = (int8_t)(int32_t)__builtin_rintf(line[i] * each);
+        for (int i = 0; i < STEP; i++) to[i] = (int8_t)(number[i] ^ offset);
+        for (int g = 0; sums && g < STEP / GROUP; g++) {
+            int32_t sum = 0;
+            for (int i = 0; i < GROUP; i++) sum += number[g * GROUP + i];
+            p->sums[(s * (STEP / GROUP) + g) * p->rows + r] = sum;
+        }
+    }
+}
+
+/* Row r as sums of two bf16 numbers each. */
+static void split(const float *x, const prepared_t *p, int64_t r, int64_t k) {
+    for (int64_t s = 0; s < p->steps; s++) {
+        uint16_t *high = (uint16_t *)line_of(p, s, 2 * r), *low = high + STEP / 2;
+        int64_t count = k - s * (STEP / 2) < STEP / 2 ? k - s * (STEP / 2) : STEP / 2;
+        float line[STEP / 2];
+        if (count < STEP / 2) memset(line, 0, sizeof line);
+        memcpy(line, x + s * (STEP / 2), sizeof(float) * (size_t)count);
+        for (int i = 0; i < STEP / 2; i++) {
+            high[i] = to_bf16(line[i]);
+            float rest = line[i] - from_bf16(high[i]);
+            low[i] = (high[i] & 0x7f80u) == 0x7f80u ? 0 : to_bf16(rest); /* infinity stays alone */
+        }
+    }
+}
+
+#endif

@@ -6,6 +6,8 @@
 #include "wide.h"
 
 enum { BLOCK = 16 };
+enum { AHEAD = 1536 }; /* bytes by which memory is asked for what comes next */
+#define SOON(P) __builtin_prefetch((const char *)(P) + AHEAD)
 
 #if defined(__AVX512F__)
 typedef __m512 lanes;
@@ -13,6 +15,8 @@ INLINE lanes spread(float x) { return _mm512_set1_ps(x); }
 INLINE lanes lanes_at(const void *p) { return _mm512_loadu_ps(p); }
 INLINE void put(lanes x, float *p) { _mm512_storeu_ps(p, x); }
 INLINE lanes fuse_lanes(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE lanes add_lanes(lanes a, lanes b) { return _mm512_add_ps(a, b); }
+INLINE lanes times_lanes(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
 /* Of pairs of bf16 in memory the first of each, and the second. */
 INLINE lanes firsts(const void *p) { return (lanes)_mm512_slli_epi32(_mm512_loadu_si512(p), 16); }
 INLINE lanes seconds(const void *p) {
@@ -30,6 +34,8 @@ INLINE void put(lanes x, float *p) { *(wide *)p = x.half[0], *(wide *)(p + WIDE)
 INLINE lanes fuse_lanes(lanes a, lanes b, lanes c) {
     return BOTH(fuse(a.half[0], b.half[0], c.half[0]), fuse(a.half[1], b.half[1], c.half[1]));
 }
+INLINE lanes add_lanes(lanes a, lanes b) { return BOTH(a.half[0] + b.half[0], a.half[1] + b.half[1]); }
+INLINE lanes times_lanes(lanes a, lanes b) { return BOTH(a.half[0] * b.half[0], a.half[1] * b.half[1]); }
 typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 INLINE lanes firsts(const void *p) {
     const wide_words *x = p;

@@ -1,4 +1,4 @@
-/* Rows as products with int8, int4 and, in tiles, bf16 take them. */
+/* Rows as products with int8, int4 and, in tiles, bf16 take them, and what becomes of the sums. */
 #ifndef ARMILLARY_PREPARED_H
 #define ARMILLARY_PREPARED_H
 
@@ -76,6 +76,29 @@ static void split(const float *x, const prepared_t *p, int64_t r, int64_t k) {
             low[i] = (high[i] & 0x7f80u) == 0x7f80u ? 0 : to_bf16(rest); /* infinity stays alone */
         }
     }
+}
+
+/* sums [blocks, rows, BLOCK] of the columns of `block` and the next ones, as far as they are in `columns`, times
+ * the rows' scales, if any, and the factor and with the bias, to the rows of y. */
+static __attribute__((noinline)) void finish(const op_t *op, const float *sums, int blocks, int64_t rows,
+                                             const float *scales, float *y, int64_t block, range_t columns) {
+    const float *bias = op->bias;
+    for (int b = 0; b < blocks; b++) {
+        int64_t at = (block + b) * BLOCK, first = columns.first > at ? columns.first - at : 0;
+        int64_t stop = columns.stop < at + BLOCK ? columns.stop - at : BLOCK;
+        for (int64_t r = 0; r < rows; r++, sums += BLOCK) {
+            float *to = y + r * op->n[1] + at, scale = scales ? scales[r] * op->f[0] : op->f[0];
+            for (int64_t i = first; i < stop; i++) to[i] = bias ? sums[i] * scale + bias[at + i] : sums[i] * scale;
+        }
+    }
+}
+
+/* Sums in int8 of one block, times the columns' scales. more: the scales, up to whole blocks, and, as many,
+ * -OFFSET times the sum of each column's weights */
+INLINE lanes of_int8(const op_t *op, ints sums, int64_t block) {
+    const float *scales = op->more, *moved = scales + (op->n[1] + BLOCK - 1) / BLOCK * BLOCK;
+    if (OFFSET) sums = add_ints(sums, ints_at(moved + block * BLOCK));
+    return times_lanes(lanes_of_ints(sums), lanes_at(scales + block * BLOCK));
 }
 
 #endif

@@ -9,41 +9,11 @@
 #ifndef ARMILLARY_PRODUCTS_H
 #define ARMILLARY_PRODUCTS_H
 
-#include "prepared.h"
-
-enum { AHEAD = 1536 }; /* bytes by which memory is asked for what comes next */
-#define SOON(P) __builtin_prefetch((const char *)(P) + AHEAD)
-
-/* Of one block's sums those in `columns`, times the factor and with the bias, to the row y. */
-INLINE void finish(const op_t *op, lanes sums, float *y, int64_t block, range_t columns) {
-    float each[BLOCK], factor = op->f[0];
-    const float *bias = op->bias;
-    int64_t at = block * BLOCK;
-    put(sums, each);
-    if (columns.first <= at && at + BLOCK <= columns.stop) {
-        for (int i = 0; i < BLOCK; i++) y[at + i] = bias ? each[i] * factor + bias[at + i] : each[i] * factor;
-        return;
-    }
-    for (int i = 0; i < BLOCK; i++)
-        if (columns.first <= at + i && at + i < columns.stop)
-            y[at + i] = bias ? each[i] * factor + bias[at + i] : each[i] * factor;
-}
-
-/* more: scales [columns up to whole blocks], and -OFFSET times the sum of each column's weights */
-INLINE void finish_int8(const op_t *op, ints sums, float scale, float *y, int64_t block, range_t columns) {
-    const float *scales = op->more, *moved = scales + (op->n[1] + BLOCK - 1) / BLOCK * BLOCK;
-    if (OFFSET) sums = add_ints(sums, ints_at(moved + block * BLOCK));
-    float total[BLOCK], each[BLOCK];
-    put(lanes_of_ints(sums), total);
-    for (int i = 0; i < BLOCK; i++) each[i] = total[i] * (scale * scales[block * BLOCK + i]);
-    finish(op, lanes_at(each), y, block, columns);
-}
-
 #include "tiles.h"
 
 INLINE void float_tile(const int bf16, const int blocks, const int rows, const op_t *op, const float *x, float *y,
                        int64_t block, range_t columns) {
-    int64_t k = op->n[0], n = op->n[1], count = bf16 ? k / 2 : k;
+    int64_t k = op->n[0], count = bf16 ? k / 2 : k;
     int64_t size = (bf16 ? (k + STEP / 2 - 1) / (STEP / 2) * (STEP / 4) : k) * STEP;
     const char *w = (const char *)op->weight + block * size;
     lanes sums[4][8];
@@ -65,12 +35,14 @@ INLINE void float_tile(const int bf16, const int blocks, const int rows, const o
             for (int b = 0; b < blocks; b++) sums[b][r] = fuse_lanes(second[b], each, sums[b][r]);
         }
     }
+    float whole[4 * 8][BLOCK];
     for (int b = 0; b < blocks; b++)
         for (int r = 0; r < rows; r++) {
             if (bf16 && k % 2)
                 sums[b][r] = fuse_lanes(firsts(w + b * size + count * STEP), spread(x[r * k + k - 1]), sums[b][r]);
-            finish(op, sums[b][r], y + r * n, block + b, columns);
+            put(sums[b][r], whole[b * rows + r]);
         }
+    finish(op, whole[0], blocks, rows, NULL, y, block, columns);
 }
 
 INLINE int32_t word(const char *p) {
@@ -88,7 +60,7 @@ INLINE void int8_tile(const int blocks, const int rows, const op_t *op, const pr
         for (int r = 0; r < rows; r++) sums[b][r] = ints_of(0);
     for (int64_t s = 0; s < p->steps; s++) {
         const char *x = line_of(p, s, row);
-        for (int i = 0; i < TILE; i++) {
+        _Pragma("GCC unroll 2") for (int i = 0; i < TILE; i++) {
             bytes each[4];
             for (int b = 0; b < blocks; b++) {
                 const char *at = w + b * size + (s * TILE + i) * STEP;
@@ -99,9 +71,10 @@ INLINE void int8_tile(const int blocks, const int rows, const op_t *op, const pr
                 for (int b = 0; b < blocks; b++) sums[b][r] = dot_int8(each[b], word(x + r * STEP + 4 * i), sums[b][r]);
         }
     }
+    float whole[4 * 8][BLOCK];
     for (int b = 0; b < blocks; b++)
-        for (int r = 0; r < rows; r++)
-            finish_int8(op, sums[b][r], p->scales[row + r], y + r * op->n[1], block + b, columns);
+        for (int r = 0; r < rows; r++) put(of_int8(op, sums[b][r], block + b), whole[b * rows + r]);
+    finish(op, whole[0], blocks, rows, p->scales + row, y, block, columns);
 }
 
 INLINE void int4_tile(const int rows, const op_t *op, const prepared_t *p, int64_t row, float *y, int64_t block,
@@ -112,7 +85,7 @@ INLINE void int4_tile(const int rows, const op_t *op, const prepared_t *p, int64
     for (int r = 0; r < rows; r++) sums[r] = spread(0.0f);
     for (int64_t s = 0; s < p->steps; s++, w += SIZE) {
         for (int i = 0; i < SIZE / STEP; i++) SOON(w + i * STEP);
-        for (int g = 0; g < 2; g++) {
+        _Pragma("GCC unroll 1") for (int g = 0; g < 2; g++) {
             lanes scale = lanes_of_bf16(w + g * 2 * BLOCK);
             bytes low[LINES], high[LINES];
             for (int i = 0; i < LINES; i++) {
@@ -131,12 +104,9 @@ INLINE void int4_tile(const int rows, const op_t *op, const prepared_t *p, int64
             }
         }
     }
-    for (int r = 0; r < rows; r++) {
-        float each[BLOCK];
-        put(sums[r], each);
-        for (int i = 0; i < BLOCK; i++) each[i] *= p->scales[row + r];
-        finish(op, lanes_at(each), y + r * op->n[1], block, columns);
-    }
+    float whole[8][BLOCK];
+    for (int r = 0; r < rows; r++) put(sums[r], whole[r]);
+    finish(op, whole[0], 1, rows, p->scales + row, y, block, columns);
 }
 
 /* One row takes four blocks at a time, several rows as many sums as there are registers for. */
@@ -152,7 +122,6 @@ enum { SIDE_BY_SIDE = 1 };
         int64_t r = 0;                                       \
         MORE_ROWS(CALL, B);                                  \
         for (; r + 4 <= rows; r += 4) CALL(B, 4);            \
-        for (; r + 2 <= rows; r += 2) CALL(B, 2);            \
         for (; r < rows; r++) CALL(B, 1);                    \
     }
 #define BLOCKS(CALL)                                                                              \

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
@@ -131,10 +132,8 @@ class Memory:
         if whole > len(self._piece):
             piece = mmap.mmap(-1, max(self.PIECE, whole))
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                try:
+                with suppress(OSError):  # a system without large pages
                     piece.madvise(mmap.MADV_HUGEPAGE)
-                except OSError:
-                    pass  # a system without large pages
             self._piece = torch.frombuffer(piece, dtype=torch.uint8)
         taken, self._piece = self._piece[:size], self._piece[whole:]
         return taken

@@ -87,6 +87,7 @@ INLINE void tiles_product(const int bf16, const op_t *op, void *x, float *y, int
     prepared_t p = prepared(x, bf16 ? BF16 : INT8, op->n[0], rows);
     int64_t size = p.steps * TILE * STEP, stop = (columns.stop + BLOCK - 1) / BLOCK;
     int32_t sums[2 * TILE][2 * BLOCK] __attribute__((aligned(64)));
+    float whole[2 * 2 * TILE][BLOCK] __attribute__((aligned(64)));
     set_tiles(p.lines, set);
     __asm__ volatile("" ::: "memory"); /* what tiles read is written by now */
     for (int64_t block = columns.first / BLOCK; block < stop; block += 2) {
@@ -98,13 +99,14 @@ INLINE void tiles_product(const int bf16, const op_t *op, void *x, float *y, int
             else if (two_lines) tile_sums(bf16, 1, 0, &p, line, w, size, sums[0]);
             else if (two_blocks) tile_sums(bf16, 0, 1, &p, line, w, size, sums[0]);
             else tile_sums(bf16, 0, 0, &p, line, w, size, sums[0]);
-            int64_t from = line / each, to = from + 2 * TILE / each < rows ? from + 2 * TILE / each : rows;
-            for (int64_t r = from; r < to; r++)
-                for (int b = 0; b <= two_blocks; b++) {
-                    const int32_t *found = sums[(r - from) * each] + b * BLOCK;
-                    if (bf16) finish(op, lanes_at(found) + lanes_at(found + 2 * BLOCK), y + r * n, block + b, columns);
-                    else finish_int8(op, ints_at(found), p.scales[r], y + r * n, block + b, columns);
+            int64_t from = line / each, count = rows - from < 2 * TILE / each ? rows - from : 2 * TILE / each;
+            for (int b = 0; b <= two_blocks; b++)
+                for (int64_t r = 0; r < count; r++) {
+                    const int32_t *at = sums[r * each] + b * BLOCK;
+                    put(bf16 ? add_lanes(lanes_at(at), lanes_at(at + 2 * BLOCK)) : of_int8(op, ints_at(at), block + b),
+                        whole[b * count + r]);
                 }
+            finish(op, whole[0], 1 + two_blocks, count, bf16 ? NULL : p.scales + from, y + from * n, block, columns);
         }
     }
 }

@@ -130,13 +130,18 @@ class Memory:
         """[size] bytes, on a line of the cache."""
         whole = -(-size // 64) * 64
         if whole > len(self._piece):
-            piece = mmap.mmap(-1, max(self.PIECE, whole))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a system without large pages
-                    piece.madvise(mmap.MADV_HUGEPAGE)
-            self._piece = torch.frombuffer(piece, dtype=torch.uint8)
+            self._piece = self._large(max(self.PIECE, whole))
         taken, self._piece = self._piece[:size], self._piece[whole:]
         return taken
+
+    @staticmethod
+    def _large(size: int) -> Tensor:
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size, dtype=torch.uint8)
+        piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system that was built without them
+            piece.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(piece, dtype=torch.uint8)
 
 
 def lay_out(weight: Tensor, kind: Kind, memory: Memory) -> tuple[Tensor, ...]:

@@ -60,17 +60,15 @@ INLINE void tile_sums(const int bf16, const int two_lines, const int two_blocks,
     if (two_lines && two_blocks) _tile_zero(3);
     for (int64_t s = 0; s < p->steps; s++) {
         const char *x = line_of(p, s, line), *here = w + s * TILE * STEP;
-        for (int i = 0; i < TILE; i++) {
-            _mm_prefetch(here + AHEAD + i * STEP, _MM_HINT_T0);
-            if (two_blocks) _mm_prefetch(here + size + AHEAD + i * STEP, _MM_HINT_T0);
-        }
         _tile_loadd(4, x, STEP);
         if (two_lines) _tile_loadd(5, x + TILE * STEP, STEP);
         _tile_loadd(6, here, STEP);
+        for (int i = 0; i < TILE; i++) SOON(here + i * STEP);
         MULTIPLY(0, 4, 6)
         if (two_lines) MULTIPLY(2, 5, 6)
         if (two_blocks) {
             _tile_loadd(7, here + size, STEP);
+            for (int i = 0; i < TILE; i++) SOON(here + size + i * STEP);
             MULTIPLY(1, 4, 7)
             if (two_lines) MULTIPLY(3, 5, 7)
         }

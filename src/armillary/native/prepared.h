@@ -28,6 +28,12 @@ INLINE prepared_t prepared(void *at, int kind, int64_t k, int64_t rows) {
     return p;
 }
 
+INLINE int64_t prepared_size(int kind, int64_t k, int64_t rows) {
+    char nothing;
+    prepared_t p = prepared(&nothing, kind, k, rows);
+    return (char *)(p.scales + (kind == BF16 ? 0 : rows)) - &nothing;
+}
+
 INLINE char *line_of(const prepared_t *p, int64_t step, int64_t line) {
     return p->numbers + (step * p->lines + line) * STEP;
 }
@@ -76,6 +82,13 @@ static void split(const float *x, const prepared_t *p, int64_t r, int64_t k) {
             low[i] = (high[i] & 0x7f80u) == 0x7f80u ? 0 : to_bf16(rest); /* infinity stays alone */
         }
     }
+}
+
+/* Row r as products with weights of the kind take it. */
+INLINE void prepare(const float *x, const prepared_t *p, int kind, int64_t r, int64_t k) {
+    if (kind == BF16) split(x, p, r, k);
+    else if (kind == INT8) quantise(x, p, r, k, OFFSET, 0);
+    else quantise(x, p, r, k, 0, 1);
 }
 
 /* sums [blocks, rows, BLOCK] of the columns of `block` and the next ones, as far as they are in `columns`, times

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from armillary.native.tape import Kind, prepared_bytes
+from armillary.native.tape import TILE, Kind, prepared_bytes
 
 WHOLE = 0  # the part of a buffer that an operation touches: all of it, whoever wrote what
 ROWS = -1  # or the rows that fall to a thread; above 0: the thread's share of so many units
@@ -22,7 +22,7 @@ class Buffer:
     tensor: Tensor
     width: int
     own: bool
-    prepared: Buffer | None = None  # the same rows as products with weights of some kind take them
+    prepared: dict[Kind, Buffer] = field(default_factory=dict)  # the same rows as products with such weights take them
 
     @property
     def at(self) -> int:
@@ -49,8 +49,8 @@ class Buffers:
         F32 for rows that are prepared for products with such weights."""
         if kind == Kind.F32:
             dtype, size = torch.float32, self.rows * width
-        else:  # in whole tiles, of up to 16 rows
-            dtype, size = torch.int8, -(-self.rows // 16) * 16 * prepared_bytes(width, kind)
+        else:
+            dtype, size = torch.int8, -(-self.rows // TILE) * TILE * prepared_bytes(width, kind)
         # up to whole lines of the cache and one more, so that threads share none
         line = 64 // dtype.itemsize
         size = (-(-size // line) + 1) * line
@@ -71,7 +71,7 @@ class Buffers:
             self._free.setdefault((tensor.shape[1], buffer.own, tensor.dtype), []).append(tensor)
         del self._lent[mark:]
         for buffer in self._prepared:
-            buffer.prepared = None
+            buffer.prepared.clear()
         self._prepared.clear()
 
     def keep(self, tensor: Tensor) -> int:
@@ -87,11 +87,11 @@ class Buffers:
 
     def prepared(self, x: Buffer, kind: Kind) -> tuple[Buffer, bool]:
         """Room for x as products with such weights take it, and whether it is filled."""
-        if x.prepared is not None:
-            return x.prepared, True
-        x.prepared = self.buffer(x.width, own=True, kind=kind)
+        if kind in x.prepared:
+            return x.prepared[kind], True
+        x.prepared[kind] = self.buffer(x.width, own=True, kind=kind)
         self._prepared.append(x)
-        return x.prepared, False
+        return x.prepared[kind], False
 
     def touch(self, reads: Sequence[tuple[Buffer | int, int]], writes: Sequence[tuple[Buffer | int, int]]) -> bool:
         """Whether what other threads do to the same memory has to be over first."""

@@ -26,6 +26,7 @@ from armillary.native.tape import (
     Program,
     Record,
     Weights,
+    attend_floats,
     lay_out,
     tiles,
 )
@@ -127,8 +128,10 @@ class Tape(Buffers):
         record.wait = self.touch(reads, writes)
         for what, _ in writes:
             if isinstance(what, Buffer):
-                what.prepared = None
+                what.prepared.clear()
         self._steps.append(record)
+
+    write = _add  # of operations that stand in files of their own (nn/steps)
 
     def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
         """Rows of a table [entries, D], by id or by position."""
@@ -137,7 +140,7 @@ class Tape(Buffers):
             raise NoStep(f"a table of {table.dtype}")
         width = table.shape[1]
         out = onto or self.buffer(width)
-        units = _units(width)
+        units = split(width)
         n = (width, units, int(places), int(onto is not None))
         self._tables.append(table)  # of which a step reads a row, not the whole
         at, kind = table.data_ptr(), KINDS[table.dtype]
@@ -180,13 +183,21 @@ class Tape(Buffers):
         return out
 
     def product(
-        self, x: Buffer, weight: Tensor, bias: Tensor | None = None, *, unit: int | None = None, factor: float = 1.0
+        self,
+        x: Buffer,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        unit: int | None = None,
+        factor: float = 1.0,
+        weights: Weights | None = None,
     ) -> Buffer:
-        """factor · x Wᵀ + b; unit: columns that one thread must have together, a head's say."""
+        """factor · x Wᵀ + b; unit: columns that one thread must have together, a head's say; weights: how these
+        are held, in place of how all are."""
         outputs, inputs = weight.shape
-        kind, data, scales = self._pack(weight)
+        kind, data, scales = self.pack(weight, weights)
         out = self.buffer(outputs)
-        units = _units(outputs) if unit is None else outputs // unit
+        units = split(outputs) if unit is None else outputs // unit
         by_tiles = not self.dry and kind in (Kind.BF16, Kind.INT8) and tiles()
         taken = self._prepare(x, kind) if by_tiles or kind in (Kind.INT8, Kind.INT4) else x
         self._add(
@@ -211,13 +222,15 @@ class Tape(Buffers):
             self._add(Code.QUANTISE, into=x, out=rows, reads=[(x, WHOLE)], kind=kind, n=(x.width,))
         return rows
 
-    def _pack(self, weight: Tensor) -> tuple[Kind, int, int]:
+    def pack(self, weight: Tensor, weights: Weights | None = None) -> tuple[Kind, int, int]:
+        """How a weight is held, where it lies and where its scales do."""
+        weights = weights or self.weights
         if weight.dtype not in (torch.float32, torch.bfloat16) or type(weight.data) is not Tensor:
             raise NoStep(f"weights of {weight.dtype}")
         if self.dry:
             return Kind.F32, 0, 0
-        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[self.weights]
-        key, version = (weight.data_ptr(), *weight.shape, self.weights), weight._version
+        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
+        key, version = (weight.data_ptr(), *weight.shape, weights), weight._version
         if key not in self._packed or self._packed[key][0] != version:
             held = weight.detach()
             # with the weight itself, so that no other can come to lie where it lies
@@ -237,10 +250,14 @@ class Tape(Buffers):
 
     def activate(self, x: Buffer, function: Callable[[Tensor], Tensor], times: Buffer | None = None) -> Buffer:
         """f(x) · times, in place; times must be split as x is (the same count of units)."""
+        return self._each(Code.ACTIVATE, x, times, kind=self.activation(function))
+
+    def activation(self, function: Callable[[Tensor], Tensor]) -> int:
+        """Its number."""
         name = next((name for name, known in FUNCTIONS.items() if known is function), None)
         if name not in ACTIVATIONS:
             raise NoStep("an activation that is not known here")
-        return self._each(Code.ACTIVATE, x, times, kind=ACTIVATIONS[name])
+        return ACTIVATIONS[name]
 
     def add(self, x: Buffer, y: Buffer, factor: float = 1.0) -> None:
         """x ← x + factor · y."""
@@ -260,16 +277,16 @@ class Tape(Buffers):
         self, code: Code, x: Buffer, y: Buffer | None, factor: float = 1.0, kind: int = 0, unit: int | None = None
     ) -> Buffer:
         assert not x.own
-        units = x.width // unit if unit is not None else self._units_of(x)
+        units = x.width // unit if unit is not None else self.units_of(x)
         reads = [] if y is None else [(y, units)]
         n = (x.width, units)
         self._add(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
         return x
 
-    def _units_of(self, x: Buffer) -> int:
+    def units_of(self, x: Buffer) -> int:
         """As the value was last written, so that no thread waits for another; else by columns."""
         last = [part for part, wrote in self.touched.get(x.at, ()) if wrote and part > 0]
-        return last[0] if len(last) == 1 and x.width % last[0] == 0 else _units(x.width)
+        return last[0] if len(last) == 1 and x.width % last[0] == 0 else split(x.width)
 
     def pick(self, x: Buffer) -> Buffer:
         """Go on with the rows of which scores are asked for."""
@@ -329,7 +346,7 @@ class Tape(Buffers):
         """Attention of every token over the keys and values so far, [slots, groups, room, width]."""
         groups, room, width = k.shape[1:]
         out = self.buffer(q.width)
-        self.scratch = max(self.scratch, 4 * (width + room))
+        self.scratch = max(self.scratch, attend_floats(width))
         self._add(
             Code.ATTEND,
             into=q,
@@ -485,7 +502,8 @@ class Tape(Buffers):
         return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
 
 
-def _units(width: int) -> int:
+def split(width: int) -> int:
+    """Into how many units columns are split that need not stay together."""
     return width // UNIT if width % UNIT == 0 else width
 
 
@@ -497,4 +515,4 @@ def record(module: Any, tape: Tape, *given: Any, **options: Any) -> Any:
     return write(tape, *given, **options)
 
 
-__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record"]
+__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record", "split"]

@@ -8,10 +8,13 @@ with fused multiplication in the other kinds, but for bf16 in tiles, where a num
 from __future__ import annotations
 
 import importlib
+import mmap
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +172,32 @@ def test_where_tiles_are_refused_vectors_take_over(monkeypatch: pytest.MonkeyPat
         tape.close(tape.product(tape.pick(tape.embed(x)), weight, bias, unit=7, factor=0.5))
         rows = tape.run([0] * ROWS, [0] * ROWS, list(range(ROWS)), list(range(ROWS)))
         assert torch.equal(rows, found("without tiles" if "without tiles" in FORMS else "own", weights, shape)[ROWS])
+
+
+@torch.no_grad()
+def test_tiles_are_handed_back() -> None:
+    """PyTorch's own products in bf16 set the same tiles up for themselves."""
+    x, weight = torch.randn(300, 320).bfloat16(), torch.randn(96, 320).bfloat16()
+    tape = Tape(9, 1, weights="bf16", threads=1)
+    tape.close(tape.product(tape.pick(tape.embed(x.float())), weight))
+    before = torch.nn.functional.linear(x, weight)
+    first = tape.run([0] * 9, [0] * 9, list(range(9)), list(range(9))).clone()
+    assert torch.equal(torch.nn.functional.linear(x, weight), before)
+    assert torch.equal(tape.run([0] * 9, [0] * 9, list(range(9)), list(range(9))), first)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="there are no large pages here")
+def test_weights_ask_for_large_pages() -> None:
+    part = native.Memory().take(100)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    flags: list[str] = []
+    for line in lines:
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            here = low <= part.data_ptr() < high
+        elif line.startswith("VmFlags:") and here:
+            flags = line.split()[1:]
+    assert "hg" in flags and "sh" not in flags  # asked for, and not shared: those are governed otherwise
 
 
 def test_weights_lie_in_lines_of_the_cache_and_apart() -> None:

@@ -37,6 +37,7 @@ static void set_tiles(int64_t lines, int *set) {
     t.lines[0] = t.lines[1] = t.lines[4] = (uint8_t)first;
     t.lines[2] = t.lines[3] = t.lines[5] = (uint8_t)second;
     t.lines[6] = t.lines[7] = TILE;
+    __asm__ volatile("" ::"r"(&t) : "memory"); /* the compiler takes only its first bytes for read */
     _tile_loadconfig(&t);
     *set = first * 32 + second;
 }
@@ -87,7 +88,7 @@ INLINE void tiles_product(const int bf16, const op_t *op, void *x, float *y, int
     int32_t sums[2 * TILE][2 * BLOCK] __attribute__((aligned(64)));
     float whole[2 * 2 * TILE][BLOCK] __attribute__((aligned(64)));
     set_tiles(p.lines, set);
-    __asm__ volatile("" ::: "memory"); /* what tiles read is written by now */
+    __asm__ volatile("" ::: "memory"); /* what tiles read is written by now, which loading does not say */
     for (int64_t block = columns.first / BLOCK; block < stop; block += 2) {
         const char *w = (const char *)op->weight + block * size;
         int two_blocks = block + 1 < stop;

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from armillary.native.tape import Code, Kind
+from armillary.native.tape import TILE, Code, Kind, prepared_bytes
 from armillary.nn.buffers import WHOLE, Buffer
 from armillary.nn.linear import ExpertLinear
 from armillary.nn.tape import NoStep, Tape, split
@@ -119,5 +119,6 @@ def _table(tape: Tape, product: ExpertLinear) -> tuple[Kind, int]:
 
 
 def _reserve(tape: Tape, product: ExpertLinear) -> None:
-    """Memory for the rows of one expert, of every thread: owners, inputs (in int8 with a header) and results."""
-    tape.scratch = max(tape.scratch, tape.rows * (2 + product.inputs + 16 + 2 * product.outputs))
+    """Memory for the rows of one expert, of every thread: owners, inputs as products take them, and results."""
+    taken = max(4 * product.inputs, *(prepared_bytes(product.inputs, kind) for kind in (Kind.INT8, Kind.INT4)))
+    tape.scratch = max(tape.scratch, tape.rows * (2 + 2 * product.outputs) + (tape.rows + TILE) * -(-taken // 4))

@@ -79,7 +79,7 @@ INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t input
 }
 
 /* Columns of what all picks are inside their experts, [rows, top, hidden]: activation(gate) up, or activation(up).
- * n: inputs, hidden, units, experts, top, activation; in: x, more: picks of this thread, weight: experts' up
+ * n: inputs, hidden, units, experts, top, activation (below 0: none); in: x, more: picks of this thread, weight: experts' up
  * products and, unless bias is null, bias: their gates; scratch: x and two results of all rows, then 8 bytes a row */
 static void experts_in(const op_t *op, const float *x, const float *picks, float *out, int64_t rows, range_t columns,
                        float *scratch) {
@@ -95,7 +95,7 @@ static void experts_in(const op_t *op, const float *x, const float *picks, float
             expert_product(op, (const expert_t *)op->bias + e, inputs, hidden, taken, gate, found, columns);
         for (int64_t i = 0; i < found; i++) {
             float *line = (op->bias ? gate : up) + i * hidden + columns.first;
-            activate(line, op->bias ? up + i * hidden + columns.first : NULL, count, (int)op->n[5]);
+            if (op->n[5] >= 0) activate(line, op->bias ? up + i * hidden + columns.first : NULL, count, (int)op->n[5]);
             memcpy(out + owners[i] * hidden + columns.first, line, sizeof(float) * (size_t)count);
         }
     }
@@ -122,6 +122,14 @@ static void experts_out(const op_t *op, const float *x, const float *picks, floa
             for (int64_t c = columns.first; c < columns.stop; c++) line[c] += gate * each[i * outputs + c];
         }
     }
+}
+
+/* x [rows, a, b, width] -> y [rows, b, a, width], heads `mine` of y. n: heads, a, width */
+static void swap(const op_t *op, const float *x, float *y, int64_t rows, range_t mine) {
+    int64_t heads = op->n[0], a = op->n[1], b = heads / a, width = op->n[2];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = mine.first; h < mine.stop; h++)
+            memcpy(y + (r * heads + h) * width, x + (r * heads + h % a * b + h / a) * width, sizeof(float) * (size_t)width);
 }
 
 /* y + sigmoid(s) x for columns `from` to before `to`. n: width; in: x, more: s [rows] */

@@ -101,6 +101,9 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case GATES:
         gates(op, rows, share_of(n[0], thread, threads));
         break;
+    case SWAP:
+        swap(op, in, out, rows, share_of(n[0], thread, threads));
+        break;
     case ROUTE:
         route(op, in, out, rows, scratch);
         break;

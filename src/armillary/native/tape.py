@@ -61,6 +61,7 @@ class Code(IntEnum):
     STICK = 30
     APPEND_INT8 = 31
     ATTEND_INT8 = 32
+    SWAP = 33
 
 
 class Kind(IntEnum):

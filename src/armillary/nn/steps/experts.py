@@ -49,9 +49,9 @@ def experts_in(
     picks: Buffer,
     up: ExpertLinear,
     gate: ExpertLinear | None,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor] | None,
 ) -> Buffer:
-    """activation(gate x) · up x, or activation(up x), of every pick: [rows, top · hidden]."""
+    """activation(gate x) · up x, activation(up x), or without one up x, of every pick: [rows, top · hidden]."""
     top, hidden = picks.width // 2, up.outputs
     out = tape.buffer(top * hidden)
     kind, table = _table(tape, up)
@@ -63,7 +63,14 @@ def experts_in(
         reads=[(x, WHOLE), (picks, WHOLE)],
         writes=[(out, WHOLE)],
         kind=kind,
-        n=(up.inputs, hidden, split(hidden), up.experts, top, tape.activation(activation)),
+        n=(
+            up.inputs,
+            hidden,
+            split(hidden),
+            up.experts,
+            top,
+            -1 if activation is None else tape.activation(activation),
+        ),
         more=picks.at,
         rest=picks.stride,
         weight=table,
@@ -90,6 +97,14 @@ def experts_out(tape: Tape, hidden: Buffer, picks: Buffer, down: ExpertLinear) -
         rest=picks.stride,
         weight=table,
     )
+    return out
+
+
+def swap(tape: Tape, x: Buffer, a: int, b: int) -> Buffer:
+    """[rows, a, b, ·] → [rows, b, a, ·]."""
+    out, heads = tape.buffer(x.width), a * b
+    n = (heads, a, x.width // heads)
+    tape.write(Code.SWAP, into=x, out=out, reads=[(x, WHOLE)], writes=[(out, heads)], n=n)
     return out
 
 

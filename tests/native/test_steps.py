@@ -1,4 +1,4 @@
-"""Native steps of recurrent mixers, against the same network in float64 without a tape.
+"""Native steps of mixers (nn/steps) but for attention, against the same network in float64 without a tape.
 
 The oracle is each mixer's own `extend`, whose equations its own tests compare with the papers'. Steps differ in
 kind: alone and together, one token and several, ragged, with plain chunks and snapshots in between.

@@ -1,6 +1,6 @@
 """Builds the C library on the machine it runs on, and loads it through ctypes.
 
-It is compiled once per set of sources, compiler and processor, in about a second, into the user's cache
+It is compiled once per set of sources, compiler and processor, in a few seconds, into the user's cache
 (ARMILLARY_CACHE, else XDG_CACHE_HOME/armillary), for exactly this processor. Set
 ARMILLARY_NATIVE=0 to do without.
 """

@@ -176,8 +176,8 @@ class Memory:
 
 
 def lay_out(weight: Tensor, kind: Kind, memory: Memory) -> tuple[Tensor, ...]:
-    """W [N, K] as products hold it (products.h): its numbers, and in int8 [2, N up to whole blocks] the scales
-    and what takes back that numbers of rows are moved up."""
+    """W [N, K] as products hold it (products.h), a copy: its numbers, and in int8 [2, N up to whole blocks] the
+    scales and what takes back that numbers of rows are moved up."""
     if kind == Kind.INT8:
         numbers, scales = pack_int8(weight)
         beside = torch.zeros(2, -(-len(scales) // BLOCK) * BLOCK)

@@ -1,7 +1,8 @@
 /* Products by the processor's tiles (AMX), for bf16 with as many rows as there are, for int8 with more than one.
  *
  * A tile of weights is 16 columns of one step as they lie in memory, and meets the lines of that step of up to
- * 32 rows. A line's sums do not depend on the other lines; whole numbers are exact in any order.
+ * 32 rows. A line's sums do not depend on the other lines; whole numbers are exact in any order. One row is
+ * no exception: with bf16 it takes tiles as many rows do, and is as quick as memory is.
  */
 #ifndef ARMILLARY_TILES_H
 #define ARMILLARY_TILES_H

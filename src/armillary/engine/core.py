@@ -340,34 +340,22 @@ class Engine:
                 one.sequence.computed += one.count
                 if place not in ready:
                     self._keep(runs[place])
-            if not ready:
-                return
-            rows = logits[:, 0] if len(ready) == len(works) else logits[ready, 0]
-            bad = ~torch.isfinite(rows).any(-1) | torch.isnan(rows).any(-1)
-            fine = [place for place, broken in zip(ready, bad.tolist(), strict=True) if not broken]
-            for place in set(ready) - set(fine):
-                self._end_now(runs[place], "error", "the network gave no finite scores")
-            plain = [place for place in fine if runs[place].chooser.plain]
-            for group in [plain, *([place] for place in fine if place not in plain)]:
-                if group:
-                    picked = rows[[ready.index(place) for place in group]]
-                    self._pick([runs[place] for place in group], picked)
+            if ready:
+                rows = logits[:, 0] if len(ready) == len(works) else logits[ready, 0]
+                self._pick([runs[place] for place in ready], rows)
             return
         for place, (one, run) in enumerate(zip(works, runs, strict=True)):
             self._check_drafts(one, run, logits[place, : one.count], before[place])
 
     def _pick(self, runs: list[_Running], logits: Tensor) -> None:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
-        try:
-            choices = choose(logits, [run.chooser for run in runs])
-        except Exception as error:
-            with self._lock:
-                for run in runs:
-                    self._fail(run, error)
-            return
-        for run, choice in zip(runs, choices, strict=True):
-            self._keep(run)
-            self._hand_out(run, [choice])
+        for run, found in zip(runs, choose(logits, [run.chooser for run in runs]), strict=True):
+            if isinstance(found, Choice):
+                self._keep(run)
+                self._hand_out(run, [found])
+            else:
+                with self._lock:
+                    self._fail(run, found)
 
     def _check_drafts(self, one: Work, run: _Running, logits: Tensor, before: Snapshot) -> None:
         """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
@@ -386,11 +374,10 @@ class Engine:
         guesses, given = run.drafts[: one.drafts], list[Choice]()
         run.drafts, progress.drafts = [], 0
         for step in range(one.drafts + 1):
-            try:
-                choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
-            except Exception as error:
+            (choice,) = choose(logits[known - 1 + step][None], [run.chooser])
+            if not isinstance(choice, Choice):
                 with self._lock:
-                    self._fail(run, error)
+                    self._fail(run, choice)
                 return
             given.append(choice)
             ended = (

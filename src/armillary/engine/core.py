@@ -416,26 +416,30 @@ class Engine:
 
     def _hand_out(self, run: _Running, choices: list[Choice]) -> None:
         """Tokens that were chosen, the last of which is not computed yet."""
-        text, kept, finish = "", list[Choice](), None
+        chooser, writer, answer = run.chooser, run.writer, run.answer
+        text, kept = "", list[Choice]()
+        finish: Finish | None = None
         for choice in choices:
-            if choice.token in run.chooser.ends:
-                text, finish = text + (run.writer.close() if run.writer else ""), "end"
+            if choice.token in chooser.ends:
+                text, finish = text + (writer.close() if writer else ""), "end"
                 break
             kept.append(choice)
-            if run.writer is not None:
-                text += run.writer.push(choice.token)
-                if run.writer.stopped:
+            if writer is not None:
+                text += writer.push(choice.token)
+                if writer.stopped:
                     finish = "stop"
                     break
-        if finish is None and len(run.answer.choices) + len(kept) >= run.answer.request.sampling.max_new_tokens:
-            text += run.writer.close() if run.writer else ""
-            finish = "stop" if run.writer is not None and run.writer.stopped else "length"
-        run.progress.known = len(run.ids)
-        self._follow(run)
+        if finish is None and len(answer.choices) + len(kept) >= chooser.sampling.max_new_tokens:
+            text += writer.close() if writer else ""
+            finish = "stop" if writer is not None and writer.stopped else "length"
+        run.progress.known = len(chooser.ids)
+        if run.followers:
+            self._follow(run)
+        piece = Piece(text, tuple(kept), finish)
         if finish is None:
-            run.answer.give(Piece(text, tuple(kept)))
+            answer.give(piece)
         else:
-            self._end_now(run, finish, piece=Piece(text, tuple(kept), finish))  # type: ignore[arg-type]
+            self._end_now(run, finish, piece=piece)
 
     def _end_now(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
         with self._lock:
@@ -471,11 +475,10 @@ class Engine:
 
     def _follow(self, run: _Running) -> None:
         """The prompt has been read: its copies may begin."""
-        if run.followers:
-            with self._lock:
-                for follower in run.followers:
-                    self._enter(follower)
-            run.followers = []
+        with self._lock:
+            for follower in run.followers:
+                self._enter(follower)
+        run.followers = []
 
     def _end_all(self, error: Exception | None = None) -> None:
         with self._lock:

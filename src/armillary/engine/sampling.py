@@ -150,6 +150,7 @@ class Chooser:
         self.plain = sampling.plain and not self.steps and mark is None
         self.seen = Tally(self.ids if sampling.repetition_penalty != 1.0 else None)
         self.counted = Tally(() if sampling.presence_penalty or sampling.frequency_penalty else None)
+        self.bounded = bool(self.ends) and (sampling.min_new_tokens > 0 or sampling.target_new_tokens is not None)
         self._row: _Row | None = None
 
     @property
@@ -201,10 +202,10 @@ class Chooser:
             tokens = torch.tensor(self.counted.tokens, dtype=torch.int64)
             counts = torch.tensor(self.counted.counts, dtype=scores.dtype)
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        rule, amount = self.end_rule()
-        if self.ends and rule is Ends.ADD_TO:
+        rule, amount = self.end_rule() if self.bounded else (Ends.LEAVE, 0.0)
+        if rule is Ends.ADD_TO:
             scores[self.ends] += amount
-        elif self.ends and rule is not Ends.LEAVE:
+        elif rule is not Ends.LEAVE:
             kept = scores[self.ends].clone()
             scores[self.ends] = -torch.inf
             if rule is Ends.FORBID_UNLESS_ALL and bool((scores == -torch.inf).all()):
@@ -225,7 +226,14 @@ class Chooser:
         """For the C library: what is asked of row `at` of logits [n, V]."""
         if self._row is None:
             self._row = _Row(self, logits.shape[1])
-        return self._row.ready(self, logits, at)
+        row = self._row.row
+        if not self.plain:
+            self._row.shape(self, logits, at)
+        if self.sampling.alternatives:
+            row.tops = self.sampling.alternatives
+        if not self.greedy:
+            row.draw = self.draw()
+        return row
 
 
 class Tally:
@@ -271,20 +279,19 @@ class _Row:
             ends=len(self._ends),
         )
 
-    def ready(self, chooser: Chooser, logits: Tensor, at: int) -> Row:
+    def shape(self, chooser: Chooser, logits: Tensor, at: int) -> None:
+        """What the answer has come to."""
         row = self.row
-        row.tops = chooser.sampling.alternatives
         if chooser.steps:
             self._scores = chooser.stepped(logits[at].to(torch.float32, copy=True)).contiguous()
             row.scores = self._scores.data_ptr()
-        if not chooser.greedy:
-            row.draw = chooser.draw()
-        if not chooser.plain:
+        if chooser.bounded:
             row.end_rule, row.end_amount = chooser.end_rule()
+        if chooser.seen.tokens:
             row.seen_ids, row.seen = chooser.seen.tokens.buffer_info()
+        if chooser.counted.tokens:
             row.counted_ids, row.counted = chooser.counted.tokens.buffer_info()
             row.counts = chooser.counted.counts.buffer_info()[0]
-        return row
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
@@ -292,7 +299,8 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Excepti
     where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
     if not fits(logits) or logits.stride(-1) != 1:
         return choose_plain(logits, choosers)
-    found, rows, places = dict[int, Choice | Exception](), list[Row](), list[int]()
+    found: list[Choice | Exception] = [_unusable(Problem.NOT_FINITE)] * len(choosers)
+    rows, places = list[Row](), list[int]()
     for at, chooser in enumerate(choosers):
         if chooser.mark is not None:
             (found[at],) = choose_plain(logits[at : at + 1], [chooser])
@@ -305,19 +313,18 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Excepti
     if rows:
         choose_rows(logits, rows, places)
     for at, row in zip(places, rows, strict=True):
-        problem = row.problem
-        found[at] = _chosen(choosers[at], row.token, row.logprob, _top(row)) if problem == 0 else _unusable(problem)
-    return [found[at] for at in range(len(choosers))]
+        if row.problem:
+            found[at] = _unusable(row.problem)
+        else:
+            found[at] = _chosen(choosers[at], row.token, row.logprob, _top(row) if row.tops else ())
+    return found
 
 
 def _top(row: Row) -> tuple[tuple[int, float], ...]:
-    count = row.tops
-    return tuple(zip(row.top_ids[:count], row.top_logprobs[:count], strict=True)) if count else ()
+    return tuple(zip(row.top_ids[: row.tops], row.top_logprobs[: row.tops], strict=True))
 
 
-def _chosen(
-    chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()
-) -> Choice | Exception:
+def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
     try:
         chooser.accept(token)
     except Exception as error:

@@ -95,31 +95,32 @@ static float kth_of(const float *x, int64_t n, int64_t k) {
     return v.f;
 }
 
-/* The k-th largest of a long line. The k-th largest of the maxima of small groups is a bound from below, which leaves
- * little more than k to look at. room: n numbers. */
+/* The k-th largest of a long line. The k-th largest of the maxima of small groups, whose members lie apart, is a bound
+ * from below, which leaves little more than k to look at. room: n numbers. */
 static float kth_largest(const float *x, int64_t n, int64_t k, float *room) {
-    int64_t groups = n / NEAR, count = 0;
-    if (k > groups / 2) return kth_of(x, n, k);
-    for (int64_t g = 0; g < groups; g++) {
-        float most = x[g * NEAR];
-        for (int64_t i = 1; i < NEAR; i++) most = x[g * NEAR + i] > most ? x[g * NEAR + i] : most;
-        room[g] = most;
-    }
-    float floor = kth_of(room, groups, k);
-    for (int64_t g = 0; g < groups; g++) {
-        if (room[g] < floor) continue;
-        for (int64_t i = g * NEAR; i < (g + 1) * NEAR; i++) count += x[i] >= floor;
-    }
-    if (count + NEAR > n - groups) return kth_of(x, n, k);
-    float *kept = room + groups;
-    count = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        if (room[g] < floor) continue;
-        for (int64_t i = g * NEAR; i < (g + 1) * NEAR; i++)
-            if (x[i] >= floor) kept[count++] = x[i];
-    }
-    for (int64_t i = groups * NEAR; i < n; i++)
-        if (x[i] >= floor) kept[count++] = x[i];
+    int64_t size = (int64_t)sqrt(4.0 * (double)n / (double)k), groups, count = 0;
+    size = size > 64 ? 64 : size;
+    groups = n / size;
+    if (size < 4 || k > groups / 2) return kth_of(x, n, k);
+    memcpy(room, x, sizeof(float) * (size_t)groups);
+    for (int64_t i = 1; i < size; i++)
+        for (int64_t g = 0; g < groups; g++) {
+            float one = x[i * groups + g];
+            room[g] = one > room[g] ? one : room[g];
+        }
+    float floor = kth_of(room, groups, k), *kept = room + groups;
+    int64_t most = n - groups - size;
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t i = 0; room[g] >= floor && i < size; i++)
+            if (x[i * groups + g] >= floor) {
+                if (count == most) return kth_of(x, n, k);
+                kept[count++] = x[i * groups + g];
+            }
+    for (int64_t i = size * groups; i < n; i++)
+        if (x[i] >= floor) {
+            if (count == most) return kth_of(x, n, k);
+            kept[count++] = x[i];
+        }
     return kth_of(kept, count, k);
 }
 
@@ -137,33 +138,38 @@ static int64_t passing(const double *bins, int64_t count, double goal, double *a
     return last;
 }
 
-/* Weights behind those that make up the goal become 0: in the order of their sizes, of equal ones the first go in. A
- * weight's bits are gone through from the top, 11 and then twice 10. room: n numbers. */
-static void nucleus(float *e, int64_t n, double goal, float *room) {
-    double bins[HIGH] = {0}, above = 0.0;
+/* Weights behind those that make up a share of their sum become 0: in the order of their sizes, of equal ones the
+ * first go in. Those so small that all of them together lie behind need no look. Of the others, bits are gone through
+ * from the top, 11 and then twice 10. room: n numbers. */
+static void nucleus(float *e, int64_t n, double whole, double share, float *room) {
+    double bins[HIGH] = {0}, above = 0.0, goal = share * whole;
+    float small = (float)((1.0 - share) * whole / (2.0 * (double)n));
+    int64_t count = 0, left = 0, equal = 0;
     union { float f; uint32_t u; } v;
     for (int64_t i = 0; i < n; i++) {
-        v.f = e[i];
-        bins[v.u >> 20] += (double)e[i];
+        room[count] = e[i];
+        count += e[i] >= small;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        v.f = room[i];
+        bins[v.u >> 20] += (double)v.f;
     }
     uint32_t high = (uint32_t)passing(bins, HIGH, goal, &above), prefix = high;
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        v.f = e[i];
-        room[count] = e[i];
-        count += v.u >> 20 == high;
+    for (int64_t i = 0; i < count; i++) {
+        v.f = room[left] = room[i];
+        left += v.u >> 20 == high;
     }
     for (int shift = 10; shift >= 0; shift -= 10) {
         memset(bins, 0, sizeof(double) * LOW);
-        for (int64_t i = 0; i < count; i++) {
+        for (int64_t i = 0; i < left; i++) {
             v.f = room[i];
-            if (v.u >> (shift + 10) == prefix) bins[(v.u >> shift) & (LOW - 1)] += (double)room[i];
+            if ((v.u & 0xfffffu) >> (shift + 10) == (shift ? 0 : prefix & (LOW - 1)))
+                bins[(v.u >> shift) & (LOW - 1)] += (double)v.f;
         }
         prefix = prefix << 10 | (uint32_t)passing(bins, LOW, goal, &above);
     }
     v.u = prefix;
     float cut = v.f;
-    int64_t equal = 0;
     for (int64_t i = 0; i < n; i++) {
         equal += e[i] == cut;
         e[i] = e[i] < cut ? 0.0f : e[i];
@@ -279,7 +285,7 @@ static void choose_one(row_t *row, int64_t n, int bf16, float *room, double *sum
         }
         if (row->top_p < 1.0) {
             if (filters) whole = summed(e, n, sums);
-            nucleus(e, n, row->top_p * whole, more);
+            nucleus(e, n, whole, row->top_p, more);
             filters = 1;
         }
         if (row->least > -INFINITY) {

@@ -411,7 +411,7 @@ def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
         scores = scores.masked_fill(scores < floor, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        share = torch.softmax(ordered, -1)
+        share = torch.softmax(ordered.double(), -1)
         beyond = share.cumsum(-1) - share >= sampling.top_p
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     if sampling.min_p is not None:

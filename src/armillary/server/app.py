@@ -356,6 +356,8 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        for hosted in self.models.values():
+            hosted.warm()
         yield
         for hosted in self.models.values():
             await asyncio.to_thread(hosted.close)

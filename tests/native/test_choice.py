@@ -166,11 +166,11 @@ def test_scores_that_are_none_end_their_own_row(form) -> None:
 @pytest.mark.parametrize("form", [choose, choose_plain])
 def test_a_constraint_that_allows_only_the_end_stands_above_a_bound(form) -> None:
     class Ends:
-        allowed = [4]
+        allowed = (4,)
 
         def apply(self, scores, ids):
             mask = torch.full_like(scores, -torch.inf)
-            mask[self.allowed] = 0.0
+            mask[list(self.allowed)] = 0.0
             return scores + mask
 
         def accept(self, token):
@@ -180,7 +180,7 @@ def test_a_constraint_that_allows_only_the_end_stands_above_a_bound(form) -> Non
     chooser = Chooser(Sampling(min_new_tokens=3, seed=1), [1], ends=(0, 4), steps=(step,))
     given = scores(1, 40, torch.float32, 4)
     assert form(given, [chooser])[0].token == 4
-    step.allowed = [4, 9]
+    step.allowed = (4, 9)
     assert form(given, [chooser])[0].token == 9
 
 

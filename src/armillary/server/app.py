@@ -125,11 +125,10 @@ class Server:
             if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
                 hosted.load.admit(1, 0, hosted.engine.pace.token if hosted.generates else 0.0)
             # templates, tokenizers and grammars take their time: others are not to wait for it
-            work = partial(call, asked, client, self._marks(request))
+            work: Callable[[], Response] = partial(call, asked, client, self._marks(request))
             if _short(asked):
                 return work()  # takes less than going to another thread and back
-            response: Response = await asyncio.get_running_loop().run_in_executor(self._workers, work)
-            return response
+            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
         return self._guarded(path, handle)
 

@@ -235,8 +235,11 @@ class Engine:
 
     def step(self) -> bool:
         """Compute the next step; False when there was nothing to do."""
-        with self._stepping, torch.no_grad():
-            return self._step()
+        with self._stepping:
+            if not torch.is_grad_enabled():
+                return self._step()
+            with torch.no_grad():
+                return self._step()
 
     def _step(self) -> bool:
         with self._lock:
@@ -341,8 +344,7 @@ class Engine:
                 if place not in ready:
                     self._keep(runs[place])
             if ready:
-                rows = logits[:, 0] if len(ready) == len(works) else logits[ready, 0]
-                self._pick([runs[place] for place in ready], rows)
+                self._pick([runs[place] for place in ready], logits if len(ready) == len(works) else logits[ready])
             return
         for place, (one, run) in enumerate(zip(works, runs, strict=True)):
             self._check_drafts(one, run, logits[place, : one.count], before[place])
@@ -554,6 +556,7 @@ class Engine:
                 )
         return True
 
+    @torch.no_grad()
     def _loop(self) -> None:
         while True:
             with self._work:

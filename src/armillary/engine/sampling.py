@@ -22,8 +22,7 @@ from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
-from armillary.native.choice import Ends, Problem, Row, choose_rows
-from armillary.native.rows import fits
+from armillary.native.choice import Ends, Problem, Row, choose_rows, sheet
 
 
 class Sampling(Settings):
@@ -223,17 +222,12 @@ class Chooser:
                 self.mark.accept(token)
 
     def row(self, logits: Tensor, at: int) -> Row:
-        """For the C library: what is asked of row `at` of logits [n, V]."""
+        """For the C library: what is asked of row `at` of logits [n, V] or [n, 1, V]."""
         if self._row is None:
-            self._row = _Row(self, logits.shape[1])
-        row = self._row.row
+            self._row = _Row(self, logits.shape[-1])
         if not self.plain:
             self._row.shape(self, logits, at)
-        if self.sampling.alternatives:
-            row.tops = self.sampling.alternatives
-        if not self.greedy:
-            row.draw = self.draw()
-        return row
+        return self._row.row
 
 
 class Tally:
@@ -266,6 +260,7 @@ class _Row:
         self._scores: Tensor | None = None  # there until the choice is made
         self.row = Row(
             temperature=asked.temperature,
+            tops=asked.alternatives,
             top_k=asked.top_k or 0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             least=-math.inf if asked.min_p is None else math.log(asked.min_p),
@@ -283,7 +278,7 @@ class _Row:
         """What the answer has come to."""
         row = self.row
         if chooser.steps:
-            self._scores = chooser.stepped(logits[at].to(torch.float32, copy=True)).contiguous()
+            self._scores = chooser.stepped(logits[at].flatten().to(torch.float32, copy=True)).contiguous()
             row.scores = self._scores.data_ptr()
         if chooser.bounded:
             row.end_rule, row.end_amount = chooser.end_rule()
@@ -295,33 +290,32 @@ class _Row:
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
-    """One token for each row of logits [n, V], by the chooser of the row; or what went wrong with that row: Unusable
-    where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
-    if not fits(logits) or logits.stride(-1) != 1:
+    """One token for each row of logits [n, V] or [n, 1, V], by the chooser of the row; or what went wrong with that
+    row: Unusable where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
+    scores = sheet(logits)
+    if scores is None:
         return choose_plain(logits, choosers)
-    found: list[Choice | Exception] = [_unusable(Problem.NOT_FINITE)] * len(choosers)
-    rows, places = list[Row](), list[int]()
+    found: dict[int, Choice | Exception] = {}
+    rows, places, draws = list[Row](), list[int](), list[float]()
     for at, chooser in enumerate(choosers):
         if chooser.mark is not None:
             (found[at],) = choose_plain(logits[at : at + 1], [chooser])
             continue
         try:
             rows.append(chooser.row(logits, at))
-            places.append(at)
         except Exception as error:
             found[at] = error
-    if rows:
-        choose_rows(logits, rows, places)
-    for at, row in zip(places, rows, strict=True):
-        if row.problem:
-            found[at] = _unusable(row.problem)
+            continue
+        places.append(at)
+        draws.append(0.0 if chooser.greedy else chooser.draw())
+    for at, row, (problem, token, logprob) in zip(places, rows, choose_rows(scores, rows, places, draws), strict=True):
+        if problem:
+            found[at] = _unusable(problem)
         else:
-            found[at] = _chosen(choosers[at], row.token, row.logprob, _top(row) if row.tops else ())
-    return found
-
-
-def _top(row: Row) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(row.top_ids[: row.tops], row.top_logprobs[: row.tops], strict=True))
+            wanted = min(row.tops, scores.width)
+            top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
+            found[at] = _chosen(choosers[at], token, logprob, top)
+    return [found[at] for at in range(len(choosers))]
 
 
 def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
@@ -340,7 +334,7 @@ def _unusable(problem: int) -> Unusable:
 
 def choose_plain(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
     """The plain form of `choose`."""
-    scores = logits.float()
+    scores = logits.flatten(1).float()
     own = torch.log_softmax(scores, -1)
     found = dict[int, Choice | Exception]()
     found |= {row: _unusable(Problem.NOT_FINITE) for row in _not_finite(scores)}

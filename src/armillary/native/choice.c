@@ -10,24 +10,25 @@ enum { BLOCK = 1024, TOP = 20, HIGH = 2048, LOW = 1024, NEAR = 16 };
 enum { FINE, NOT_FINITE, NOTHING_LEFT };
 enum { LEAVE, FORBID, FORBID_UNLESS_ALL, ADD_TO };
 
-/* Row of native/choice.py. logits: of the row; scores: what is drawn from in their place, or NULL; draw: uniform in
- * [0, 1); temperature 0: the likeliest; top_k 0, top_p 1, least -inf: no filter. least: log(min_p). Changes to the
- * scores come in this order: bias, repetition of what was seen, presence and frequency of what was generated, ends. */
+/* Row of native/choice.py. scores: what is drawn from in place of the row's logits, or NULL; temperature 0: the
+ * likeliest; top_k 0, top_p 1, least -inf: no filter. least: log(min_p). Changes to the scores come in this order: bias,
+ * repetition of what was seen, presence and frequency of what was generated, ends. */
 typedef struct {
-    const void *logits;
     const float *scores;
-    double draw, top_p;
+    double top_p;
     float temperature, least, repetition, presence, frequency, end_amount;
     int32_t end_rule, tops;
     int64_t top_k, biased, seen, counted, ends;
     const int64_t *biased_ids, *seen_ids, *counted_ids, *end_ids;
     const float *biases, *counts;
-    int64_t token;
-    float logprob;
-    int32_t problem;
     int32_t top_ids[TOP];
     float top_logprobs[TOP];
 } row_t;
+
+/* Of one row: small whole numbers are exact. */
+typedef struct {
+    double problem, token, logprob;
+} found_t;
 
 /* e^(z - peak) of each score, 0 below e^-87, and the sum of every block; returns the whole sum. NaN gives NaN. */
 static double weigh(const float *z, int64_t n, float peak, float *e, double *sums) {
@@ -214,7 +215,6 @@ static void likeliest(const float *x, int64_t n, row_t *row, double base, float 
             least = row->top_logprobs[count - 1];
         }
     }
-    row->tops = (int32_t)count;
     for (int64_t i = 0; i < count; i++) row->top_logprobs[i] = (float)((double)row->top_logprobs[i] - base);
 }
 
@@ -240,24 +240,26 @@ static void shape(const row_t *row, float *y, int64_t n) {
     }
 }
 
-/* room: 3 n numbers; sums: one for each block. */
-static void choose_one(row_t *row, int64_t n, int bf16, float *room, double *sums) {
-    const float *x = row->logits, *y = row->scores;
+/* draw: uniform in [0, 1); room: 3 n numbers, and n more for bf16; sums: one for each block. */
+static found_t choose_one(row_t *row, const void *logits, double draw, int64_t n, int bf16, float *room,
+                          double *sums) {
+    const float *x = logits, *y = row->scores;
+    found_t found = {NOT_FINITE, 0.0, 0.0};
+    int64_t token;
     float *e = room, *z = room + n, *more = room + 2 * n;
     int changed = row->biased || row->seen || row->counted || (row->ends && row->end_rule != LEAVE);
     if (bf16) { /* a line of its own: it is still wanted when the others are written */
-        const uint16_t *half = row->logits;
+        const uint16_t *half = logits;
         float *wide = room + 3 * n;
         for (int64_t i = 0; i < n; i++) wide[i] = from_bf16(half[i]);
         x = wide;
     }
     float peak = most_of(x, n, -INFINITY);
     double whole = weigh(x, n, peak, e, sums);
-    row->problem = NOT_FINITE;
-    if (!(peak > -INFINITY && peak < INFINITY && whole == whole)) return;
+    if (!(peak > -INFINITY && peak < INFINITY && whole == whole)) return found;
     double base = (double)peak + log(whole);
     if (row->tops) likeliest(x, n, row, base, more);
-    row->problem = NOTHING_LEFT;
+    found.problem = NOTHING_LEFT;
     if (changed) {
         memcpy(z, y ? y : x, sizeof(float) * (size_t)n);
         shape(row, z, n);
@@ -268,9 +270,9 @@ static void choose_one(row_t *row, int64_t n, int bf16, float *room, double *sum
     int32_t unknown = 0;
     if (y != x)
         for (int64_t i = 0; i < n; i++) unknown |= y[i] != y[i];
-    if (unknown || !(top > -INFINITY && top < INFINITY)) return;
+    if (unknown || !(top > -INFINITY && top < INFINITY)) return found;
     if (t == 0.0f)
-        row->token = place_of(y, n, top);
+        token = place_of(y, n, top);
     else {
         if (t != 1.0f || row->least > -INFINITY) {
             for (int64_t i = 0; i < n; i++) z[i] = (y[i] - top) / t; /* however small t is, the largest stays 0 */
@@ -293,14 +295,15 @@ static void choose_one(row_t *row, int64_t n, int bf16, float *room, double *sum
             filters = 1;
         }
         if (filters) whole = summed(e, n, sums);
-        row->token = drawn(e, n, sums, whole, row->draw);
+        token = drawn(e, n, sums, whole, draw);
     }
-    row->logprob = (float)((double)x[row->token] - base);
-    row->problem = FINE;
+    return (found_t){FINE, (double)token, (double)x[token] - base};
 }
 
-/* A token for each row of `width` scores, float32 or bf16. Returns 0, or 1 when there is no memory. */
-int32_t choose_rows(row_t *const *rows, int64_t count, int64_t width, int32_t bf16, int32_t threads) {
+/* A token for each of the rows: row i is that at places[i] of scores of `width` each, float32 or bf16, `step` bytes
+ * apart. Returns 0, or 1 when there is no memory. */
+int32_t choose_rows(row_t *const *rows, const int64_t *places, const double *draws, found_t *found, int64_t count,
+                    const char *logits, int64_t step, int64_t width, int32_t bf16, int32_t threads) {
     int64_t blocks = (width + BLOCK - 1) / BLOCK, line = sizeof(float) * (size_t)(width * (bf16 ? 4 : 3));
     int32_t failed = 0;
     _Pragma("omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)") {
@@ -308,7 +311,8 @@ int32_t choose_rows(row_t *const *rows, int64_t count, int64_t width, int32_t bf
         double *sums = malloc(sizeof(double) * (size_t)blocks);
         failed = !room || !sums;
         _Pragma("omp for schedule(static)") for (int64_t r = 0; r < count; r++)
-            if (room && sums) choose_one(rows[r], width, bf16, room, sums);
+            if (room && sums)
+                found[r] = choose_one(rows[r], logits + places[r] * step, draws[r], width, bf16, room, sums);
         free(room);
         free(sums);
     }

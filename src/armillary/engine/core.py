@@ -353,7 +353,8 @@ class Engine:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
         for run, found in zip(runs, choose(logits, [run.chooser for run in runs]), strict=True):
             if isinstance(found, Choice):
-                self._keep(run)
+                if self.keeps:
+                    self._keep(run)
                 self._hand_out(run, [found])
             else:
                 with self._lock:

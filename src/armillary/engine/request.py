@@ -120,14 +120,13 @@ class Answer:
 
     def give(self, piece: Piece) -> None:
         """For the engine: the next piece."""
-        now = time.monotonic()
         if piece.choices and not self.first_at:
-            self.first_at = now
+            self.first_at = time.monotonic()
         if piece.text:
             self._texts.append(piece.text)
         self.choices.extend(piece.choices)
         if piece.finish is not None:
-            self.finish, self.done_at = piece.finish, now
+            self.finish, self.done_at = piece.finish, time.monotonic()
         self._pieces.put(piece)
         if self._listener is not None:
             self._listener(piece)

@@ -184,15 +184,16 @@ def test_a_constraint_that_allows_only_the_end_stands_above_a_bound(form) -> Non
     assert form(given, [chooser])[0].token == 9
 
 
-def test_a_draw_at_the_very_top_takes_the_last_token_that_can_be() -> None:
-    class Top(Chooser):
+@pytest.mark.parametrize(("number", "token"), [(0.0, 5), (1 - 2.0**-53, 2047)])
+def test_the_lowest_and_the_highest_draw_take_a_token_that_can_be(number, token) -> None:
+    class Fixed(Chooser):
         def draw(self) -> float:
-            return 1 - 2.0**-53
+            return number
 
     given = torch.full((1, 3000), -torch.inf)
     given[0, [5, 1500, 2047]] = 0.0
     for form in (choose, choose_plain):
-        assert form(given, [Top(Sampling(temperature=1.0), [1])])[0].token == 2047
+        assert form(given, [Fixed(Sampling(temperature=1.0), [1])])[0].token == token
 
 
 def test_a_bias_outside_the_vocabulary_is_an_error() -> None:

@@ -54,17 +54,17 @@ def ours(dtype: torch.dtype, *, masters: torch.dtype = torch.float32, shape: Sha
     return build(settings).to(masters).compute(dtype)
 
 
-def theirs(dtype: torch.dtype) -> Any:
+def theirs(dtype: torch.dtype, shape: Shape = SMALL) -> Any:
     """The same shape in `transformers`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        intermediate_size=HIDDEN,
-        vocab_size=VOCABULARY,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.hidden,
+        vocab_size=shape.vocabulary,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
     )
@@ -95,10 +95,13 @@ def write_gguf(path: Path, kind: str = "F16", shape: Shape = SMALL) -> None:
     writer.add_token_types([3, 3, 3, *[1] * (shape.vocabulary - 3)])
     held = gguf.GGMLQuantizationType[kind]
     draw = np.random.default_rng(0)
+    made: dict[tuple[int, int], Any] = {}  # layers may be alike: a file holds each of them, so memory does, too
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        data = draw.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
-        writer.add_tensor(name, gguf.quants.quantize(data, held), raw_dtype=held)
+        if (rows, columns) not in made:
+            data = draw.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+            made[rows, columns] = gguf.quants.quantize(data, held)
+        writer.add_tensor(name, made[rows, columns], raw_dtype=held)
 
     keys = shape.width // shape.heads * shape.kv_heads
     matrix("token_embd.weight", shape.vocabulary, shape.width)

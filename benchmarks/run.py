@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 NAMES = sorted(
-    path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("common", "run", "campaign")
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if path.stem not in ("common", "llama", "peers", "run", "campaign")
 )
 
 

@@ -1,7 +1,9 @@
-"""What serving adds to the network: the engine's own time in a step, the server's before the first token, the
-longest gaps of running answers while a long prompt is read, and the price of a schema.
+"""What serving adds to the network: the engine's own time in a step, the server's before the first token (with nothing
+else to do and beside 4 running answers), the longest gaps of running answers while a long prompt is read, and the
+price of a schema.
 
-Everything is measured against the same network asked directly, in the same process.
+Everything is measured against the same network asked directly, in the same process; only whole answers that follow
+a schema are asked of `armillary serve`, in fresh processes, against answers of as many tokens without one.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ import itertools
 import json
 import socket
 import statistics
+import tempfile
 import threading
 import time
 import urllib.request
+from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
 
+import armillary
 from armillary.engine.constraints import Grammars
 from armillary.engine.core import Engine
 from armillary.engine.request import Request
@@ -28,8 +34,11 @@ from armillary.server import Hosted, Load, Server
 from armillary.server.run import config
 from armillary.text import TokenizerSettings, train_tokenizer
 from common import DEPTH, HEADS, HIDDEN, KV_HEADS, WIDTH, report
+from service.process import Process
 
 BATCH, TOKENS, LONG, REPEATS = 8, 64, 4000, 20
+BESIDE = 4  # answers that run meanwhile
+BEGUN, FIRST = 3, 16  # processes in which a first answer is asked for, and its tokens
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -160,12 +169,27 @@ def first_token(net, tokenizer) -> dict[str, float]:
 
     over(), direct()
     pairs = [(over(), direct()) for _ in range(REPEATS)]
-    inner.should_exit = True
-    thread.join()
-    return {
+    alone = {
         "first token over HTTP ms": 1000 * statistics.median(one for one, _ in pairs),
         "first token asked directly ms": 1000 * statistics.median(other for _, other in pairs),
         "server adds ms": 1000 * statistics.median(one - other for one, other in pairs),
+    }
+    lasting = Sampling(max_new_tokens=LONG, min_new_tokens=LONG, temperature=1.0)
+    running = [engine.submit(Request(tuple(range(20, 52)), lasting, stream=row)) for row in range(BESIDE)]
+    while not all(answer.choices for answer in running):
+        time.sleep(0.005)
+    # a request waits for the end of a step, wherever in it it comes: medians of many, each for itself
+    pairs = [(over(), direct()) for _ in range(6 * REPEATS)]
+    assert all(answer.finish is None for answer in running), "the other answers ended too early"
+    for answer in running:
+        answer.cancel()
+    inner.should_exit = True
+    thread.join()
+    http, asked = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return alone | {
+        "beside 4 answers, first token over HTTP ms": 1000 * http,
+        "beside 4 answers, first token asked directly ms": 1000 * asked,
+        "beside 4 answers, server adds ms": 1000 * (http - asked),
     }
 
 
@@ -200,9 +224,75 @@ def schemas(tokenizer) -> dict[str, float]:
     }
 
 
+class Served:
+    """A fresh `armillary serve` of a model, and a client that asks it one thing after the other."""
+
+    def __init__(self, model: Path) -> None:
+        self.process = Process(model)
+        self._seeds = itertools.count()
+
+    def _ask(self, tokens: int, schema: dict[str, Any] | None) -> tuple[int, float]:
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Name a pet."}],
+            "max_tokens": tokens,
+            "seed": next(self._seeds),
+            "temperature": 1.0,
+        }
+        if schema is not None:
+            form = {"name": "pet", "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        url = f"http://127.0.0.1:{self.process.port}/v1/chat/completions"
+        asked = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+        start = time.perf_counter()
+        with urllib.request.urlopen(asked) as answer:
+            found = json.loads(answer.read())
+        return found["usage"]["completion_tokens"], time.perf_counter() - start
+
+    def constrained(self, tokens: int, schema: dict[str, Any]) -> tuple[int, float]:
+        """How many tokens it has become, and seconds."""
+        return self._ask(tokens, schema)
+
+    def plain(self, tokens: int) -> float:
+        """Seconds of an answer of just so many tokens; one that ends by itself before is not taken."""
+        while True:
+            count, took = self._ask(tokens, None)
+            if count == tokens:
+                return took
+
+
+def answers(net, tokenizer) -> dict[str, float]:
+    """Whole answers over HTTP: the first of a process that follows a schema, after some that do not, and later
+    ones with the same schema and with new ones; each against answers of as many tokens without."""
+    firsts, ratios, news = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "tiny"
+        armillary.save(armillary.Model(net, tokenizer), model)
+        for _ in range(BEGUN):
+            served = Served(model)
+            try:
+                plain = statistics.median([served.plain(FIRST) for _ in range(9)][2:])
+                count, took = served.constrained(FIRST, SCHEMA)
+                assert count == FIRST
+                firsts.append(took - plain)
+                for place in range(5):
+                    count, took = served.constrained(LONG, SCHEMA)
+                    ratios.append(took / served.plain(count) - 1)
+                    count, took = served.constrained(LONG, SCHEMA | {"title": str(place)})
+                    news.append(took - served.plain(count))
+            finally:
+                served.process.end()
+    return {
+        "first answer with a schema, more than without ms": 1000 * statistics.median(firsts),
+        "later answers with a schema, slower by": statistics.median(ratios),
+        "later answers with a new schema, more than without ms": 1000 * statistics.median(news),
+    }
+
+
 def main() -> None:
     net, tokenizer = network(LONG + 2 * TOKENS)
     figures = overhead(net, tokenizer) | first_token(net, tokenizer) | gaps(net, tokenizer) | schemas(tokenizer)
+    figures |= answers(net, tokenizer)
     beside = figures["gap while 4,000 tokens are read, p99 ms"]
     figures["p99 gap beside a long prompt over median alone"] = beside / figures["gap between tokens alone, median ms"]
     report(
@@ -211,7 +301,10 @@ def main() -> None:
         {
             "engine's share of a step": (0.05, "max"),
             "server adds ms": (1.0, "max"),
+            "beside 4 answers, server adds ms": (1.0, "max"),
             "p99 gap beside a long prompt over median alone": (2.0, "max"),
+            "first answer with a schema, more than without ms": (20.0, "max"),
+            "later answers with a schema, slower by": (0.05, "max"),
         },
     )
 

@@ -85,7 +85,8 @@ def page(name: str, record: dict[str, Any], remark: str | None) -> str:
         lines += ["", *table(["arm", "bits per byte", "difference, 95% interval", "each seed"], rows)]
     rows = [[figure, shown(value), *judged(record, figure)] for figure, value in record["figures"].items()]
     lines += ["", *table(["figure", "measured", "goal", ""], rows)]
-    budget = ", ".join(f"{key} {value:g}" for key, value in record["budget"].items())
+    spent = {key: value if isinstance(value, str) else f"{value:g}" for key, value in record["budget"].items()}
+    budget = ", ".join(f"{key} {value}" for key, value in spent.items())
     lines += ["", f"Budget of a run: {budget}. {record['time'].partition('T')[0]}, {record['processor']}."]
     return "\n".join([*lines, *(["", remark] if remark else []), ""])
 

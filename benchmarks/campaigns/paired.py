@@ -42,28 +42,30 @@ class Budget:
     windows: int = 64  # of held-out text
     seeds: int = 5
     head: int = 32  # features per head
+    precision: str = "float32"  # of activations in training
 
 
 TINY = {"width": 32, "depth": 2, "context": 64, "steps": 3, "windows": 4, "seeds": 2, "head": 8, "vocabulary": 512}
 
 
-def begin(name: str, budget: Budget, **tiny: Any) -> Campaign:
-    """The campaign that the command line asks for."""
+def begin(name: str, budget: Budget, kind: type[Campaign] | None = None, **tiny: Any) -> Campaign:
+    """The campaign that the command line asks for; kind: one with text of its own."""
     parser = argparse.ArgumentParser(description=f"campaign {name}")
     parser.add_argument("--tiny", action="store_true", help="show that it runs; the figures mean nothing")
     asked = parser.parse_args()
     if asked.tiny:
         budget = replace(budget, **TINY | tiny)
-    return Campaign(name, budget, asked.tiny)
+    return (kind or Campaign)(name, budget, asked.tiny)
 
 
-def texts() -> Path:
-    """The folder of data sets beside the checkout, or above it."""
+def texts(*names: str) -> Path:
+    """The folder of data sets, by default all of `SETS`, beside the checkout or above it."""
+    names = names or tuple(SETS)
     for place in (ROOT, *ROOT.parents):
         folder = place / "shared" / "data"
-        if all((folder / name).is_dir() for name in SETS):
+        if all((folder / name).is_dir() for name in names):
             return folder
-    raise SystemExit(f"the campaigns need {', '.join(SETS)} in ../shared/data beside the checkout, which is not there")
+    raise SystemExit(f"the campaign needs {', '.join(names)} in ../shared/data beside the checkout, which is not there")
 
 
 class Campaign:
@@ -118,8 +120,8 @@ class Campaign:
         """The reference at half its width: what the budget must be able to tell apart."""
         return self.model(width=self.budget.width // 2)
 
-    def train(self, arm: str, seed: int, model: dict[str, Any]) -> Any:
-        """The network of an arm, trained now or before."""
+    def train(self, arm: str, seed: int, model: dict[str, Any], rate: float | None = None) -> Any:
+        """The network of an arm, trained now or before; rate: by default the budget's."""
         from armillary.base.settings import parse
         from armillary.checkpoints import load, save
         from armillary.nn.network import ModelSettings, build
@@ -132,9 +134,9 @@ class Campaign:
             "context": spent.context,
             "batch": spent.batch,
             "steps": spent.steps,
-            "precision": "float32",
+            "precision": spent.precision,
             "compile": "no",
-            "optimiser": {"learning_rate": spent.rate},
+            "optimiser": {"learning_rate": rate or spent.rate},
             "schedule": {"kind": "cosine", "warmup": spent.steps // 10},
         }
         said = json.dumps([model, training, self.corpus.fingerprint], sort_keys=True)

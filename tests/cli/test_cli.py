@@ -186,8 +186,8 @@ def test_a_new_recipe_is_explained_and_shown(
     assert facts["state_bytes"] == 2 * 2 * 64 * 48 * (2 if computes_bf16() else 4)  # precision: auto
     text = armillary("show", "mine.yaml").out
     assert "training memory" in text and "native steps" in text
-    text = armillary("show", "mine.yaml", "model.block={mixer: performer, channel: gated}").out
-    assert "blocks.0.mixer and" in text and "Performer has no native step" in text
+    text = armillary("show", "mine.yaml", "model.block={mixer: additive, channel: gated}").out
+    assert "blocks.0.mixer and" in text and "Additive has no native step" in text
     again = armillary("new", "mine.yaml")
     assert again.status == 2 and "already there" in again.err and "--force" in again.err
     assert armillary("new", "recipe.schema.json", "--schema").status == 0
@@ -549,3 +549,15 @@ def test_watermarks_are_written_and_found(armillary: Armillary, trained: Path, t
     assert facts["z"] == arm.detect(text, mark, model.tokenizer).z
     shown = armillary("detect", str(trained), "text", "--watermark", str(tmp_path / "none"))
     assert shown.status == 2 and "cannot be read" in shown.err
+
+
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, armillary: Armillary) -> None:
+    """What is asked for is too much: one error, no traceback."""
+
+    def state(*_: object, **__: object) -> None:
+        raise MemoryError("unable to allocate 381 GiB")
+
+    monkeypatch.setattr("armillary.cli.models.open_model", state)
+    shown = armillary("generate", "runs/none", "a")
+    assert shown.status == 2
+    assert "not enough memory: unable to allocate 381 GiB" in shown.err

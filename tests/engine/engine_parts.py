@@ -47,7 +47,7 @@ class Pieces(Pace):
 
     size, asked = 3, 0
 
-    def budget(self, answering: bool) -> int:
+    def budget(self, answers: int, context: int = 0, most: int = 0) -> int:
         self.asked += 1
         return self.size
 

@@ -10,6 +10,8 @@ from engine_parts import in_pieces
 
 from armillary.base.errors import InputError
 from armillary.engine import Engine, GenerationError, Request, Sampling
+from armillary.engine.request import Answer
+from armillary.native import available
 from armillary.nn.network import ModelSettings, build
 
 BLOCK = {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"}
@@ -147,3 +149,97 @@ def test_a_step_of_one_answer_that_fails_in_any_way_ends_that_one_only(network, 
     (line,) = caplog.records
     assert line.message == "an answer failed"
     assert isinstance(line.exc_info[1], ValueError)
+
+
+LONG = tuple((5 * i + i * i) % 24 for i in range(40))
+
+
+def beside(network, broken=None, **asked) -> tuple[list[Answer], list[tuple[int, ...]]]:
+    """Two answers under way, and then a long prompt in pieces; with the number of tokens of each row of every call.
+    broken: is asked about every call."""
+    engine = Engine(network, slots=3, keep=False)
+    in_pieces(engine)
+    sampling = Sampling(max_new_tokens=20, temperature=0)
+    answers = [engine.submit(Request(PROMPT[row:], sampling)) for row in range(2)]
+    while not all(answer.choices for answer in answers):
+        engine.step()
+    calls, inner = list[tuple[int, ...]](), engine.slots.extend
+
+    def extend(rows, chunks, **how):
+        calls.append(tuple(map(len, chunks)))
+        if broken is not None:
+            broken(chunks)
+        return inner(rows, chunks, **how)
+
+    engine.slots.extend = extend
+    answers.append(engine.submit(Request(LONG, sampling, **asked)))
+    while engine.step():
+        pass
+    assert engine.memory.held == 0
+    return answers, calls
+
+
+def tokens(answer: Answer) -> list[int]:
+    return [choice.token for choice in answer.choices]
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_a_piece_of_a_prompt_is_read_in_one_call_with_answers(network) -> None:
+    """Expected values: each by itself."""
+    answers, calls = beside(network)
+    pieces = -(-len(LONG) // 3)
+    assert calls[: pieces - 1] == [(1, 1, 3)] * (pieces - 1), calls
+    for answer in answers:
+        (alone,) = Engine(network, slots=1, keep=False).run([answer.request])
+        assert tokens(answer) == tokens(alone)
+    scored, calls = beside(network, prompt_logprobs=True)
+    assert calls[0] == (1, 1, 3)
+    assert [tokens(answer) for answer in scored] == [tokens(answer) for answer in answers]
+    assert [choice.token for choice in scored[2].prompt_choices] == list(LONG[1:])
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_a_piece_that_fails_ends_its_own_answer_only(network) -> None:
+    good, _ = beside(network)
+
+    def poor(chunks) -> None:
+        if any(chunk == list(LONG[6:9]) for chunk in chunks):
+            raise RuntimeError("not this one")
+
+    answers, calls = beside(network, poor)
+    assert calls[2:5] == [(1, 1, 3), (1, 1), (3,)], "together, and then each by itself"
+    assert [tokens(answer) for answer in answers[:2]] == [tokens(answer) for answer in good[:2]]
+    assert answers[2].finish == "error"
+    assert not answers[2].choices
+
+    def poor_answers(chunks) -> None:
+        if any(len(chunk) == 1 for chunk in chunks) and next(faults, False):
+            raise RuntimeError("not these")
+
+    faults = iter([True, True])
+    answers, _ = beside(network, poor_answers)
+    assert [answer.finish for answer in answers] == ["error", "error", "length"]
+    assert tokens(answers[2]) == tokens(good[2])
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_a_fault_after_the_call_is_not_computed_twice(network) -> None:
+    """Where the scores are there, the tokens are in the states."""
+    engine = Engine(network, slots=2, keep=False)
+    in_pieces(engine)
+    first = engine.submit(Request(PROMPT, Sampling(max_new_tokens=20, temperature=0)))
+    while not first.choices:
+        engine.step()
+    second = engine.submit(Request(LONG, Sampling(max_new_tokens=20, temperature=0)))
+    inner, calls = engine._choose, []
+
+    def broken(*given):
+        calls.append(given)
+        raise RuntimeError("no choice")
+
+    engine._choose = broken
+    engine.step()
+    engine._choose = inner
+    assert len(calls) == 1
+    assert [first.finish, second.finish] == ["error", "error"]
+    assert not engine.busy

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from engine_parts import network_of
 
 from armillary.engine.core import Engine
-from armillary.engine.pace import FIRST, LEAST, LONGEST, SHARE, SHORT, WHOLE, Pace
+from armillary.engine.pace import (
+    FEWEST,
+    FIRST,
+    FRESH,
+    GROWTH,
+    KNOWN,
+    LEAST,
+    LONGEST,
+    MANY,
+    PATIENT,
+    SHARE,
+    SHORT,
+    WHOLE,
+    Pace,
+)
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 
 
-def test_a_prompt_adds_less_to_a_step_than_the_step_itself_takes() -> None:
+def told(pace: Pace, answers: int, seconds: float) -> None:
+    for _ in range(KNOWN):
+        pace.went(answers, seconds)
+
+
+def test_a_prompt_by_itself_adds_less_to_a_step_than_the_step_itself_takes() -> None:
     pace = Pace()
-    assert pace.budget(True) == pace.budget(False) == FIRST
+    assert pace.budget(4) == pace.budget(0) == FIRST
     pace.read(500, 0.5)  # a millisecond each
-    pace.went(0.1)
-    assert pace.budget(True) == int(SHARE * 100)
-    assert pace.budget(False) == WHOLE < LONGEST * 1000
+    pace.went(4, 0.2)
+    assert pace.budget(4) == pytest.approx(SHARE * 200, abs=1)
+    assert pace.budget(0) == WHOLE < LONGEST * 1000
     pace.read(LEAST - 1, 100.0)  # says nothing
-    assert pace.budget(True) == int(SHARE * 100)
+    assert pace.budget(4) == pytest.approx(SHARE * 200, abs=1)
 
 
 def test_a_prompt_never_stands_still() -> None:
     pace = Pace()
     pace.read(500, 500.0)
-    assert pace.budget(True) == LEAST  # nothing is known of a step
-    pace.went(1e-3)
-    assert pace.budget(True) == LEAST
+    assert pace.budget(1) == LEAST  # nothing is known of a step
+    pace.went(1, 1e-3)
+    assert pace.budget(1) == LEAST
     quick = Pace()
     quick.read(1000, 0.1)
-    quick.went(1e-3)
-    assert quick.budget(True) == int(SHORT / 1e-4)  # in a gap that nobody notices
-    assert Pace().budget(True) == FIRST
+    quick.went(1, 1e-3)
+    assert quick.budget(1) == int(SHORT / 1e-4)  # in a gap that nobody notices
+    slow = Pace()
+    told(slow, 1, 1e-3)
+    slow.joined(1, [(4, 0)], 1.0)
+    assert slow.budget(1, 0, 31) == FEWEST
 
 
 def test_times_are_followed() -> None:
@@ -40,9 +64,76 @@ def test_times_are_followed() -> None:
     pace.read(100, 0.1)
     for _ in range(40):
         pace.read(100, 0.2)
-        pace.went(0.5)
+        pace.went(1, 0.5)
     assert pace.token == pytest.approx(0.002, rel=1e-3)
-    assert pace.budget(True) == pytest.approx(SHARE * 0.5 / 0.002, abs=1)
+    assert pace.budget(1) == pytest.approx(SHARE * 0.5 / 0.002, abs=1)
+
+
+def added(tokens: int, context: int) -> float:
+    """Seconds: products, attention, keys and values read once."""
+    return tokens * (3e-4 + 1e-7 * context) + 2e-7 * context
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_pieces_fit_into_a_step_all_through_a_long_prompt(noise: float) -> None:
+    """The first pieces feel their way; from then on a step with a piece takes at most what it may."""
+    draw, pace, own = random.Random(0), Pace(), 0.005
+    told(pace, 4, own)
+    context, sizes, over = 0, [], 0
+    while context < 4000:
+        size = pace.budget(4, context, 60)
+        if size == 0:
+            pace.went(4, own * (1 + noise * draw.uniform(-1, 1)))
+            continue
+        assert size <= GROWTH * max([FEWEST, *sizes[-1:]])
+        took = own + added(size, context)
+        over += took > 1.1 * (1 + SHARE) * own
+        pace.joined(4, [(size, context)], took * (1 + noise * draw.uniform(-1, 1)))
+        sizes.append(size)
+        context += size
+    fitting = int((SHARE * own - 2e-7 * 4000) / (3e-4 + 1e-7 * 4000))
+    assert sizes[-2] == pytest.approx(fitting, abs=1 if noise == 0 else 2)
+    assert max(sizes) == pytest.approx(SHARE * own / 3e-4, rel=0.25)
+    assert over <= 0.05 * len(sizes)
+    # and after the long one, the next begins with as many as fit there
+    for _ in range(6):
+        size = pace.budget(4, 0, 60)
+        pace.joined(4, [(size, 0)], own + added(size, 0)) if size else pace.went(4, own)
+    assert pace.budget(4, 0, 60) == pytest.approx(SHARE * own / 3e-4, rel=0.25)
+
+
+def test_one_step_that_is_held_up_changes_little() -> None:
+    pace = Pace()
+    told(pace, 1, 0.01)
+    for _ in range(20):
+        pace.joined(1, [(8, 0)], 0.01 + 8 * 5e-4)
+    before = pace.budget(1, 0, 63)
+    assert before == pytest.approx(SHARE * 0.01 / 5e-4, abs=1)
+    pace.went(1, 3.0)
+    assert pace.step(1) == 0.01
+    pace.joined(1, [(8, 0)], 3.0)
+    assert before / 2 <= pace.budget(1, 0, 63) <= before
+
+
+def test_now_and_then_a_step_goes_without() -> None:
+    """So that it stays known what a step takes; sooner, where it is not known yet."""
+    pace = Pace()
+    assert pace.budget(3, 0, 61) == 0
+    assert [pace.budget(3, 0, 61) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False]
+    told(pace, 3, 0.01)
+    assert [pace.budget(3, 0, 61) > 0 for _ in range(FRESH + 1)] == [True] * FRESH + [False]
+    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing is known"
+    assert pace.step(5) == pace.step(3) == 0.01
+
+
+def test_long_steps_take_what_pytorch_reads_in_the_time() -> None:
+    pace = Pace()
+    told(pace, 4, 0.5)
+    pace.read(1000, 1.0)
+    assert pace.budget(4, 0, 28) == pytest.approx(SHARE * 500, abs=1)
+    assert SHARE * 500 > MANY
+    pace.read(1000, 1000.0)
+    assert pace.budget(4, 0, 28) <= 28
 
 
 def test_an_engine_learns_from_prompts_that_are_read_together() -> None:
@@ -50,4 +141,5 @@ def test_an_engine_learns_from_prompts_that_are_read_together() -> None:
     asked = Sampling(max_new_tokens=4, temperature=0)
     assert LEAST > 30
     engine.run([Request(tuple(range(20)) + (row,) * 10, asked) for row in range(2)])
-    assert engine.pace.token > 0 and engine.pace.step > 0
+    assert engine.pace.token > 0
+    assert engine.pace.step(2) > 0

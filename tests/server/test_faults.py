@@ -10,13 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import httpx
 import openai
 import pytest
 from server_parts import Served, hosted
 
-from armillary.server import Door, Server
+from armillary.server import Door, Server, body
+from armillary.server.body import checked, parse
+from armillary.server.errors import HTTPError
+from armillary.server.protocol import CompletionRequest
+from armillary.text import TokenizerSettings, train_tokenizer
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 HEADERS = {"authorization": "Bearer secret-of-a", "content-type": "application/json"}
@@ -56,6 +61,109 @@ def test_hostile_bodies(served, body, status) -> None:
     found = httpx.post(f"{served.url}/v1/completions", content=body, headers=HEADERS, timeout=30)
     assert found.status_code == status
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+TALK = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "a"}}
+
+
+@pytest.mark.parametrize(
+    "path, asked, param, words",
+    [
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"prompt": ["a"] * 65}, "prompt", "at most 64 items"),
+        ("completions", {"prompt": [[1], []]}, "prompt.1", "at least 1 item"),
+        ("completions", {"prompt": ["a", 1]}, "prompt.1", "valid string"),
+        ("completions", {"prompt": None}, "prompt", "valid string"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 17}, "stop", "at most 16 items"),
+        ("completions", {"prompt": "a", "stop": ["b", "c" * 257]}, "stop.1", "at most 256 characters"),
+        ("completions", {"prompt": "a", "n": 9}, "n", "less than or equal to 8"),
+        ("completions", {"prompt": "a", "n": 2, "best_of": 1}, "best_of", "less than n, 2"),
+        ("completions", {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "no token id"),
+        ("completions", {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ("completions", {"prompt": "a" * 3000}, "prompt", "2048 is the most"),
+        ("completions", {"prompt": "a", "foo-bar": 1}, "foo-bar", "unknown parameter 'foo-bar'"),
+        ("completions", {"prompt": "a", "regex": "("}, "regex", "unclosed group"),
+        ("completions", {"prompt": "a", "grammar": "start: /[^\\s\\S]/"}, "grammar", "nothing matches it"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
+        ("chat/completions", {"messages": TALK, "tools": [TOOL, TOOL]}, "tools", "one name"),
+        ("chat/completions", {"messages": TALK, "tool_choice": "required"}, "tool_choice", "needs tools"),
+        (
+            "chat/completions",
+            {"messages": TALK, "tool_choice": {"type": "function"}},
+            "tool_choice.function",
+            "missing",
+        ),
+        ("chat/completions", {"messages": TALK, "top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        ("responses", {"input": []}, "input", "at least 1 item"),
+        (
+            "responses",
+            {"input": [{"role": "wizard", "content": "a"}]},
+            "input.0.role",
+            "'system', 'developer', 'user' or 'assistant'",
+        ),
+        ("embeddings", {"input": []}, "input", "at least 1 item"),
+    ],
+)
+def test_errors_name_the_field_and_the_bound(served, path, asked, param, words) -> None:
+    found = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny"} | asked, headers=HEADERS, timeout=30)
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == param
+    assert words in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("item", ["null", "[]", '{"a": 1}'])
+def test_a_million_mistakes_cost_no_more_than_one(item) -> None:
+    """Where each was told, a body of 8 MiB took 16 s and 3 GB."""
+    wrong = f'{{"model": "tiny", "prompt": [{",".join([item] * 90_000)}]}}'.encode()
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(HTTPError):
+        checked(parse(wrong), CompletionRequest)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - begun < 5
+    assert peak < 120 * len(wrong)
+    keys = ",".join(f'"{key}": 1' for key in range(5000))
+    with pytest.raises(HTTPError, match="4096 is the most"):
+        parse(f'{{"metadata": {{{keys}}}}}'.encode())
+    with pytest.raises(HTTPError, match="more than 100000 lists"):
+        parse(f"[{'[],' * 100_000}[]]".encode())
+
+
+def test_others_do_not_wait_while_a_long_body_is_read(served, monkeypatch) -> None:
+    names = []
+    monkeypatch.setattr(body, "parse", lambda data: names.append(threading.current_thread()) or parse(data))
+    for prompt in ("a", "a" * body.LONG):
+        httpx.post(f"{served.url}/v1/completions", json={"model": "tiny", "prompt": prompt}, headers=HEADERS)
+    assert names[0] is served.thread
+    assert names[1] is not served.thread
+
+
+def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(served, monkeypatch) -> None:
+    """8 MB take a tokenizer 8 s and 2 GB."""
+    tokenizer, read = served.server.models["tiny"].tokenizer, []
+    encode = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda texts, **more: read.extend(map(len, texts)) or encode(texts, **more)
+    )
+    text = "a" * 1_000_000
+    asked = [
+        ("completions", {"prompt": text}, "prompt"),
+        ("completions", {"prompt": ["a", text]}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("responses", {"input": text}, "input"),
+        ("embeddings", {"input": text}, "input"),
+    ]
+    for path, more, param in asked:
+        found = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny"} | more, headers=HEADERS, timeout=30)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == param
+        assert "2048 is the most" in found.json()["error"]["message"]
+    assert max(read) <= 16 * 2048
+    found = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "text": "a" * 1_000_001}, headers=HEADERS)
+    assert found.json()["error"]["param"] == "text"
 
 
 def test_wrong_methods_paths_and_types(served) -> None:
@@ -216,27 +324,72 @@ def test_timeouts(served) -> None:
     served.quiet()
 
 
-def test_the_command_serves_and_ends_politely(tmp_path) -> None:
-    """`armillary serve` on a saved model: a stream is under way when the signal comes, and is completed."""
+def saved(folder, template: str | None = None) -> str:
+    import armillary
     from armillary.model import Model
 
     one = hosted()
     one.engine.close()
-    import armillary
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte", chat_template=template), [])
+    armillary.save(Model(one.network, tokenizer), folder)
+    return str(folder)
 
-    armillary.save(Model(one.network, one.tokenizer), tmp_path / "tiny")
+
+def url_of(process: subprocess.Popen) -> str:
+    """Where it serves, once it does."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    while "serving tiny on" not in line:
+        assert line, "the server ended before it served"
+        line = process.stderr.readline()
+    return line.split(" on ")[1].strip()
+
+
+def test_a_signal_ends_the_process_whatever_clients_and_templates_do(tmp_path) -> None:
+    """A body that does not come, an answer that is not read, and a template that takes a hundred years."""
+    folder = saved(tmp_path / "tiny", "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
+    command = [sys.executable, "-m", "armillary", "serve", folder, "--port", "0", "--drain", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = url_of(process)
+        port = int(url.split(":")[2].partition("/")[0])
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+        )
+        half = socket.create_connection(("127.0.0.1", port))
+        half.sendall(head.format(1000).encode())
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        many = {"model": "tiny", "prompt": "a", "stream": True, "n": 8, "max_tokens": 2000, "logprobs": 20}
+        body = json.dumps(many | {"ignore_eos": True}).encode()
+        deaf.sendall(head.format(len(body)).encode() + body)
+        found = []
+        asking = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{url}/chat/completions", json=ASK, timeout=60))
+        )
+        asking.start()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0  # a second to drain, two to read, one for threads; and a busy machine
+        asking.join(20)
+        assert found[0].status_code == 503
+        assert found[0].json()["error"]["code"] == "shutting_down"
+        assert b" 503 " in half.recv(4096)
+    finally:
+        process.kill()
+
+
+def test_the_command_serves_and_ends_politely(tmp_path) -> None:
+    """`armillary serve` on a saved model: a stream is under way when the signal comes, and is completed."""
     environment = os.environ | {"ARMILLARY_API_KEYS": "a:secret-of-a"}
-    command = [sys.executable, "-m", "armillary", "serve", str(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
+    command = [sys.executable, "-m", "armillary", "serve", saved(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
     (tmp_path / "key").write_text("a secret for watermarks")
     command += ["--kv", "int8", "--watermark", str(tmp_path / "key")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        while "serving tiny on" not in line:
-            assert line, "the server ended before it served"
-            line = process.stderr.readline()
-        url = line.split(" on ")[1].strip()
+        url = url_of(process)
         client = openai.OpenAI(base_url=url, api_key="secret-of-a", max_retries=0)
         stream = client.chat.completions.create(**ASK | {"max_tokens": 60}, stream=True, extra_body={"min_tokens": 60})
         chunks = [next(stream)]
@@ -244,8 +397,9 @@ def test_the_command_serves_and_ends_politely(tmp_path) -> None:
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert process.wait(30) == 0
+        assert process.stderr is not None
         rest = process.stderr.read()
-        assert "secret" not in line + rest
+        assert "secret" not in rest
         assert "hello" not in rest
     finally:
         process.kill()

@@ -144,6 +144,15 @@ def test_completions(served) -> None:
     assert best.choices[0].text == many.choices[means.index(max(means))].text
 
 
+def test_offsets_of_tokens_are_places_in_the_text(served) -> None:
+    """Bytes are tokens here: é takes two, and the token that texts begin with none of the text."""
+    tokenizer = served.server.models["tiny"].tokenizer
+    options = {"model": "tiny", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+    found = served.client().completions.create(prompt="aéb", **options).choices[0].logprobs
+    begun = [] if tokenizer.begin is None else [0]
+    assert found.text_offset[: len(begun) + 4] == [*begun, 0, 1, 1, 2]
+
+
 def test_completions_streamed(served) -> None:
     options = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "temperature": 1.0, "seed": 5}
     whole = served.client().completions.create(**options)

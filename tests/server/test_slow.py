@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
@@ -68,6 +69,41 @@ def test_headers_and_bodies_that_trickle(hasty) -> None:
         slow.sendall((head + "content-type: application/json\r\ncontent-length: 9999\r\n\r\n").encode())
         assert b" 408 " in closed_within(slow, 15, b" ")
     assert httpx.get(f"{hasty.url}/live").status_code == 200
+
+
+def test_the_silent_make_way(served, monkeypatch) -> None:
+    """More connections than there is room for: whoever asks is served at once, and answers under way go on."""
+    monkeypatch.setattr(Connection, "most", staticmethod(lambda: 12))
+    asked = CHAT | {"stream": True, "max_tokens": 400, "min_tokens": 400}
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret-of-a\r\n"
+    begins = [b"", b"GET /li", (head + "content-type: application/json\r\ncontent-length: 99\r\n\r\n{").encode()]
+    silent = []
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=asked, headers=HEADERS) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        for count in range(40):
+            silent.append(socket.create_connection(("127.0.0.1", served.port)))
+            silent[-1].sendall(begins[count % 3])
+        begun = time.monotonic()
+        assert httpx.get(f"{served.url}/live", timeout=30).status_code == 200
+        assert time.monotonic() - begun < 5  # a busy machine; it was 20 s
+        assert list(lines)[-2] == "data: [DONE]"
+    assert len(served.inner.server_state.connections) <= 12
+    for connection in silent:
+        connection.close()
+
+
+def test_what_is_written_is_sent(served) -> None:
+    """Head and body of an answer are two writes. The second waited until a client said that it had the first, which
+    takes Linux 40 ms on a connection that has stood for a while."""
+    connection, took = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30), []
+    for _ in range(20):
+        begun = time.perf_counter()
+        connection.request("GET", "/live")
+        assert connection.getresponse().read()
+        took.append(time.perf_counter() - begun)
+    connection.close()
+    assert min(took[10:]) < 0.03
 
 
 def test_a_reader_that_never_reads(hasty) -> None:

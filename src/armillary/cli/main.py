@@ -58,6 +58,9 @@ def main() -> None:
     except ArmillaryError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError as error:
+        print(f"error: there is not enough memory: {error}\n  ask for less at a time", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -85,7 +85,7 @@ def serve(
     from armillary.cli.shared import open_model, refuse_unused, watermark_of
     from armillary.engine.core import Engine
     from armillary.engine.drafts import PromptLookup
-    from armillary.server import Door, Hosted, Load, Server, check_address, log_to, run
+    from armillary.server import Door, Hosted, Load, Server, check_address, leave, log_to, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
     check_address(host, bool(keys))
@@ -151,6 +151,7 @@ def serve(
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
     run(Server(hosted, door, behind, tracing), host, port, drain, started)
+    leave()
 
 
 def adapted(given: str, hosted: Sequence[Hosted]) -> Hosted:

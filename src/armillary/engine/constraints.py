@@ -67,7 +67,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the constraint failed: {_first_line(self._matcher.get_error())}")
+            raise InputError(f"the constraint failed: {_reason(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -151,7 +151,7 @@ class Grammars:
             self._tokens = _tokens(self._tokenizer, self.vocabulary)
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise InputError(f"the constraint cannot be used: {_first_line(matcher.get_error())}")
+            raise InputError(f"the constraint cannot be used: {_reason(matcher.get_error())}")
         return matcher
 
     def _try(self, grammar: str) -> None:
@@ -182,7 +182,7 @@ class Grammars:
             raise InputError("the constraint takes too much time, memory or depth to compile")
         error = json.loads(answer[0])
         if error:
-            raise InputError(f"the constraint cannot be used: {_first_line(error)}")
+            raise InputError(f"the constraint cannot be used: {_reason(error)}")
 
 
 def _grammar(kind: Kind, text: str | Mapping[str, Any]) -> str:
@@ -250,5 +250,10 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
     return LLTokenizer(Wrapped(), n_vocab=vocabulary, eos_token=list(tokenizer.ends))  # type: ignore[arg-type]
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "no reason given"
+def _reason(text: str) -> str:
+    """What is said of a failure, in one line: its first, and of a pattern what is wrong with it, too."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    if lines[0] == "NoExtensionBias":
+        return "nothing matches it"
+    more = next((line for line in lines[1:] if line.startswith("error: ")), "")
+    return " ".join(filter(None, (lines[0], more.removeprefix("error: "))))[:200]

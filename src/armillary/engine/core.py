@@ -249,28 +249,51 @@ class Engine:
                     self._end(run, "cancelled")
                 self._take_in()  # who followed one of them: a plan may choose it now
             self._guess()
-            answering = any(run.progress.decoding for run in self._runs.values())
-            plan = self.scheduler.plan(time.monotonic(), self.pace.budget(answering))
+            budget = self._budget()
+            plan = self.scheduler.plan(time.monotonic(), budget)
             self._place(plan)
         if not plan.work:
             return False
         self.steps += 1
-        together = [one for one in plan.work if one.count == 1 or one.drafts]
+        answers = [one for one in plan.work if one.sequence.decoding]
         groups: dict[Network | None, list[Work]] = {}
-        for one in together:
+        for one in answers:
             groups.setdefault(self._runs[one.sequence].network, []).append(one)
-        started = time.monotonic()
-        for works in groups.values():
-            self._compute(works)
-        if together:
-            self.pace.went(time.monotonic() - started)
-        prompts, failures, started = [one for one in plan.work if one not in together], self.failures, time.monotonic()
-        for one in prompts:
+        prompts = [one for one in plan.work if one not in answers]
+        joined = self._joined(answers, prompts)
+        if joined:
+            groups.setdefault(None, [])
+        pieces = [(one.count, one.sequence.computed) for one in joined]
+        failures, started = self.failures, time.monotonic()
+        for network, works in groups.items():
+            self._compute(works if network is not None else [*works, *joined])
+        if answers and self.failures == failures:
+            took = time.monotonic() - started
+            self.pace.joined(len(answers), pieces, took) if pieces else self.pace.went(len(answers), took)
+        apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
+        for one in apart:
             self._compute([one])
         if self.failures == failures:
-            self.pace.read(sum(one.count for one in prompts), time.monotonic() - started)
+            self.pace.read(sum(one.count for one in apart), time.monotonic() - started)
         self.progressed = time.monotonic()
         return True
+
+    def _budget(self) -> int:
+        """How many prompt tokens the next step may take."""
+        runs = list(self._runs.values())
+        answers = [run.progress for run in runs if run.progress.decoding]
+        prompts = [run for run in runs if not run.progress.decoding]
+        context = max((run.progress.computed for run in prompts), default=0)
+        taken = sum(1 + progress.drafts for progress in answers)
+        own = all(run.network is None for run in prompts)
+        return self.pace.budget(len(answers), context, max(0, self.slots.beside - taken) if own else 0)
+
+    def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
+        """The pieces of prompts that one call takes together with the answers' tokens; all or none."""
+        if not answers or any(self._runs[one.sequence].network is not None for one in prompts):
+            return []
+        fits = sum(one.count for one in [*answers, *prompts]) <= self.slots.beside
+        return prompts if fits else []
 
     def _take_in(self) -> None:
         for run in self._new:
@@ -304,8 +327,8 @@ class Engine:
             run.match = Match()
 
     def _compute(self, works: list[Work]) -> None:
-        """One call of the network for sequences of one adapter that take a token (and guesses) each, or for one
-        prompt."""
+        """One call of the network for sequences of one adapter that take a token (and guesses) each, for a piece of
+        a prompt, or for both (`_joined`)."""
         works = sorted(works, key=lambda one: one.sequence.slot)
         runs = [self._runs[one.sequence] for one in works]
         chunks = [
@@ -319,14 +342,24 @@ class Engine:
         before = [
             self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
         ]
+        rows, computed = [one.sequence.slot for one in works], False
         try:
-            rows = [one.sequence.slot for one in works]
             logits = self.slots.extend(
                 rows, chunks, last=not asked, side=self._side, taps=self.taps, network=runs[0].network
             )
+            computed = True
             self._choose(works, runs, logits, before, asked)
             self.failing = 0
         except Exception as error:
+            answers = [one for one in works if one.sequence.decoding]
+            pieces = [one for one in works if one not in answers]
+            if answers and pieces and not computed:
+                # Joined, and nothing has been computed (`Replay.extend`): each by itself, so that the fault of one
+                # does not end the others.
+                self._faulty("a step that was joined failed")
+                for part in [answers, *([one] for one in pieces)]:
+                    self._compute(part)
+                return
             # Rows of other sequences are untouched: they were no part of the call.
             self._faulty("a step failed")
             with self._lock:

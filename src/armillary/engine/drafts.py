@@ -6,13 +6,18 @@ a step. So no guess can change an answer, whatever its temperature.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from armillary.base.errors import InputError
+from armillary.engine.prefix import Match, Snapshot
+from armillary.engine.replay import Held
+from armillary.engine.slots import Slots
 from armillary.nn.network import Network
-from armillary.nn.network_state import NetworkState
 
 
 class Drafter(Protocol):
@@ -33,55 +38,89 @@ class PromptLookup:
         self.count, self.longest, self.shortest = count, longest, shortest
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        text = list(ids)
-        for size in range(min(self.longest, len(text) - 1), self.shortest - 1, -1):
-            wanted = text[-size:]
-            for start in range(len(text) - size - 1, -1, -1):
-                if text[start] == wanted[0] and text[start : start + size] == wanted:
-                    return text[start + size : start + size + min(self.count, most)]
+        numbers = array("q", ids)
+        unit, text = numbers.itemsize, numbers.tobytes()
+        for size in range(min(self.longest, len(ids) - 1), self.shortest - 1, -1):
+            wanted, stop = text[-size * unit :], len(text) - unit
+            while (at := text.rfind(wanted, 0, stop)) >= 0:
+                if at % unit == 0:
+                    start = at // unit + size
+                    return list(ids[start : start + min(self.count, most)])
+                stop = at + len(wanted) - 1  # it lay across tokens
         return []
+
+
+@dataclass
+class _Row:
+    """What the draft has read in one of its places: `ids`, the first `sure` of which were no guesses."""
+
+    ids: list[int] = field(default_factory=list)
+    sure: int = 0
+    before: Snapshot = field(default_factory=dict)  # of the states that cannot be cut, after the sure ones
 
 
 class DraftModel:
     """A small network with the same vocabulary writes on greedily (Leviathan, Kalman & Matias 2023, Fast
     Inference from Transformers via Speculative Decoding).
 
-    sure: it stops guessing where its own likeliest token has less than this probability.
+    count: most tokens guessed; sure: it stops guessing where its own likeliest token has less than this
+    probability; rows: sequences whose states it keeps; weights: how they are held (`Engine`): no loss in them can
+    change an answer.
     """
 
-    def __init__(self, network: Network, count: int = 4, sure: float = 0.3) -> None:
+    def __init__(
+        self, network: Network, count: int = 4, sure: float = 0.3, *, rows: int = 16, weights: Held = "auto"
+    ) -> None:
+        if network.settings.form != "decoder":
+            raise InputError(f"a network of form '{network.settings.form}' cannot guess", hint="take a decoder")
         self.network, self.count, self.sure = network, count, sure
-        self._known: list[tuple[list[int], NetworkState]] = []
+        self._slots = Slots(network, rows, network.settings.context, weights=weights)
+        self._rows = {place: _Row() for place in range(rows)}  # the one used longest ago first
 
     @torch.no_grad()
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        text = list(ids)
-        state, at = self._resume(text)
-        logits = self.network.extend(torch.tensor([text[at:]]), state, last=True)[0, 0]
-        self._known.append((text, state.snapshot()))
-        del self._known[:-32]
+        text, most = list(ids), min(most, self.count)
+        # the last guess is not read before it is known to be right
+        if most < 1 or len(text) + most - 1 > self._slots.capacity:
+            return []
+        place = self._resumed(text)
+        row = self._rows[place]
+        logits = self._slots.extend([place], [text[len(row.ids) :]])[0, 0]
+        row.ids, row.sure = text, len(text)
+        if not self._slots.divisible:
+            row.before = self._slots.snapshot(place)
         found: list[int] = []
-        while len(found) < min(self.count, most):
-            chances = torch.softmax(logits.float(), -1)
-            token = int(chances.argmax())
-            if float(chances[token]) < self.sure:
+        while True:
+            best, token = logits.float().max(-1)
+            if float(torch.exp(best - torch.logsumexp(logits.float(), -1))) < self.sure:
                 break
-            found.append(token)
-            if len(found) < min(self.count, most):
-                logits = self.network.extend(torch.tensor([[token]]), state, last=True)[0, 0]
+            found.append(int(token))
+            if len(found) == most:
+                break
+            logits = self._slots.extend([place], [found[-1:]])[0, 0]
+            row.ids = [*row.ids, found[-1]]
         return found
 
-    def _resume(self, text: list[int]) -> tuple[NetworkState, int]:
-        """The state of the longest beginning that was seen before, taken out of what is known."""
-        best = None
-        for place, (ids, _) in enumerate(self._known):
-            if (
-                len(ids) < len(text)
-                and text[: len(ids)] == ids
-                and (best is None or len(ids) > len(self._known[best][0]))
-            ):
-                best = place
-        if best is None:
-            return self.network.init_state(1, len(text) + 64), 0
-        ids, state = self._known.pop(best)
-        return state, len(ids)
+    def _resumed(self, text: list[int]) -> int:
+        """The place with the longest beginning of the text, and no more than that, in its state."""
+        best = 0
+        chosen = next(iter(self._rows))
+        for place, row in self._rows.items():
+            if best < row.sure < len(text) and text[: row.sure] == row.ids[: row.sure]:
+                best, chosen = row.sure, place
+        row = self._rows[chosen]
+        del self._rows[chosen]
+        self._rows[chosen] = row
+        if not best:
+            self._slots.begin(chosen, Match())
+            row.ids, row.sure = [], 0
+            return chosen
+        same = best  # with the guesses that turned out right
+        while same < min(len(row.ids), len(text) - 1) and row.ids[same] == text[same]:
+            same += 1
+        if same < len(row.ids):
+            if not self._slots.divisible:
+                same = best
+            self._slots.go_back(chosen, same, row.before)
+            row.ids = row.ids[:same]
+        return chosen

@@ -70,8 +70,8 @@ class Replay:
     def _recorded(self) -> Tape:
         size = sum(p.numel() * p.element_size() for p in self.network.parameters())
         packed = _packed.setdefault(self.network, {})
-        places = {p.data_ptr() for p in self.network.parameters()}
-        for key in [key for key in packed if key[0] not in places]:
+        places = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+        for key in [key for key, (_, held) in packed.items() if held[0].untyped_storage().data_ptr() not in places]:
             del packed[key]
         tape = Tape(
             PIECE if self.other else MOST,
@@ -84,6 +84,11 @@ class Replay:
         with torch.no_grad():
             self.network.record(tape, self.state)
         return tape
+
+    @property
+    def beside(self) -> int:
+        """Tokens of one call of native operations alone, with as many of any sequence as there are; 0: none."""
+        return 0 if self.tape.plain or self.tape.single else self.tape.rows
 
     def takes(self, chunks: Sequence[Sequence[int]]) -> bool:
         """Whether a step of these chunks is better made here. Weights that lost something make every step here,
@@ -112,6 +117,7 @@ class Replay:
         done = [0] * len(rows)
         while True:
             slots, places, ids, picked, owners = (list[int]() for _ in range(5))
+            taken = list[tuple[int, int]]()
             for at, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
                 room = 1 if self.tape.single else self.tape.rows - len(ids)
                 count = min(len(chunk) - done[at], room, self.tape.rows - len(ids))
@@ -123,10 +129,12 @@ class Replay:
                     places.append(seen[row] + step - done[at])
                     ids.append(chunk[step])
                 done[at] += count
-                seen[row] += count
+                taken.append((row, count))
             if not ids:
                 break
             logits = self.tape.run(slots, places, ids, picked, side)
+            for row, count in taken:  # only now, so that a call that failed can be made again
+                seen[row] += count
             if len(owners) == len(rows) and not any(found) and last:
                 return logits[:, None]
             for line, at in zip(logits.clone(), owners, strict=True):

@@ -38,6 +38,12 @@ class Slots:
         self.divisible = all(self._cuts(state) for _, _, state in self.state.each())
         self.replay = replay(network, self.state, capacity, weights)
 
+    @property
+    def beside(self) -> int:
+        """Tokens that one call takes, a piece of a prompt together with tokens of running answers; 0: that is not
+        done. A call that fails then has computed nothing."""
+        return 0 if self.replay is None else self.replay.beside
+
     def _cuts(self, state: State) -> TypeGuard[SpanState]:
         """Whether its tokens' entries stand on their own; under a driver a state holds parts of a sequence."""
         return isinstance(state, SpanState) and state.divisible and self.network.driver is None

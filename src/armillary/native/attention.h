@@ -2,8 +2,9 @@
 #ifndef ARMILLARY_ATTENTION_H
 #define ARMILLARY_ATTENTION_H
 
-#include "record.h"
 #include "rowwise.h"
+
+#include "attention_tiles.h"
 
 /* n: units, width of one, room; out: [slots, units, room, width] */
 static void append(const op_t *op, const call_t *call, const float *x, int64_t rows, range_t mine) {
@@ -19,111 +20,253 @@ static void append(const op_t *op, const call_t *call, const float *x, int64_t r
         }
 }
 
-/* Scores of one key against a tile of queries. */
-INLINE void score(const int bf16, const int heads, const void *key, int64_t at, const float *ask, int64_t width,
-                  float *to, int64_t step) {
-    wide sums[4];
-    for (int h = 0; h < heads; h++) sums[h] = (wide){0};
-    int64_t c = 0;
-    for (; c + WIDE <= width; c += WIDE) {
-        wide each = get(key, at + c, bf16);
-        for (int h = 0; h < heads; h++) sums[h] = fuse(each, *(const wide *)(ask + h * width + c), sums[h]);
+/* Queries of one slot go through its keys together, KEYS keys at a time, so that keys and values are read once for
+ * all of them: rows of neighbouring places, times heads of one group. Blocks begin at multiples of KEYS, whoever
+ * asks, and every query keeps a running maximum of its own and takes the keys of its own range only. So its sums have
+ * one order, alone or not. */
+enum { KEYS = 64, ASKED = 32 };
+
+/* What a block of queries holds; lines of `padded` numbers, zeros behind the width. */
+typedef struct {
+    float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, KEYS], [KEYS, padded] twice */
+    int64_t key_at[KEYS], value_at[KEYS];     /* where each key and value of the block begins */
+    float most[ASKED], sum[ASKED], fade[ASKED]; /* of a query: maximum and sum so far, what is left of the past */
+    int64_t from[ASKED], to[ASKED];             /* its keys in the block */
+} asked_t;
+
+INLINE int64_t padded_to(int64_t width) { return (width + BROAD - 1) / BROAD * BROAD; }
+
+/* Scores of a tile of queries against BROAD / queries keys. */
+INLINE void score_tile(const int bf16, const int queries, const void *keys, const int64_t *at, const float *ask,
+                       int64_t padded, float *to) {
+    const int each = BROAD / queries;
+    broad sums[BROAD];
+    UNROLLED for (int i = 0; i < BROAD; i++) sums[i] = (broad){0};
+    for (int64_t c = 0; c < padded; c += BROAD) {
+        broad key[BROAD];
+        UNROLLED for (int k = 0; k < each; k++) key[k] = broad_get(keys, at[k] + c, bf16);
+        UNROLLED for (int q = 0; q < queries; q++) {
+            broad one = *(const broad *)(ask + q * padded + c);
+            UNROLLED for (int k = 0; k < each; k++) {
+                const int place = q * each + k, where = place / 4 + BROAD / 4 * (place % 4);
+                sums[where] = broad_fuse(key[k], one, sums[where]);
+            }
+        }
     }
-    for (int h = 0; h < heads; h++) {
-        float sum = sum_of(sums[h]);
-        for (int64_t j = c; j < width; j++) sum += get_one(key, at + j, bf16) * ask[h * width + j];
-        to[h * step] = sum;
-    }
+    broad found = sums_of(sums);
+    UNROLLED for (int q = 0; q < queries; q++) memcpy(to + q * KEYS, (float *)&found + q * each, sizeof(float) * each);
 }
 
-/* Weights [heads, count] by values, a stripe of columns at a time; the token `first + i` lies in slot
- * (first + i) % room. */
-INLINE void gather(const int bf16, const int heads, const void *values, int64_t base, int64_t first, int64_t count,
-                   int64_t room, int64_t width, const float *weights, float *out) {
+/* Adds the weighted values of keys `from` to before `to` to what is left of the past, for a tile of queries. */
+INLINE void gather_tile(const int bf16, const int queries, const void *values, const int64_t *at, int64_t from,
+                        int64_t to, const float *weights, const float *fade, float *out, int64_t padded) {
     int64_t c = 0;
 #define STRIPES(N)                                                                                      \
-    for (; c + (N) * WIDE <= width; c += (N) * WIDE) {                                                  \
-        wide sums[4][N];                                                                                \
-        for (int h = 0; h < heads; h++)                                                                 \
-            for (int s = 0; s < (N); s++) sums[h][s] = (wide){0};                                       \
-        int64_t slot = first % room;                                                                    \
-        for (int64_t i = 0; i < count; i++) {                                                           \
-            for (int s = 0; s < (N); s++) {                                                             \
-                wide each = get(values, base + slot * width + c + s * WIDE, bf16);                      \
-                for (int h = 0; h < heads; h++)                                                         \
-                    sums[h][s] = fuse(each, wide_of(weights[h * count + i]), sums[h][s]);               \
-            }                                                                                           \
-            slot = slot + 1 == room ? 0 : slot + 1;                                                     \
+    for (; c + (N) * BROAD <= padded; c += (N) * BROAD) {                                               \
+        broad sums[4][N];                                                                               \
+        for (int q = 0; q < queries; q++)                                                               \
+            for (int s = 0; s < (N); s++)                                                               \
+                sums[q][s] = *(const broad *)(out + q * padded + c + s * BROAD) * fade[q];              \
+        for (int64_t i = from; i < to; i++) {                                                           \
+            broad each[N];                                                                              \
+            for (int s = 0; s < (N); s++) each[s] = broad_get(values, at[i] + c + s * BROAD, bf16);     \
+            for (int q = 0; q < queries; q++)                                                           \
+                for (int s = 0; s < (N); s++)                                                           \
+                    sums[q][s] = broad_fuse(each[s], broad_of(weights[q * KEYS + i]), sums[q][s]);     \
         }                                                                                               \
-        for (int h = 0; h < heads; h++)                                                                 \
-            for (int s = 0; s < (N); s++) *(wide *)(out + h * width + c + s * WIDE) = sums[h][s];       \
+        for (int q = 0; q < queries; q++)                                                               \
+            for (int s = 0; s < (N); s++) *(broad *)(out + q * padded + c + s * BROAD) = sums[q][s];    \
     }
+#if BROAD == 16
+    STRIPES(4)
+#endif
     STRIPES(2)
     STRIPES(1)
 #undef STRIPES
-    for (; c < width; c++)
-        for (int h = 0; h < heads; h++) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < count; i++)
-                sum += get_one(values, base + (first + i) % room * width + c, bf16) * weights[h * count + i];
-            out[h * width + c] = sum;
-        }
 }
 
-INLINE void attend_heads(const int bf16, const int tile, const op_t *op, const float *q, float *out, int64_t base,
-                         int64_t head, int64_t place, float *scratch) {
-    int64_t width = op->n[2], room = op->n[3], back = op->n[4];
-    int64_t first = place - back > 0 ? place - back : 0, count = place + 1 - first;
-    float *ask = scratch, *weights = scratch + 4 * width;
+#define TILED(LEFT, CALL)      \
+    if ((LEFT) >= 4) CALL(4)   \
+    else if ((LEFT) >= 2) CALL(2) \
+    else CALL(1)
+
+INLINE void score_block(const int bf16, asked_t *a, const void *keys, int64_t queries, int64_t padded, int64_t from,
+                        int64_t to) {
+    for (int64_t q = 0; q < queries;) {
+#define SCORE(N)                                                                                                \
+    {                                                                                                           \
+        for (int64_t i = from; i < to; i += BROAD / N)                                                          \
+            score_tile(bf16, N, keys, a->key_at + i, a->ask + q * padded, padded, a->weights + q * KEYS + i);  \
+        q += N;                                                                                                 \
+    }
+        TILED(queries - q, SCORE)
+#undef SCORE
+    }
+}
+
+INLINE void gather_block(const int bf16, asked_t *a, const void *values, int64_t queries, int64_t padded) {
+    for (int64_t q = 0; q < queries;) {
+        int64_t from = a->from[q], to = a->to[q], alike = 1;
+        while (q + alike < queries && a->from[q + alike] == from && a->to[q + alike] == to) alike++;
+        if (from >= to) {
+            q += alike;
+            continue;
+        }
+#define GATHER(N)                                                                                               \
+    {                                                                                                           \
+        gather_tile(bf16, N, values, a->value_at, from, to, a->weights + q * KEYS, a->fade + q,                \
+                    a->out + q * padded, padded);                                                               \
+        q += N;                                                                                                 \
+    }
+        TILED(alike, GATHER)
+#undef GATHER
+    }
+}
+
+/* The scores of one query become weights; key: the block's first; the query stands at `place`. */
+static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope, float cap) {
+    float *line = a->weights + q * KEYS;
+    int64_t from = a->from[q], to = a->to[q];
+    if (from >= to) return;
+    /* The whole line, keys of others included: what a number comes to does not depend on where a loop begins. */
+    if (cap > 0.0f)
+        for (int64_t i = 0; i < KEYS; i++) line[i] = cap * tanh_of(line[i] / cap);
+    if (slope != 0.0f)
+        for (int64_t i = 0; i < KEYS; i++) line[i] -= slope * (float)(place - key - i);
+    broad each[KEYS / BROAD], most = broad_of(a->most[q]);
+    broad_ints own[KEYS / BROAD], at;
+    for (int i = 0; i < BROAD; i++) at[i] = i;
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
+        own[i] = (at + i * BROAD >= (int32_t)from) & (at + i * BROAD < (int32_t)to);
+        each[i] = chosen(own[i], *(const broad *)(line + i * BROAD), broad_of(-INFINITY));
+        most = chosen(each[i] > most, each[i], most);
+    }
+    float peak = a->most[q];
+    for (int i = 0; i < BROAD; i++) peak = most[i] > peak ? most[i] : peak;
+    broad sum = {0};
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
+        broad weight = chosen(own[i], broad_exp(each[i] - peak), (broad){0});
+        *(broad *)(line + i * BROAD) = weight;
+        sum += weight;
+    }
+    float all = 0.0f;
+    for (int i = 0; i < BROAD; i++) all += sum[i];
+    a->fade[q] = exp_down(a->most[q] - peak);
+    a->sum[q] = a->sum[q] * a->fade[q] + all;
+    a->most[q] = peak;
+}
+
+/* Of one block's keys or values, float32 lines. */
+static void widened(const void *from, const int64_t *at, int64_t first, int64_t stop, int bf16, int64_t width,
+                   int64_t padded, float *to) {
+    for (int64_t i = first; i < stop; i++) {
+        int64_t c = 0;
+        if (bf16)
+            for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, 1);
+        else
+            for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, 0);
+        for (; c < width; c++) to[i * padded + c] = get_one(from, at[i] + c, bf16);
+        for (; c < padded; c++) to[i * padded + c] = 0.0f;
+    }
+}
+
+INLINE float *taken(float **scratch, int64_t count) {
+    float *at = *scratch;
+    *scratch += count;
+    return at;
+}
+
+/* Rows `row` to before `row + rows`, heads `head` to before `head + heads`, of one slot and one group. */
+static void attend_together(const op_t *op, const call_t *call, const float *q, float *out, int64_t row, int64_t rows,
+                            int64_t head, int64_t heads, float *scratch) {
+    int64_t width = op->n[2], room = op->n[3], back = op->n[4], padded = padded_to(width), queries = rows * heads;
+    int64_t base = (call->slots[row] * op->n[1] + head / (op->n[0] / op->n[1])) * room * width;
+    int64_t place = call->places[row], earliest = place > back ? place - back : 0, end = place + rows;
     const float *sinks = op->bias, *slopes = op->rest;
-    float scale = op->f[0], cap = op->f[1];
-    for (int64_t i = 0; i < tile * width; i++) ask[i] = q[i] * scale;
-    int64_t slot = first % room;
-    for (int64_t i = 0; i < count; i++) {
-        score(bf16, tile, op->more, base + slot * width, ask, width, weights + i, count);
-        slot = slot + 1 == room ? 0 : slot + 1;
+    int bf16 = op->kind == BF16, apart = width != padded || queries > 4;
+    asked_t a;
+    a.ask = taken(&scratch, ASKED * padded), a.out = taken(&scratch, ASKED * padded);
+    a.keys = taken(&scratch, KEYS * padded), a.values = taken(&scratch, KEYS * padded);
+    a.weights = taken(&scratch, ASKED * KEYS);
+    for (int64_t i = 0; i < queries; i++) {
+        int64_t h = head + i % heads;
+        const float *from = q + ((row + i / heads) * op->n[0] + h) * width;
+        for (int64_t c = 0; c < padded; c++) a.ask[i * padded + c] = c < width ? from[c] * op->f[0] : 0.0f;
+        for (int64_t c = 0; c < padded; c++) a.out[i * padded + c] = 0.0f;
+        a.most[i] = sinks ? sinks[h] : -INFINITY, a.sum[i] = sinks ? 1.0f : 0.0f;
     }
-    for (int h = 0; h < tile; h++) {
-        float *line = weights + h * count;
-        if (cap > 0.0f)
-            for (int64_t i = 0; i < count; i++) line[i] = cap * tanh_of(line[i] / cap);
-        if (slopes)
-            for (int64_t i = 0; i < count; i++) line[i] -= slopes[head + h] * (float)(count - 1 - i);
-        float peak = most_of(line, count, sinks ? sinks[head + h] : -INFINITY);
-        for (int64_t i = 0; i < count; i++) line[i] = exp_down(line[i] - peak);
-        float sum = sum_line(line, count, 0, 0.0f);
-        if (sinks) sum += exp_down(sinks[head + h] - peak);
-        for (int64_t i = 0; i < count; i++) line[i] /= sum;
+    for (int64_t key = earliest / KEYS * KEYS; key < end; key += KEYS) {
+        /* what any of the queries needs, up to whole vectors: a slot has a whole room, and what is beyond is not used */
+        int64_t from = earliest > key ? (earliest - key) / BROAD * BROAD : 0;
+        int64_t to = end - key < KEYS ? padded_to(end - key) : KEYS, slot = (key + from) % room;
+        for (int64_t i = from; i < to; i++) {
+            a.key_at[i] = a.value_at[i] = base + slot * width;
+            slot = slot + 1 == room ? 0 : slot + 1;
+        }
+        if (apart) {
+            widened(op->more, a.key_at, from, to, bf16, width, padded, a.keys);
+            widened(op->weight, a.value_at, from, to, bf16, width, padded, a.values);
+            for (int64_t i = from; i < to; i++) a.key_at[i] = a.value_at[i] = i * padded;
+            score_block(0, &a, a.keys, queries, padded, from, to);
+        } else if (bf16) score_block(1, &a, op->more, queries, padded, from, to);
+        else score_block(0, &a, op->more, queries, padded, from, to);
+        for (int64_t i = 0; i < queries; i++) {
+            int64_t own = place + i / heads, first = own > back ? own - back - key : -key;
+            a.from[i] = first > 0 ? first : 0, a.to[i] = own + 1 - key < KEYS ? own + 1 - key : KEYS;
+            weigh(&a, i, key, own, slopes ? slopes[head + i % heads] : 0.0f, op->f[1]);
+        }
+        if (apart) gather_block(0, &a, a.values, queries, padded);
+        else if (bf16) gather_block(1, &a, op->weight, queries, padded);
+        else gather_block(0, &a, op->weight, queries, padded);
     }
-    gather(bf16, tile, op->weight, base, first, count, room, width, weights, out);
+    for (int64_t i = 0; i < queries; i++) {
+        float *to = out + ((row + i / heads) * op->n[0] + head + i % heads) * width, whole = 1.0f / a.sum[i];
+        for (int64_t c = 0; c < width; c++) to[c] = a.out[i * padded + c] * whole;
+    }
 }
 
 /* n: heads, groups, width, room, tokens back; more, weight: keys and values [slots, groups, room, width];
- * bias: sinks; rest: slopes; f: scale, cap */
+ * bias: sinks; rest: slopes; f: scale, cap. Threads share the work by what it costs: queries times their keys. */
 static void attend(const op_t *op, const call_t *call, const float *q, float *out, int64_t rows, float *scratch,
                    int thread, int threads) {
-    int64_t heads = op->n[0], groups = op->n[1], width = op->n[2], room = op->n[3], each = heads / groups;
-    int64_t blocks = (threads + rows * groups - 1) / (rows * groups);
-    if (blocks > each) blocks = each;
-    range_t mine = share_of(rows * groups * blocks, thread, threads);
-    for (int64_t task = mine.first; task < mine.stop; task++) {
-        int64_t r = task / (groups * blocks), g = task / blocks % groups, b = task % blocks;
-        int64_t base = (call->slots[r] * groups + g) * room * width;
-        range_t part = share_of(each, (int)b, (int)blocks);
-        for (int64_t h = g * each + part.first, stop = g * each + part.stop; h < stop;) {
-            int64_t at = (r * heads + h) * width, place = call->places[r];
-#define HEADS(N)                                                                                        \
-    {                                                                                                   \
-        if (op->kind == BF16) attend_heads(1, N, op, q + at, out + at, base, h, place, scratch);        \
-        else attend_heads(0, N, op, q + at, out + at, base, h, place, scratch);                         \
-        h += N;                                                                                         \
-    }
-            if (h + 4 <= stop) HEADS(4)
-            else if (h + 2 <= stop) HEADS(2)
-            else HEADS(1)
-#undef HEADS
+    int64_t groups = op->n[1], each = op->n[0] / groups, back = op->n[4];
+    int64_t parts = (threads + rows * groups - 1) / (rows * groups); /* of a group's heads */
+    if (parts > each) parts = each;
+    int64_t heads = (each + parts - 1) / parts;
+    if (heads > ASKED) heads = ASKED;
+    int64_t most = ASKED / heads;
+    if (groups % threads && most > (rows + threads - 1) / threads) most = (rows + threads - 1) / threads;
+#if defined(LOOK_TILES)
+    int tiles = op->kind == BF16 && op->n[2] % CHUNK == 0 && tiles_allowed();
+    setup_t tiles_before;
+    if (tiles) whole_tiles(&tiles_before);
+#endif
+    double all = 0.0, before = 0.0;
+    for (int64_t r = 0; r < rows; r++) all += (double)(call->places[r] < back ? call->places[r] : back) + KEYS;
+    all *= (double)(groups * each);
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t r = 0, count; r < rows; r += count) {
+            count = 1;
+            while (r + count < rows && count < most && call->slots[r + count] == call->slots[r] &&
+                   call->places[r + count] == call->places[r] + count)
+                count++;
+            double keys = (double)(call->places[r] < back ? call->places[r] : back) + KEYS;
+            for (int64_t h = 0, some; h < each; h += some) {
+                some = each - h < heads ? each - h : heads;
+                double cost = (double)(count * some) * keys;
+                if ((int)((before + 0.5 * cost) * threads / all) == thread) {
+#if defined(LOOK_TILES)
+                    if (tiles) attend_tiles(op, call, q, out, r, count, g * each + h, some, scratch);
+                    else
+#endif
+                        attend_together(op, call, q, out, r, count, g * each + h, some, scratch);
+                }
+                before += cost;
+            }
         }
-    }
+#if defined(LOOK_TILES)
+    if (tiles) tiles_back(&tiles_before);
+#endif
 }
 
 #endif

@@ -14,9 +14,11 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "products.h"
 #include "recurrence.h"
 #include "rowwise.h"
+#include "stick.h"
 
 static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch) {
     int64_t rows = op->picked ? call->picks : call->rows;
@@ -94,6 +96,55 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case RETAIN:
         retain(op, call, rows, share_of(n[0], thread, threads));
         break;
+    case MATRIX:
+        matrix(op, call, rows, share_of(n[0], thread, threads));
+        break;
+    case GATES:
+        gates(op, rows, share_of(n[0], thread, threads));
+        break;
+    case ROUTE:
+        route(op, in, out, rows, scratch);
+        break;
+    case EXPERTS_IN:
+    case EXPERTS_OUT: { /* n: inputs, outputs, units; rest: from one thread's picks to the next one's */
+        range_t mine = share_of(n[2], thread, threads);
+        range_t columns = {mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])};
+        const float *picks = (const float *)((char *)op->more + (intptr_t)op->rest * thread);
+        if (op->code == EXPERTS_IN) experts_in(op, in, picks, out, rows, columns, scratch);
+        else experts_out(op, in, picks, out, rows, columns, scratch);
+        break;
+    }
+    case FEATURES:
+        features(op, call, in, out, rows, share_of(n[0], thread, threads), scratch);
+        break;
+    case STICK:
+        stick(op, call, in, out, rows, thread, threads);
+        break;
+    case CUT: /* n: width, first column of it, how many */
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(out + r * n[2], in + r * n[0] + n[1], sizeof(float) * (size_t)n[2]);
+        break;
+    case TAKE: /* n: width; rest: [slots, width] */
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(out + r * n[0], (float *)op->rest + call->slots[r] * n[0], sizeof(float) * (size_t)n[0]);
+        break;
+    case CONVOLVE:
+    case MAP:
+    case SELECT:
+    case CELL:
+    case SCALED:
+    case ADD_GATED: { /* n: width, units */
+        range_t mine = share_of(n[1], thread, threads);
+        int64_t from = mine.first * (n[0] / n[1]), to = mine.stop * (n[0] / n[1]);
+        if (op->code == CONVOLVE) convolve(op, call, out, rows, from, to);
+        else if (op->code == SELECT) select_(op, call, in, out, rows, from, to);
+        else if (op->code == CELL) cell(op, call, in, out, rows, from, to);
+        else if (op->code == ADD_GATED) add_gated(op, in, out, rows, from, to);
+        else if (op->code == SCALED) scaled(op, in, out, rows, from, to);
+        else
+            for (int64_t r = 0; r < rows; r++) map(out + r * n[0] + from, to - from, op->kind, op->f[0]);
+        break;
+    }
     default: { /* element by element; n: width, units */
         range_t mine = share_of(n[1], thread, threads);
         int64_t from = mine.first * (n[0] / n[1]), count = mine.stop * (n[0] / n[1]) - from;
@@ -131,4 +182,17 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
         }
         free(scratch);
     }
+}
+
+/* As `tape_run`, but what threads do between two barriers is done by one after another, by the last one first if
+ * `back`: what a thread takes from another one without waiting for it is not there yet, or is gone. For tests. */
+void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_t threads, int64_t back) {
+    float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+    for (int64_t first = 0, stop; first < count; first = stop) {
+        for (stop = first + 1; stop < count && !ops[stop].wait; stop++);
+        for (int64_t turn = 0; turn < threads; turn++)
+            for (int64_t i = first; i < stop; i++)
+                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, scratch);
+    }
+    free(scratch);
 }

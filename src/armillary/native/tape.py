@@ -18,6 +18,7 @@ from armillary.native.library import function
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
 HEADER = 32  # bytes before the numbers of a quantised row
+KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
 
 
 class Code(IntEnum):
@@ -39,6 +40,21 @@ class Code(IntEnum):
     RETAIN = 13
     CLIP = 14
     PICK = 15
+    CONVOLVE = 16
+    GATES = 17
+    MAP = 18
+    MATRIX = 19
+    SELECT = 20
+    CUT = 21
+    TAKE = 22
+    CELL = 23
+    SCALED = 24
+    ROUTE = 25
+    EXPERTS_IN = 26
+    EXPERTS_OUT = 27
+    ADD_GATED = 28
+    FEATURES = 29
+    STICK = 30
 
 
 class Kind(IntEnum):
@@ -99,6 +115,17 @@ class Program:
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
+
+    def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
+        """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""
+        run = function("tape_run_in_turn", [POINTER(Record), c_int64, POINTER(Call), c_int64, c_int64])
+        run(self.records, len(self.records), byref(call), threads, int(back))
+
+
+def attend_floats(width: int) -> int:
+    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
+    padded = -(-width // 16) * 16
+    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
 def line_bytes(width: int) -> int:

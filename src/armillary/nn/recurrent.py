@@ -14,6 +14,8 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.mechanism import Frozen, Mixer
 from armillary.nn.ops.short_conv import next_tail, short_conv
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve, gates
+from armillary.nn.tape import Buffer, Tape
 
 
 class MatrixMixer(Mixer):
@@ -92,6 +94,10 @@ class ShortConvolution(nn.Module):
         real = ctx.present(x)
         return y if real is None else y * real[..., None].to(y.dtype)
 
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (tail,) = tape.hold(state, self.name)
+        return convolve(tape, x, self.weight, self.bias, tail, silu=self.silu)
+
     def shape(self) -> tuple[int, int]:
         """Of one row's state."""
         return self.taps - 1, self.weight.shape[0]
@@ -130,6 +136,11 @@ class StepDecay(nn.Module):
 
     def log_decays(self, step: Tensor) -> Tensor:
         return step * -self.log_rate.to(step.dtype).exp()
+
+    def record(self, tape: Tape, s: Buffer, shares: Buffer | None = None) -> Buffer:
+        """Decays and, without other shares, steps: pairs [rows, H, 2]."""
+        heads = len(self.bias)
+        return gates(tape, heads, s, shares, log_rate=self.log_rate, bias=self.bias, limits=self.limits)
 
     @staticmethod
     def flops(heads: int, tokens: float, limited: bool = False) -> float:

@@ -25,6 +25,7 @@ from armillary.native.tape import (
     Program,
     Record,
     Weights,
+    attend_floats,
     pack_int4,
     pack_int8,
 )
@@ -128,6 +129,8 @@ class Tape(Buffers):
                 what.lines = None
         self._steps.append(record)
 
+    write = _add  # of operations that stand in files of their own (nn/steps)
+
     def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
         """Rows of a table [entries, D], by id or by position."""
         table = table.detach().contiguous()
@@ -135,7 +138,7 @@ class Tape(Buffers):
             raise NoStep(f"a table of {table.dtype}")
         width = table.shape[1]
         out = onto or self.buffer(width)
-        units = _units(width)
+        units = split(width)
         n = (width, units, int(places), int(onto is not None))
         self._tables.append(table)  # of which a step reads a row, not the whole
         at, kind = table.data_ptr(), KINDS[table.dtype]
@@ -178,13 +181,21 @@ class Tape(Buffers):
         return out
 
     def product(
-        self, x: Buffer, weight: Tensor, bias: Tensor | None = None, *, unit: int | None = None, factor: float = 1.0
+        self,
+        x: Buffer,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        unit: int | None = None,
+        factor: float = 1.0,
+        weights: Weights | None = None,
     ) -> Buffer:
-        """factor · x Wᵀ + b; unit: columns that one thread must have together, a head's say."""
+        """factor · x Wᵀ + b; unit: columns that one thread must have together, a head's say; weights: how these
+        are held, in place of how all are."""
         outputs, inputs = weight.shape
-        kind, data, scales = self._pack(weight)
+        kind, data, scales = self.pack(weight, weights)
         out = self.buffer(outputs)
-        units = _units(outputs) if unit is None else outputs // unit
+        units = split(outputs) if unit is None else outputs // unit
         taken = x if kind in (Kind.F32, Kind.BF16) else self._quantised(x)
         self._add(
             Code.PRODUCT,
@@ -207,25 +218,27 @@ class Tape(Buffers):
             self._add(Code.QUANTISE, into=x, out=lines, reads=[(x, WHOLE)], n=(x.width,))
         return lines
 
-    def _pack(self, weight: Tensor) -> tuple[Kind, int, int]:
+    def pack(self, weight: Tensor, weights: Weights | None = None) -> tuple[Kind, int, int]:
+        """How a weight is held, where it lies and where its scales do."""
+        weights = weights or self.weights
         if weight.dtype not in (torch.float32, torch.bfloat16) or type(weight.data) is not Tensor:
             raise NoStep(f"weights of {weight.dtype}")
         if self.dry:
             return Kind.F32, 0, 0
-        key, version = (weight.data_ptr(), *weight.shape, self.weights), weight._version
+        key, version = (weight.data_ptr(), *weight.shape, weights), weight._version
         if key not in self._packed or self._packed[key][0] != version:
             held = weight.detach()
             made: tuple[Tensor, ...]
-            if self.weights == "int8":
+            if weights == "int8":
                 made = pack_int8(held)
-            elif self.weights == "int4":
+            elif weights == "int4":
                 made = (pack_int4(held),)
             else:
-                made = (held.to(torch.float32 if self.weights == "float32" else torch.bfloat16).contiguous(),)
+                made = (held.to(torch.float32 if weights == "float32" else torch.bfloat16).contiguous(),)
             # with the weight itself, so that no other can come to lie where it lies
             self._packed[key] = version, (held, *made)
         _, numbers, *scales = self._packed[key][1]
-        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[self.weights]
+        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
         return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
 
     @property
@@ -240,10 +253,14 @@ class Tape(Buffers):
 
     def activate(self, x: Buffer, function: Callable[[Tensor], Tensor], times: Buffer | None = None) -> Buffer:
         """f(x) · times, in place; times must be split as x is (the same count of units)."""
+        return self._each(Code.ACTIVATE, x, times, kind=self.activation(function))
+
+    def activation(self, function: Callable[[Tensor], Tensor]) -> int:
+        """Its number."""
         name = next((name for name, known in FUNCTIONS.items() if known is function), None)
         if name not in ACTIVATIONS:
             raise NoStep("an activation that is not known here")
-        return self._each(Code.ACTIVATE, x, times, kind=ACTIVATIONS[name])
+        return ACTIVATIONS[name]
 
     def add(self, x: Buffer, y: Buffer, factor: float = 1.0) -> None:
         """x ← x + factor · y."""
@@ -263,16 +280,16 @@ class Tape(Buffers):
         self, code: Code, x: Buffer, y: Buffer | None, factor: float = 1.0, kind: int = 0, unit: int | None = None
     ) -> Buffer:
         assert not x.own
-        units = x.width // unit if unit is not None else self._units_of(x)
+        units = x.width // unit if unit is not None else self.units_of(x)
         reads = [] if y is None else [(y, units)]
         n = (x.width, units)
         self._add(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
         return x
 
-    def _units_of(self, x: Buffer) -> int:
+    def units_of(self, x: Buffer) -> int:
         """As the value was last written, so that no thread waits for another; else by columns."""
         last = [part for part, wrote in self.touched.get(x.at, ()) if wrote and part > 0]
-        return last[0] if len(last) == 1 and x.width % last[0] == 0 else _units(x.width)
+        return last[0] if len(last) == 1 and x.width % last[0] == 0 else split(x.width)
 
     def pick(self, x: Buffer) -> Buffer:
         """Go on with the rows of which scores are asked for."""
@@ -332,7 +349,7 @@ class Tape(Buffers):
         """Attention of every token over the keys and values so far, [slots, groups, room, width]."""
         groups, room, width = k.shape[1:]
         out = self.buffer(q.width)
-        self.scratch = max(self.scratch, 4 * (width + room))
+        self.scratch = max(self.scratch, attend_floats(width))
         self._add(
             Code.ATTEND,
             into=q,
@@ -488,7 +505,8 @@ class Tape(Buffers):
         return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
 
 
-def _units(width: int) -> int:
+def split(width: int) -> int:
+    """Into how many units columns are split that need not stay together."""
     return width // UNIT if width % UNIT == 0 else width
 
 
@@ -500,4 +518,4 @@ def record(module: Any, tape: Tape, *given: Any, **options: Any) -> Any:
     return write(tape, *given, **options)
 
 
-__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record"]
+__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record", "split"]

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from armillary.engine.request import Answer, Piece, Request
-from armillary.server.errors import HTTPError, explained
+from armillary.server.errors import HTTPError, explained, shutting_down
 from armillary.server.hosted import Hosted
 from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
@@ -263,7 +263,7 @@ def problem_of(answer: Answer) -> HTTPError | None:
     if answer.finish == "deadline":
         return HTTPError(408, "the answer was not complete within its timeout", param="timeout", code="timeout")
     if answer.finish == "cancelled":
-        return HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+        return shutting_down()
     return None
 
 

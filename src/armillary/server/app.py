@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -30,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from armillary.server import chat, completions, responses
 from armillary.server.answering import Context
 from armillary.server.body import read, read_as_it_is
-from armillary.server.errors import HTTPError, explained
+from armillary.server.errors import HTTPError, explained, shutting_down
 from armillary.server.hosted import Hosted
 from armillary.server.items import Kept, ResponsesRequest
 from armillary.server.limits import Client, Door, Load
@@ -54,6 +55,7 @@ FAILING = 3  # steps in a row
 WORKERS = 32  # requests whose texts are prepared at a time
 SHORT = 512  # characters of a text that a request brings
 SWITCH = 0.0005  # seconds after which a thread that wants to go on is let in; Python's own 0.005 is a token's time
+ENDING = 10.0  # seconds for models to end what they are in the middle of
 LEFT = 499  # in place of a status, when the client left before there was one
 
 
@@ -72,7 +74,9 @@ class Server:
         self.models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
         self.door, self.metrics = door or Door(), Metrics()
         self.context, self.kept = Context(self.door, self.metrics), Kept()
-        self.draining = False
+        self.draining = self.ended = False
+        self._asked: set[asyncio.Task[Any] | None] = set()  # requests that nothing was said to yet
+        self._prepared = 0  # how many of them are complete
         self._workers = ThreadPoolExecutor(WORKERS, "armillary-text")
         posts: list[tuple[str, type[BaseModel], Any]] = [
             ("/v1/chat/completions", ChatRequest, self._chat),
@@ -128,7 +132,11 @@ class Server:
             work: Callable[[], Response] = partial(call, asked, client, self._marks(request))
             if _short(asked):
                 return work()  # takes less than going to another thread and back
-            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            self._prepared += 1
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            finally:
+                self._prepared -= 1
 
         return self._guarded(path, handle)
 
@@ -144,18 +152,25 @@ class Server:
 
     def _guarded(self, path: str, handle: Any) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
+            self._asked.add(task := asyncio.current_task())
             try:
                 client = self.door.enter(request.headers.get("authorization"))
                 request.state.client = client.name
                 if self.draining and request.method == "POST":
-                    raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+                    raise shutting_down()
                 response: Response = await handle(request, client)
                 return response
+            except asyncio.CancelledError:
+                if not self.ended:
+                    raise
+                return self._problem(shutting_down(), request)
             except Exception as error:
                 problem = explained(error)
                 if problem.status == 500:
                     log.exception("a request failed", extra={"route": path})
                 return self._problem(problem, request)
+            finally:
+                self._asked.discard(task)
 
         return guarded
 
@@ -221,7 +236,7 @@ class Server:
         found = self.models.get(name)
         if found is None:
             base, _, adapter = name.rpartition(":")
-            known = ", ".join(self.models)
+            known = f"known are {', '.join(self.models)}"
             what = f"there is no model '{name[:200]}'"
             if base in self.models:
                 what = f"the model '{base[:100]}' has no adapter '{adapter[:100]}'"
@@ -345,7 +360,7 @@ class Server:
 
     @property
     def under_way(self) -> int:
-        return sum(load.answers for load in self._loads)
+        return self._prepared + sum(load.answers for load in self._loads)
 
     @property
     def _loads(self) -> list[Load]:
@@ -358,6 +373,19 @@ class Server:
         for load in self._loads:
             load.draining = True
 
+    async def end(self) -> None:
+        """Who still waits is told that the server shuts down. What does not end by itself is left behind."""
+        self.drain()
+        self.ended = True
+        for task in filter(None, list(self._asked)):
+            task.cancel()
+        closing = [Thread(target=hosted.close, daemon=True) for hosted in self.models.values()]
+        for thread in closing:
+            thread.start()
+        until = time.monotonic() + ENDING
+        while any(thread.is_alive() for thread in closing) and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         for hosted in self.models.values():
@@ -366,13 +394,16 @@ class Server:
         sys.setswitchinterval(min(before, SWITCH))
         yield
         sys.setswitchinterval(before)
-        for hosted in self.models.values():
-            await asyncio.to_thread(hosted.close)
+        await self.end()
         if self.upstream is not None:
             await self.upstream.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
-        self._workers.shutdown(wait=False)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """No more texts are prepared."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
 
 class Embedded(JSONResponse):

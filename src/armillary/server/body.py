@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,9 @@ from armillary.server.errors import HTTPError
 
 LARGEST = 8 * 2**20  # bytes
 DEEPEST = 64
+KEYS = 4096  # of one object
+NESTED = 100_000  # lists and objects
+LONG = 64 * 1024  # bytes from which reading a body is work of its own
 PATIENCE = 30.0  # seconds for the whole body
 
 B = TypeVar("B", bound=BaseModel)
@@ -20,21 +24,26 @@ B = TypeVar("B", bound=BaseModel)
 
 async def read(request: Request, form: type[B]) -> B:
     """The body as a request of this form. Raises HTTPError naming the field that is wrong."""
-    return checked(await _json(request), form)
+    return (await _both(request, form))[1]
 
 
 async def read_as_it_is(request: Request, form: type[BaseModel]) -> Any:
     """The body as it was sent, once it is checked as a request of this form."""
-    found = await _json(request)
-    checked(found, form)
-    return found
+    return (await _both(request, form))[0]
 
 
-async def _json(request: Request) -> Any:
+async def _both(request: Request, form: type[B]) -> tuple[Any, B]:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPError(415, f"the body is '{kind[:100]}'", hint="send application/json")
-    return parse(await _bytes(request))
+    data = await _bytes(request)
+
+    def work() -> tuple[Any, B]:
+        found = parse(data)
+        return found, checked(found, form)
+
+    # a long one takes a second, in which others are not to wait
+    return work() if len(data) < LONG else await asyncio.to_thread(work)
 
 
 async def _bytes(request: Request) -> bytes:
@@ -59,8 +68,11 @@ def parse(data: bytes) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise HTTPError(400, "the body is not UTF-8", code="invalid_json") from None
-    if _depth(text) > DEEPEST:
+    depth, count = _nesting(text)
+    if depth > DEEPEST:
         raise HTTPError(400, f"the JSON is nested deeper than {DEEPEST}", code="invalid_json")
+    if count > NESTED:
+        raise HTTPError(400, f"the JSON has more than {NESTED} lists and objects", code="invalid_json")
     try:
         found = json.loads(text, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -74,32 +86,49 @@ def checked(data: Any, form: type[B]) -> B:
     try:
         return form.model_validate(data)
     except ValidationError as error:
-        raise _named(error) from None
+        raise _named(error, data) from None
 
 
-def _named(error: ValidationError) -> HTTPError:
-    """The first mistake, with the path of its field; the parts that pydantic adds to a path for a union's
-    members are left out."""
-    problems = error.errors(include_url=False, include_context=False)
+def _named(error: ValidationError, data: Any) -> HTTPError:
+    """The first mistake, with the path of its field. Of a field that may be several things, the one that most of what
+    was sent could be says what is wrong."""
+    problems = error.errors(include_url=False)
     kinds = [problem for problem in problems if problem["loc"][-1:] == ("type",)]  # explains all else
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (kinds or unknown or problems)[0]
-    path = ".".join(str(part) for part in problem["loc"] if not _of_union(part))
+    problem = (kinds or unknown or sorted(problems, key=_far))[0]
+    path = _path(problem["loc"], data, absent=problem["type"] in ("extra_forbidden", "missing"))
     if problem["type"] == "extra_forbidden":
-        return HTTPError(400, f"unknown parameter '{path}'", param=path, code="unknown_parameter")
+        return HTTPError(400, f"unknown parameter '{path[:200]}'", param=path, code="unknown_parameter")
     if problem["type"] == "missing":
         return HTTPError(400, f"'{path}' is missing", param=path, code="missing_parameter")
-    what = problem["msg"].removeprefix("Value error, ")
-    return HTTPError(400, f"'{path}': {what}" if path else what, param=path or None, code="invalid_value")
+    if problem["type"] == "wrong":
+        path = ".".join(filter(None, (path, problem["ctx"]["param"])))
+        return HTTPError(400, problem["msg"], param=path, code="invalid_value")
+    return HTTPError(
+        400, f"'{path}': {problem['msg']}" if path else problem["msg"], param=path or None, code="invalid_value"
+    )
 
 
-def _of_union(part: int | str) -> bool:
-    return isinstance(part, str) and not part.isidentifier()
+def _far(problem: Mapping[str, Any]) -> tuple[bool, int]:
+    """Orders mistakes: values out of bounds before other types than expected, and those deep inside first."""
+    return problem["type"].endswith("_type"), -len(problem["loc"])
 
 
-def _depth(text: str) -> int:
-    """How deep brackets nest outside strings, without recursion."""
-    depth = deepest = 0
+def _path(location: Sequence[int | str], data: Any, absent: bool) -> str:
+    """Where in the data; what pydantic adds for the members of a union is left out. absent: the last part may not be
+    there."""
+    found = []
+    for place, part in enumerate(location):
+        inside = isinstance(data, list) if isinstance(part, int) else isinstance(data, dict) and part in data
+        if inside or (absent and place == len(location) - 1):
+            found.append(str(part))
+            data = data[part] if inside else None
+    return ".".join(found)
+
+
+def _nesting(text: str) -> tuple[int, int]:
+    """How deep brackets nest outside strings and how many open, without recursion; it stops at what is too much."""
+    depth = deepest = count = 0
     inside = escaped = False
     for letter in text:
         if inside:
@@ -113,12 +142,13 @@ def _depth(text: str) -> int:
             inside = True
         elif letter in "[{":
             depth += 1
+            count += 1
             deepest = max(deepest, depth)
-            if deepest > DEEPEST:
+            if deepest > DEEPEST or count > NESTED:
                 break
         elif letter in "]}":
             depth -= 1
-    return deepest
+    return deepest, count
 
 
 def _constant(word: str) -> NoReturn:
@@ -133,6 +163,8 @@ def _float(digits: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > KEYS:
+        raise ValueError(f"an object has {len(pairs)} keys, and {KEYS} is the most")
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object names a key twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,13 +108,14 @@ def _choice(place: int, one: Answer, asked: CompletionRequest, tokenizer: Tokeni
 
 
 def _logprobs(chosen: Sequence[Choice], top: int, start: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    tokens = [_word(choice.token, tokenizer) for choice in chosen]
     offsets, at = [], start
-    for word in tokens:
+    letters = getincrementaldecoder("utf-8")("replace")  # a letter may take several tokens
+    for choice in chosen:
         offsets.append(at)
-        at += len(word)
+        if not tokenizer.is_special(choice.token):  # texts are without them
+            at += len(letters.decode(tokenizer.token_bytes(choice.token)))
     return {
-        "tokens": tokens,
+        "tokens": [_word(choice.token, tokenizer) for choice in chosen],
         "token_logprobs": [max(choice.logprob, -9999.0) for choice in chosen],
         "top_logprobs": [
             {_word(id, tokenizer): max(logprob, -9999.0) for id, logprob in one.top[:top]} for one in chosen

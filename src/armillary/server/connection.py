@@ -1,18 +1,28 @@
 """A connection that cannot be held open by a client that does not write or does not read.
 
 uvicorn waits for a request's headers as long as anything of them comes, and for what it sent to be read
-as long as the connection stands. Here both have a time; a body has one of its own (see `body`).
+as long as the connection stands. Here both have a time; a body has one of its own (see `body`). And when
+connections take half the descriptors that the process may have, who has been silent longest makes way for
+who comes: otherwise nobody could come until such a time is over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import sys
 from collections.abc import Callable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def descriptors() -> int:
+    """How many the process may have: files, pipes, connections of clients and of our own."""
+    found = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if found == resource.RLIM_INFINITY else found
 
 
 class Connection(H11Protocol):
@@ -21,21 +31,38 @@ class Connection(H11Protocol):
 
     headers_within = 20.0
     reads_within = 30.0
+    since = 0.0  # of the loop's clock: when it began to wait for the request that it waits for
     _coming: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _ending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # asyncio sets this by itself for sockets that were made with the protocol's number, and for no others; without,
-        # a token waits for the client to acknowledge the one before, which takes its system up to 40 ms
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        given = transport.get_extra_info("socket")
+        if given is not None and given.family in (socket.AF_INET, socket.AF_INET6):
+            # what is written is sent: asyncio sees to that only where a listening socket names its protocol
+            given.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._coming = self.loop.call_later(self.headers_within, self._late)
+        self.since = self.loop.time()
+        if len(self.connections) > self.most():
+            there = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+            if len(there) > self.most():
+                min((one for one in there if one.silent), key=lambda one: one.since).transport.abort()
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not sent (all of) a request that can be answered."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    @staticmethod
+    def most() -> int:
+        return descriptors() // 2
 
     def data_received(self, data: bytes) -> None:
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:
+            self.since = self.loop.time()
             self._coming = _cancelled(self._coming)
         elif self._coming is None and (self.cycle is None or self.cycle.response_complete):
             self._coming = self.loop.call_later(self.headers_within, self._late)

@@ -55,3 +55,7 @@ def explained(error: Exception) -> HTTPError:
     if isinstance(error, ArmillaryError):
         return HTTPError(400, error.what, hint=error.hint)
     return HTTPError(500, "the server failed to answer this request", code="internal_error")
+
+
+def shutting_down() -> HTTPError:
+    return HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)

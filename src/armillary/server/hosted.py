@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
@@ -24,6 +25,7 @@ from armillary.server.turns import Spoken, Turns
 from armillary.text import Tokenizer
 
 DEFAULT_TOKENS = 512  # of an answer, when nothing else is said
+LETTERS = 16  # for each token that a prompt may have: a longer text is first read so far
 
 
 class Constrained(NamedTuple):
@@ -96,6 +98,8 @@ class Hosted:
     def prompts(self, given: str | Sequence[Any]) -> list[list[int]]:
         """Texts or ids, one or several → ids of each, with the token that texts begin with."""
         begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
+        for text in (given,) if isinstance(given, str) else given:
+            self._fits(text, "prompt")
         if isinstance(given, str):
             return [[*begin, *self.tokenizer.encode(given)]]
         if all(isinstance(item, str) for item in given):
@@ -107,10 +111,27 @@ class Hosted:
         many = [given] if isinstance(given, str) else list(given)
         if not all(isinstance(item, str) for item in many):
             return self._known(given, "input")
+        for text in many:
+            self._fits(text, "input")
         try:
             return texts(self.network, self.tokenizer, many)
         except ArmillaryError as error:
             raise HTTPError(400, error.what, param="input", hint=error.hint) from None
+
+    def _fits(self, text: Any, param: str) -> None:
+        """Raises HTTPError for a text that is sure to be too long, before all of it is encoded: megabytes take seconds
+        and hundreds of times their size."""
+        most = self.network.settings.context if self._engine is None else self._engine.capacity
+        if not isinstance(text, str) or len(text) <= LETTERS * most:
+            return
+        count = len(self.tokenizer.encode(text[: LETTERS * most]))
+        if count > 2 * most:  # where the text was cut, a token or two may differ
+            raise HTTPError(
+                400,
+                f"the text has more than {count - 1} tokens, and {most} is the most",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _known(self, given: Sequence[Any], param: str) -> list[list[int]]:
         rows = [list(given)] if all(isinstance(item, int) for item in given) else [list(row) for row in given]
@@ -121,16 +142,24 @@ class Hosted:
                 )
         return rows
 
-    def conversation(self, messages: Sequence[Message], tools: Sequence[Function] = (), space: str = "") -> Spoken:
-        """A conversation that an answer follows; space: whose it is."""
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Function] = (),
+        space: str = "",
+        param: str = "messages",
+    ) -> Spoken:
+        """A conversation that an answer follows; space: whose it is; param: the field that holds it."""
         plain = [message.plain() for message in messages]
         known = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"strict"})} for tool in tools
         ] or None
+        words = [message.text for message in messages] + [json.dumps(known)] * bool(known)
+        self._fits("".join(words), param)
         try:
             ids = self.tokenizer.encode_chat(plain, tools=known)
         except ArmillaryError as error:
-            raise HTTPError(400, error.what, param="messages", hint=error.hint) from None
+            raise HTTPError(400, error.what, param=param, hint=error.hint) from None
         ends = set()
         # the system's words, what came before the last message, and the last message
         counts = {1 if messages[0].role in ("system", "developer") else 0, len(plain) - 1, len(plain)}
@@ -199,7 +228,8 @@ class Hosted:
             )
         bias = {}
         for token, amount in (asked.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= self.tokenizer.size:
+            known = token.isascii() and token.isdecimal() and len(token) < 19
+            if not known or int(token) >= self.tokenizer.size:
                 raise HTTPError(400, f"'logit_bias' names '{token[:40]}', which is no token id", param="logit_bias")
             bias[int(token)] = amount
         limit = most or min(room, DEFAULT_TOKENS)

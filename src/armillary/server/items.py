@@ -16,6 +16,7 @@ from armillary.server.protocol import (
     Form,
     Function,
     JsonSchema,
+    Many,
     Message,
     Name,
     ToolCall,
@@ -30,14 +31,14 @@ BYTES = 16 * 2**20  # that they may take together
 class InputText(Form):
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: list[Any] = Field([], max_length=0)
-    logprobs: list[Any] = Field([], max_length=0)
+    annotations: Many[Any] = Field([], max_length=0)
+    logprobs: Many[Any] = Field([], max_length=0)
 
 
 class MessageItem(Form):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: str | Many[InputText]
     id: str | None = None
     status: str | None = None
 
@@ -58,7 +59,7 @@ class CallItem(Form):
 class ResultItem(Form):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Many[InputText]
     id: str | None = None
     status: str | None = None
 
@@ -115,13 +116,13 @@ class ResponsesRequest(Form):
     """POST /v1/responses"""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=2048)]
+    input: str | Annotated[Many[Item], Field(min_length=1, max_length=2048)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, gt=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    tools: list[FunctionTool] = Field([], max_length=TOOLS)
+    tools: Many[FunctionTool] = Field([], max_length=TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     text: TextAsked = TextAsked()
@@ -129,7 +130,7 @@ class ResponsesRequest(Form):
     previous_response_id: str | None = Field(None, max_length=64)
     store: bool = True
     truncation: Literal["disabled"] = "disabled"
-    include: list[Any] = Field([], max_length=0)
+    include: Many[Any] = Field([], max_length=0)
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     user: str | None = Field(None, max_length=256)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from armillary.server.errors import HTTPError
+from armillary.server.errors import HTTPError, shutting_down
 
 
 @dataclass
@@ -107,18 +107,22 @@ class Door:
 
     def admit(self, client: Client) -> None:
         """A request, before anything is done for it. Raises HTTPError 429."""
-        self._take(client.requests, 1)
+        self._take(client.requests, 1, "requests")
 
     def admit_tokens(self, client: Client, tokens: int) -> None:
         """So many prompt tokens. Raises HTTPError 429."""
-        self._take(client.tokens, tokens)
+        self._take(client.tokens, tokens, "tokens")
 
-    def _take(self, bucket: Bucket, amount: int) -> None:
+    def _take(self, bucket: Bucket, amount: int, what: str) -> None:
         now = self.clock()
         wait = bucket.wait(amount, now)
         if wait > 0:
             raise HTTPError(
-                429, "this key has used up its rate", code="rate_limit_exceeded", retry=wait, hint="try again later"
+                429,
+                f"this key has used up its {bucket.most:g} {what} per minute",
+                code="rate_limit_exceeded",
+                retry=wait,
+                hint=f"try again in {max(1, round(wait))} s",
             )
         bucket.take(amount, now)
 
@@ -145,7 +149,7 @@ class Load:
     def admit(self, answers: int, tokens: int, seconds_per_token: float) -> None:
         """Raises HTTPError 429 when there is too much, 503 when no more is taken."""
         if self.draining:
-            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry=5)
+            raise shutting_down()
         if self.answers + answers > self.most:
             raise HTTPError(
                 429,

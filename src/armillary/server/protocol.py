@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 COPIES = 8  # most answers to one prompt
 PROMPTS = 64  # most prompts in one request
@@ -15,7 +16,15 @@ STOP = 256  # most characters of a text that ends an answer
 TOOLS = 128
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
+T = TypeVar("T")
+# of a million wrong items the first is told, and none looked at behind it
+Many = Annotated[list[T], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP)]
+
+
+def wrong(param: str, what: str) -> PydanticCustomError:
+    """A mistake that takes more than one field to see, and the field that is to blame."""
+    return PydanticCustomError("wrong", "{what}", {"what": what, "param": param})
 
 
 class Form(BaseModel):
@@ -36,7 +45,7 @@ class Asked(Form):
     top_k: int | None = Field(None, gt=0)
     min_p: float | None = Field(None, gt=0, le=1)
     n: int = Field(1, ge=1, le=COPIES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=STOPS)] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
@@ -56,11 +65,11 @@ class Asked(Form):
     @model_validator(mode="after")
     def _coherent(self) -> Asked:
         if self.regex is not None and self.grammar is not None:
-            raise ValueError("give regex or grammar, not both")
+            raise wrong("grammar", "give regex or grammar, not both")
         if self.ignore_eos and self.target_tokens is not None:
-            raise ValueError("give ignore_eos or target_tokens, not both")
+            raise wrong("target_tokens", "give ignore_eos or target_tokens, not both")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options go with stream: true")
+            raise wrong("stream_options", "stream_options go with stream: true")
         return self
 
     @property
@@ -113,7 +122,7 @@ class Function(Form):
     @model_validator(mode="after")
     def _object(self) -> Function:
         if self.schema_asked["type"] != "object":
-            raise ValueError("parameters are the schema of an object")
+            raise wrong("parameters", "parameters are the schema of an object")
         return self
 
 
@@ -140,26 +149,27 @@ class Tools(NamedTuple):
 
 
 def usable(functions: list[Function], choice: str, named: str | None, parallel: bool) -> Tools | None:
-    """The tools that an answer may call: none, some or the one that is named. Raises ValueError."""
+    """The tools that an answer may call: none, some or the one that is named. Raises what
+    `wrong` makes."""
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
-        raise ValueError("two tools have one name")
+        raise wrong("tools", "two tools have one name")
     if named is not None:
         if named not in names:
-            raise ValueError(f"tool_choice names '{named}', which is none of the tools")
+            raise wrong("tool_choice", f"tool_choice names '{named}', which is none of the tools")
         return Tools([functions[names.index(named)]], True, False)
     if not functions:
         if choice == "required":
-            raise ValueError("tool_choice: required needs tools")
+            raise wrong("tool_choice", "tool_choice: required needs tools")
         return None
     return None if choice == "none" else Tools(functions, choice == "required", parallel)
 
 
 class Message(Form):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=TOOLS)] | None = None
+    tool_calls: Annotated[Many[ToolCall], Field(min_length=1, max_length=TOOLS)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -171,11 +181,11 @@ class Message(Form):
     @model_validator(mode="after")
     def _of_its_role(self) -> Message:
         if self.tool_calls is not None and self.role != "assistant":
-            raise ValueError("tool_calls are the assistant's")
+            raise wrong("tool_calls", "tool_calls are the assistant's")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise ValueError("tool_call_id goes with role: tool, and is needed there")
+            raise wrong("tool_call_id", "tool_call_id goes with role: tool, and is needed there")
         if self.content is None and self.role != "assistant":
-            raise ValueError("content is missing")
+            raise wrong("content", "content is missing")
         return self
 
     @property
@@ -209,7 +219,7 @@ class ResponseFormat(Form):
     @model_validator(mode="after")
     def _both(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("type: json_schema and json_schema go together")
+            raise wrong("json_schema", "type: json_schema and json_schema go together")
         return self
 
     @property
@@ -223,24 +233,24 @@ class ResponseFormat(Form):
 class ChatRequest(Asked):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    messages: Many[Message] = Field(min_length=1, max_length=2048)
     max_tokens: int | None = Field(None, gt=0)
     max_completion_tokens: int | None = Field(None, gt=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=TOOLS)
+    tools: Many[Tool] | None = Field(None, max_length=TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _asks(self) -> ChatRequest:
         if self.usable is not None and (self.regex is not None or self.grammar is not None):
-            raise ValueError("regex and grammar do not go with tools")
+            raise wrong("tools", "regex and grammar do not go with tools")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs go with logprobs: true")
+            raise wrong("top_logprobs", "top_logprobs go with logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("give max_completion_tokens or max_tokens, not both")
+            raise wrong("max_tokens", "give max_completion_tokens or max_tokens, not both")
         return self
 
     @property
@@ -260,9 +270,9 @@ class CompletionRequest(Asked):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[Many[str], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[Many[int], Field(min_length=1)]
+        | Annotated[Many[Annotated[Many[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
     )
     max_tokens: int | None = Field(None, gt=0)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -272,11 +282,11 @@ class CompletionRequest(Asked):
     @model_validator(mode="after")
     def _asks(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of is {self.best_of}, less than n, {self.n}")
+            raise wrong("best_of", f"best_of is {self.best_of}, less than n, {self.n}")
         if self.best_of is not None and self.stream:
-            raise ValueError("best_of is known at the end only, so it does not go with stream: true")
+            raise wrong("best_of", "best_of is known at the end only, so it does not go with stream: true")
         if self.stream and self.echo:
-            raise ValueError("echo does not go with stream: true")
+            raise wrong("echo", "echo does not go with stream: true")
         return self
 
 
@@ -286,9 +296,9 @@ class EmbeddingRequest(Form):
     model: str
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[Many[str], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[Many[int], Field(min_length=1)]
+        | Annotated[Many[Annotated[Many[int], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, gt=0)
@@ -299,13 +309,13 @@ class TokenizeRequest(Form):
     """POST /tokenize: the ids of a text, or of a conversation through the chat template."""
 
     model: str
-    text: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=2048)
+    text: str | None = Field(None, max_length=1_000_000)
+    messages: Many[Message] | None = Field(None, min_length=1, max_length=2048)
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.text is None) == (self.messages is None):
-            raise ValueError("give text or messages")
+            raise wrong("text", "give text or messages")
         return self
 
 
@@ -313,4 +323,4 @@ class DetokenizeRequest(Form):
     """POST /detokenize: the text of ids."""
 
     model: str
-    ids: list[Annotated[int, Field(ge=0)]] = Field(max_length=1_000_000)
+    ids: Many[Annotated[int, Field(ge=0)]] = Field(max_length=1_000_000)

@@ -33,7 +33,7 @@ def answer(
             )
         conversation = [*before[1], *conversation]
     told = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
-    spoken = hosted.conversation([*told, *conversation], asked.tools, client.name)
+    spoken = hosted.conversation([*told, *conversation], asked.tools, client.name, "input")
     tools = asked.usable
     requests = hosted.requests(
         Asked(model=asked.model, temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed),

@@ -7,8 +7,10 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,9 +21,10 @@ import uvicorn
 
 from armillary.base.errors import InputError
 from armillary.server.app import Server
-from armillary.server.connection import Connection
+from armillary.server.connection import Connection, descriptors
 
 _EXTRAS = ("route", "status", "client", "id", "seconds", "finish")
+LEAVING = 2  # seconds in which clients may read what was said to them before the end
 _FRAMES = 6  # of an exception, the innermost
 
 
@@ -54,6 +57,18 @@ def run(server: Server, host: str, port: int, drain: float, started: Callable[[i
         listening.close()
         raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     asyncio.run(_serve(server, listening, drain, started))
+    server.dismiss()
+
+
+def leave() -> None:
+    """End the process. Python would wait for every thread, and a template or an engine may never come back."""
+    end = time.monotonic() + 1
+    threads = [one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon]
+    while any(one.is_alive() for one in threads) and time.monotonic() < end:
+        time.sleep(0.01)
+    if any(one.is_alive() for one in threads):
+        logging.shutdown()
+        os._exit(0)
 
 
 def config(server: Server) -> uvicorn.Config:
@@ -66,6 +81,8 @@ def config(server: Server) -> uvicorn.Config:
         lifespan="on",
         server_header=False,
         timeout_keep_alive=30,
+        backlog=min(2048, descriptors() // 8),  # asyncio accepts as many at once, and there must be room for them
+        timeout_graceful_shutdown=LEAVING,
         h11_max_incomplete_event_size=65536,
     )
 
@@ -103,10 +120,8 @@ async def _drained(server: Server, inner: uvicorn.Server, drain: float) -> None:
     end = time.monotonic() + drain
     while server.under_way and time.monotonic() < end:
         await asyncio.sleep(0.02)
-    if server.under_way:  # those that are left get an error event
-        for hosted in server.models.values():
-            await asyncio.to_thread(hosted.close)
-        await asyncio.sleep(0.1)
+    await server.end()
+    await asyncio.sleep(0.1)
     inner.should_exit = True
 
 

@@ -29,6 +29,7 @@ from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
+from armillary.nn.linear import Linear
 from armillary.nn.mechanism import WITHIN, Capabilities, ChannelMixer, ChannelSettings, Place, channels
 from armillary.nn.ops import plain
 from armillary.nn.ops.experts import FEW, grouped, reads_once
@@ -42,6 +43,9 @@ from armillary.nn.ops.routing import (
     within_capacity,
     z_loss,
 )
+from armillary.nn.state import State
+from armillary.nn.steps.experts import add_gated, experts_in, experts_out, route
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 from armillary.nn.training import attach, uniform
 
 
@@ -187,6 +191,9 @@ class Experts(nn.Module):
             each = groups.unsort(self.down.grouped(each, groups)).view(*picked.shape, -1)
         return torch.bmm(gates.flatten(0, 1)[:, None].to(x.dtype), each).view_as(x)
 
+    def record(self, tape: Tape, x: Buffer, picks: Buffer) -> Buffer:
+        return experts_out(tape, experts_in(tape, x, picks, self.up, self.gate, self.activation), picks, self.down)
+
     def _few(self, x: Tensor, picked: Tensor) -> bool:
         """Decoding: so few picks that reading their weights is all the work, and sorting them much of the rest."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or picked.numel() > FEW:
@@ -297,6 +304,30 @@ class MoE(ChannelMixer):
             return y
         self.count(experts, kept, real, ctx)
         return attach(y, self.loss(probabilities, experts, scores, real, ctx), ctx)
+
+    def record(self, tape: Tape, x: Buffer, state: State | None) -> Buffer:
+        if type(self.router) is not Linear:
+            raise NoStep("a router that is no dense product")
+        # picks are worth full precision, however experts are held
+        scores = tape.product(x, self.router.weight, self.router.bias, weights="float32")
+        settings = self.settings
+        picks = route(
+            tape,
+            scores,
+            settings.top,
+            sigmoid=settings.scores == "sigmoid",
+            normalise=settings.normalise,
+            correction=self.correction,
+            factor=settings.scale,
+        )
+        y = self.experts.record(tape, x, picks)
+        if self.shared is not None:
+            always = record(self.shared, tape, x, None)
+            if self.shared_gate is None:
+                tape.add(y, always)
+            else:
+                add_gated(tape, y, always, record(self.shared_gate, tape, x))
+        return y
 
     def scores(self, x: Tensor, ctx: Context) -> Tensor:
         """What the router says of every expert, [B, T, E]."""

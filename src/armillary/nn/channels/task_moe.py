@@ -37,6 +37,8 @@ from armillary.nn.linear import Embedding
 from armillary.nn.mechanism import Capabilities, Place, channels
 from armillary.nn.ops import readable
 from armillary.nn.ops.routing import disparity
+from armillary.nn.state import State
+from armillary.nn.tape import Buffer, NoStep, Tape
 
 
 @channels.register
@@ -129,6 +131,11 @@ class TaskMoE(MoE):
         tasks = self.which(x, ctx)
         added = table[torch.where(tasks < 0, self.tasks, tasks)]
         return added if self.routed_by == "task" else super().scores(x, ctx) + added
+
+    def record(self, tape: Tape, x: Buffer, state: State | None) -> Buffer:
+        if self.routed_by != "token":
+            raise NoStep("experts that are picked by the task")
+        return super().record(tape, x, state)
 
     def loss(self, probabilities: Tensor, experts: Tensor, scores: Tensor, real: Tensor | None, ctx: Context) -> Tensor:
         usual = super().loss(probabilities, experts, scores, real, ctx)

@@ -23,6 +23,8 @@ from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place, mi
 from armillary.nn.ops.neighbours import Grid, Neighbourhood
 from armillary.nn.ops.short_conv import next_tail
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 
 @mixers.register
@@ -104,6 +106,15 @@ class GatedConv(Mixer):
         y = self._mixed(rows, tail, ctx)
         state.put("tail", next_tail(rows, tail, ctx.lengths))
         return y
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        if self.hood.grid is not None:
+            raise NoStep("neighbours in a grid")
+        (tail,) = tape.hold(state, "tail")
+        up, gate = record(self.up, tape, x), record(self.gate, tape, x)
+        convolve(tape, up, self.kernel[: self.hidden], None, tail, silu=False)
+        convolve(tape, gate, self.kernel[self.hidden :], None, tail, silu=False, first=self.hidden)
+        return record(self.down, tape, tape.activate(gate, self.activation, up))  # type: ignore[no-any-return]
 
     def _features(self, x: Tensor, ctx: Context) -> Tensor:
         """Both halves [B, T, 2·hidden]."""

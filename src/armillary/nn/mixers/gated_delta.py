@@ -28,6 +28,8 @@ from armillary.nn.ops.delta import delta_attend
 from armillary.nn.ops.short_conv import short_conv_flops
 from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import gates, matrix, sums
+from armillary.nn.tape import Buffer, Tape, record
 
 TINY = 1e-6  # added to the squared lengths of q and k
 
@@ -171,6 +173,25 @@ class GatedDelta(MatrixMixer):
             "matrix": (self.heads, self.key_width, self.value_width),
             **{conv.name: conv.shape() for conv in (self.conv_q, self.conv_k, self.conv_v)},
         }
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (held,) = sums(tape, state, "matrix")
+        q = self.conv_q.record(tape, record(self.q, tape, x, unit=self.key_width), state)
+        k = self.conv_k.record(tape, record(self.k, tape, x, unit=self.key_width), state)
+        v = self.conv_v.record(tape, record(self.v, tape, x, unit=self.value_width), state)
+        over = (self.key_heads, self.key_width)
+        for line, power in ((q, -1.0), (k, -0.5)):  # length 1 is an RMS norm with this gain; q / √K
+            gain = torch.full((self.key_width,), self.key_width**power)
+            tape.norm(line, gain, None, centred=False, epsilon=TINY / self.key_width, over=over)
+        shares = record(self.write, tape, x, unit=1)
+        if self.step is not None and self.decay is not None:
+            fades = self.decay.record(tape, record(self.step, tape, x, unit=1), shares)
+        else:
+            fades = gates(tape, self.heads, None, shares)
+        gate = None if self.gate is None else record(self.gate, tape, x, unit=self.value_width)
+        mixed = matrix(tape, q, k, v, held, groups=self.key_heads, fades=fades, delta=True)
+        record(self.norm, tape, mixed, over=(self.heads, self.value_width))
+        return record(self.o, tape, mixed if gate is None else tape.activate(gate, self.swish, mixed))  # type: ignore[no-any-return]
 
 
 def _loop(mixer: GatedDelta, x: Tensor, ctx: Context) -> Tensor:

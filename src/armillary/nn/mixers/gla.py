@@ -26,6 +26,8 @@ from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.channel_decay import channel_attend
 from armillary.nn.recurrent import MatrixMixer
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import Map, mapped, matrix, sums
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @mixers.register
@@ -128,6 +130,17 @@ class GatedLinear(MatrixMixer):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"matrix": (self.heads, self.key_width, self.value_width)}
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (held,) = sums(tape, state, "matrix")
+        narrow = record(self.decay_in, tape, x)
+        q = record(self.q, tape, x, unit=self.key_width, factor=self.key_width**-0.5)
+        k = record(self.k, tape, x, unit=self.key_width)
+        v, gate = (record(product, tape, x, unit=self.value_width) for product in (self.v, self.gate))
+        fades = mapped(tape, record(self.decay_out, tape, narrow, unit=self.key_width), Map.FADE, 1 / self.temperature)
+        mixed = matrix(tape, q, k, v, held, fades=fades, by_key=True)
+        record(self.norm, tape, mixed, over=(self.heads, self.value_width))
+        return record(self.o, tape, tape.activate(gate, self.swish, mixed))  # type: ignore[no-any-return]
 
 
 def _every_pair(mixer: GatedLinear, x: Tensor, ctx: Context) -> Tensor:

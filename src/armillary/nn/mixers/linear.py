@@ -20,6 +20,8 @@ from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import Map, mapped, matrix, sums
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 # What stands in for ε where features are exponentials: far below every sum that float32 holds to
 # full precision, and large enough that its inverse overflows nothing.
@@ -213,6 +215,18 @@ class KernelAttention(Mixer):
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
 
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        """[rows, H · K] → features [rows, H · F] of queries, or with `so_far`, the state's scale, of keys, and then
+        fades; raises NoStep where there is none."""
+        raise NoStep(f"{type(self).__name__} has no native features")
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        held, *scale = sums(tape, state, "matrix", *(["scale"] if self.logarithmic else []))
+        q, k, v = (record(product, tape, x, unit=self.width) for product in (self.q, self.k, self.v))
+        q, _ = self.recorded(tape, q)
+        k, fades = self.recorded(tape, k, scale[0] if scale else None)
+        return record(self.o, tape, matrix(tape, q, k, v, held, fades=fades, epsilon=self.eps))  # type: ignore[no-any-return]
+
 
 class LinearAttention(KernelAttention):
     """Features elu(x) + 1, as many as a head is wide."""
@@ -227,6 +241,9 @@ class LinearAttention(KernelAttention):
 
     def keys(self, k: Tensor) -> Tensor:
         return _elu_plus_one(k)
+
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        return mapped(tape, x, Map.ELU_ONE), None
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

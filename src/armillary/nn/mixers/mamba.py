@@ -28,6 +28,8 @@ from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, P
 from armillary.nn.ops.scan import selective_scan, selective_scan_flops
 from armillary.nn.ops.short_conv import next_tail, short_conv, short_conv_flops
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import convolve, cut, select, sums
+from armillary.nn.tape import Buffer, Tape, record
 
 STEPS = (1e-3, 1e-1)  # where the steps start, log-uniform
 
@@ -171,6 +173,25 @@ class Mamba(Mixer):
         if ctx.taps is not None:
             mixed = ctx.taps(f"{self.path}.mixed", mixed)
         return self.finish(mixed, x, ctx)
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (held,), (tail,) = sums(tape, state, "matrix"), tape.hold(state, "tail")
+        u = convolve(tape, record(self.v, tape, x), self.conv, self.conv_bias, tail)
+        chosen = record(self.choose, tape, u)
+        steps = record(self.step, tape, cut(tape, chosen, 0, self.rank))
+        gate = record(self.gate, tape, x)
+        mixed = select(
+            tape,
+            u,
+            steps,
+            chosen,
+            held,
+            first=self.rank,
+            log_decay=self.log_decay,
+            skip=self.skip,
+            bias=self.step_bias,
+        )
+        return record(self.o, tape, tape.activate(gate, F.silu, mixed))  # type: ignore[no-any-return]
 
     def _inner(self, x: Tensor, ctx: Context) -> Tensor:
         """u [B, T, E]."""

@@ -25,6 +25,8 @@ from armillary.nn.ops.decay import decay_attend
 from armillary.nn.ops.short_conv import short_conv_flops
 from armillary.nn.recurrent import MatrixMixer, ShortConvolution, StepDecay
 from armillary.nn.state import State
+from armillary.nn.steps.recurrent import matrix, scaled, sums
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @mixers.register
@@ -171,6 +173,25 @@ class Mamba2(MatrixMixer):
             "matrix": (self.heads, self.keys, self.width),
             **{conv.name: conv.shape() for conv in (self.conv_v, self.conv_k, self.conv_q)},
         }
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        (held,) = sums(tape, state, "matrix")
+        unit = self.keys if self.groups == self.heads else None
+        q = self.conv_q.record(tape, record(self.q, tape, x, unit=unit), state)
+        k = self.conv_k.record(tape, record(self.k, tape, x, unit=unit), state)
+        v = self.conv_v.record(tape, record(self.v, tape, x, unit=self.width), state)
+        fades = self.decay.record(tape, record(self.step, tape, x, unit=1))
+        mixed = matrix(tape, q, k, v, held, groups=self.groups, fades=fades)
+        scaled(tape, mixed, self.skip, v)
+        gated = tape.activate(record(self.gate, tape, x, unit=self.width), F.silu, mixed)
+        epsilon = self.settings.epsilon
+        if self.groups == 1:
+            gated = tape.norm(gated, self.norm_weight, None, centred=False, epsilon=epsilon)
+        else:
+            over = (self.groups, gated.width // self.groups)
+            tape.norm(gated, None, None, centred=False, epsilon=epsilon, over=over)
+            scaled(tape, gated, self.norm_weight)
+        return record(self.o, tape, gated)  # type: ignore[no-any-return]
 
 
 def _every_pair(mixer: Mamba2, x: Tensor, ctx: Context) -> Tensor:

@@ -25,6 +25,8 @@ from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.linear import TINY, KernelAttention, KernelSettings
+from armillary.nn.steps.recurrent import Features, features
+from armillary.nn.tape import Buffer, Tape
 
 
 @mixers.register
@@ -138,6 +140,19 @@ class Performer(KernelAttention):
 
     def keys(self, k: Tensor) -> Tensor:
         return self._project(k)
+
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        return features(
+            tape,
+            x,
+            self.heads,
+            Features.EXP if self.logarithmic else Features.RELU,
+            directions=self.directions.float(),
+            paired=self.hyperbolic,
+            factor=self.scale**0.5,
+            offset=self.offset,
+            so_far=so_far,
+        )
 
     def _project(self, x: Tensor) -> Tensor:
         """Features, or their logarithms, in float32 at least: they are exponents."""

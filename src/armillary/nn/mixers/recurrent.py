@@ -23,6 +23,8 @@ from armillary.nn.mechanism import Capabilities, Mixer, MixerSettings, Place
 from armillary.nn.ops import plain
 from armillary.nn.ops.recurrent import GATES, WORK, CellKind, begins, fused_lstm, has_fused_lstm, recur, recur_plain
 from armillary.nn.state import FixedState, State
+from armillary.nn.steps.recurrent import cell, sums, take
+from armillary.nn.tape import Buffer, Tape, record
 
 
 class RecurrentSettings(MixerSettings):
@@ -83,10 +85,7 @@ class Scan(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """start: [B, T], tokens that find the state at 0; valid: [B, T], tokens that are there."""
         wide = state[0].dtype
-        bias = self.bias.to(wide)
-        if self.forget:
-            offset = torch.tensor([0.0, self.forget, 0.0, 0.0], dtype=wide, device=bias.device)
-            bias = bias + offset.repeat_interleave(self.size)
+        bias = self.biases(wide)
         direct = not plain() and type(self.held) is Linear
         alone = x.shape[1] == 1 and not torch.is_grad_enabled()  # decoding: the product of few rows is quicker
         if direct and not alone and self._fuses(x.to(wide), start, valid):
@@ -97,6 +96,13 @@ class Scan(nn.Module):
             return recur_plain(self.cell, found, self.held, state, start, valid)
         own = None if self.held.bias is None else self.held.bias.to(wide)
         return recur(self.cell, found, self.held.weight.to(wide), own, state, start, valid)
+
+    def biases(self, dtype: torch.dtype) -> Tensor:
+        bias = self.bias.to(dtype)
+        if self.forget:
+            offset = torch.tensor([0.0, self.forget, 0.0, 0.0], dtype=dtype, device=bias.device)
+            bias = bias + offset.repeat_interleave(self.size)
+        return bias
 
     def _fuses(self, x: Tensor, start: Tensor | None, valid: Tensor | None) -> bool:
         dense = self.cell == "lstm" and type(self.inputs) is Linear
@@ -140,6 +146,14 @@ class Recurrent(Mixer):
         for name, value in zip(names, after, strict=True):
             state.put(name, value)
         return self._finished(mixed, x, ctx)
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        scan = self.ahead
+        h, *c = sums(tape, state, *parts(scan.cell))
+        held = record(scan.held, tape, take(tape, h))
+        found = record(scan.inputs, tape, x)
+        mixed = cell(tape, scan.cell, found, held, scan.biases(torch.float32), h, c[0] if c else None)
+        return record(self.o, tape, mixed)  # type: ignore[no-any-return]
 
     def _scanned(self, scan: Scan, x: Tensor, documents: Tensor | None, padding: Tensor | None) -> Tensor:
         start = None if documents is None else begins(documents, padding)

@@ -21,6 +21,9 @@ from armillary.nn.mask import Mask
 from armillary.nn.mechanism import Capabilities, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.stick import stick_attend
 from armillary.nn.span import SpanMixer
+from armillary.nn.state import SpanState, State
+from armillary.nn.steps.span import break_stick
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 
 @mixers.register
@@ -81,6 +84,16 @@ class StickBreaking(SpanMixer):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, places: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         return stick_attend(q, k, v, mask=mask, scale=self.scale)
+
+    def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
+        if type(state) is not SpanState:
+            raise NoStep("keys and values that a driver or a cache of another kind keeps")
+        k, v = tape.hold(state, "k", "v")
+        q, key, value = (record(product, tape, x, unit=self.width) for product in (self.q, self.k, self.v))
+        tape.append(k, key)
+        tape.append(v, value)
+        mixed = break_stick(tape, q, k, v, self.heads, self.scale)
+        return record(self.o, tape, mixed)  # type: ignore[no-any-return]
 
     def finish(self, mixed: Tensor, x: Tensor, ctx: Context) -> Tensor:
         return self.o(mixed.flatten(2))  # type: ignore[no-any-return]

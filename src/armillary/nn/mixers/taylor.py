@@ -20,6 +20,8 @@ from armillary.nn.cost import Cost
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.linear import KernelAttention, KernelSettings
+from armillary.nn.steps.recurrent import Features, features
+from armillary.nn.tape import Buffer, Tape
 
 
 @mixers.register
@@ -68,6 +70,9 @@ class TaylorAttention(KernelAttention):
 
     def keys(self, k: Tensor) -> Tensor:
         return self._unit(k)
+
+    def recorded(self, tape: Tape, x: Buffer, so_far: Tensor | None = None) -> tuple[Buffer, Buffer | None]:
+        return features(tape, x, self.heads, Features.UNIT, offset=self.eps)
 
     def _unit(self, x: Tensor) -> Tensor:
         # In float32: 1 + q̂·k̂ loses most digits between opposite vectors.

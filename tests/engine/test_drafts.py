@@ -1,0 +1,122 @@
+"""Guesses against what is known: a network's own greedy continuation, computed from the first token on, and a search
+through the text place by place."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from engine_parts import ASKED, PROMPTS, VOCABULARY, network_of
+
+from armillary.base.errors import InputError
+from armillary.engine.core import Engine
+from armillary.engine.drafts import DraftModel, PromptLookup
+from armillary.engine.request import Request
+from armillary.engine.sampling import Sampling
+from armillary.nn.network import ModelSettings, Network, build
+
+LOOK = {"kind": "attention", "heads": 2, "position": "rope"}
+
+
+def mixed(seed: int) -> Network:
+    """States that can be cut beside such that cannot."""
+    blocks = {"look": {"mixer": LOOK, "channel": "gated"}, "state": {"mixer": "retention", "channel": "gated"}}
+    settings = ModelSettings(
+        width=16, depth=2, vocabulary=VOCABULARY, context=64, blocks=blocks, pattern=["look", "state"]
+    )
+    return build(settings, seed=seed).eval()
+
+
+def alone(mixer) -> Network:
+    return network_of(block={"mixer": mixer, "channel": "gated"})
+
+
+@torch.no_grad()
+def continued(network: Network, text: list[int], count: int) -> list[int]:
+    """The likeliest tokens, each after all before."""
+    found: list[int] = []
+    for _ in range(count):
+        found.append(int(network(torch.tensor([text + found]))[0, -1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("weights", ["auto", "plain"])
+@pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
+def test_a_draft_writes_on_whatever_became_of_its_guesses(make, weights) -> None:
+    network, draw = make(), random.Random(7)
+    drafter = DraftModel(network, count=3, sure=0.0, rows=2, weights=weights)
+    texts = [list(prompt) for prompt in PROMPTS]  # more than it has rows for
+    for _ in range(24):
+        text = draw.choice(texts)
+        most = draw.randint(1, 4)
+        expected = continued(network, text, min(most, 3))
+        assert drafter.propose(text, most) == expected
+        right = draw.randint(0, len(expected))
+        text += [*expected[:right], draw.randrange(VOCABULARY)]
+        if len(text) > 56:
+            del text[draw.randrange(4, 9) :]  # a new one that begins as an old one did
+
+
+def test_a_draft_stops_where_it_is_not_sure_and_where_its_context_ends() -> None:
+    network = alone(LOOK)
+    text = list(PROMPTS[0])
+    assert DraftModel(network, sure=1.1).propose(text, 4) == []
+    whole = [token % VOCABULARY for token in range(62)]
+    drafter = DraftModel(network, count=4, sure=0.0)
+    assert len(drafter.propose(whole, 3)) == 3  # the third is not read, and 64 are
+    assert drafter.propose(whole, 4) == []
+    assert drafter.propose(text, 0) == []
+
+
+@pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
+def test_a_network_guesses_itself(make) -> None:
+    network = make()
+    requests = [Request(prompt, ASKED) for prompt in PROMPTS]
+    plain = Engine(network, slots=3, keep=False).run(requests)
+    engine = Engine(network, slots=3, keep=False, drafter=DraftModel(network, count=3, sure=0.0))
+    guessed = engine.run(requests)
+    for found, expected in zip(guessed, plain, strict=True):
+        assert [one.token for one in found.choices] == [one.token for one in expected.choices]
+        assert found.accepted == found.drafted > 0
+    # 8 tokens: one after the prompt, then 4 and 3 with 3 and 2 guesses
+    assert all(found.drafted == 5 for found in guessed)
+
+
+def test_another_network_changes_no_draw() -> None:
+    network, draft = mixed(3), mixed(4)
+    drawn = Sampling(max_new_tokens=24, temperature=1.0, seed=3)
+    requests = [Request(prompt, drawn, stream=row) for row, prompt in enumerate(PROMPTS)]
+    plain = Engine(network, slots=3, keep=False).run(requests)
+    guessed = Engine(network, slots=3, keep=False, drafter=DraftModel(draft, count=4, sure=0.0)).run(requests)
+    assert [[one.token for one in found.choices] for found in guessed] == [
+        [one.token for one in found.choices] for found in plain
+    ]
+    assert 0 < sum(one.accepted for one in guessed) < sum(one.drafted for one in guessed)
+
+
+def test_only_decoders_guess() -> None:
+    network = network_of(form="prefix", block={"mixer": LOOK, "channel": "gated"})
+    with pytest.raises(InputError, match="form 'prefix' cannot guess"):
+        DraftModel(network)
+
+
+def searched(ids: list[int], lookup: PromptLookup, most: int) -> list[int]:
+    """What `PromptLookup` promises, place by place."""
+    for size in range(min(lookup.longest, len(ids) - 1), lookup.shortest - 1, -1):
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start : start + size] == ids[-size:]:
+                return ids[start + size : start + size + min(lookup.count, most)]
+    return []
+
+
+def test_prompt_lookup_is_a_search() -> None:
+    draw = random.Random(1)
+    lookup, some = PromptLookup(count=3, longest=3, shortest=1), 0
+    for _ in range(300):
+        # numbers whose bytes also agree across the borders of tokens
+        ids = [draw.choice([0, 1, 256, 257, 1 << 32]) for _ in range(draw.randint(1, 24))]
+        found = lookup.propose(ids, 2)
+        assert found == searched(ids, lookup, 2)
+        some += bool(found)
+    assert 100 < some < 300

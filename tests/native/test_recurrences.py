@@ -1,0 +1,249 @@
+"""Native steps of recurrent mixers, against the same network in float64 without a tape.
+
+The oracle is each mixer's own `extend`, whose equations its own tests compare with the papers'. Steps differ in
+kind: alone and together, one token and several, ragged, with plain chunks and snapshots in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+
+from armillary.base.settings import parse
+from armillary.engine import replay
+from armillary.engine.slots import Slots
+from armillary.native import available
+from armillary.native.tape import Program, pack_int4, pack_int8, unpack_int4, unpack_int8
+from armillary.nn.describe import plain_steps
+from armillary.nn.example import Example
+from armillary.nn.linear import Linear
+from armillary.nn.mechanism import channels, mixers
+from armillary.nn.network import ModelSettings, Network, build
+
+pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
+CLOSE = 1e-4
+NATIVE = {
+    "attention",
+    "gated_conv",
+    "gated_delta",
+    "gla",
+    "gru",
+    "linear",
+    "lstm",
+    "mamba",
+    "mamba2",
+    "performer",
+    "retention",
+    "rnn",
+    "stick_breaking",
+    "taylor",
+    "window",
+}
+NATIVE_CHANNELS = {"ffn", "gated", "moe"}
+# Widths of values that take stripes of 4, 2 and 1 vectors and single columns, shared keys, long convolutions.
+SHAPES: dict[str, dict[str, Any]] = {
+    "mamba2_groups": {"kind": "mamba2", "head_width": 12, "state_width": 20, "groups": 2, "taps": 5},
+    "mamba2_one": {"kind": "mamba2", "head_width": 96, "state_width": 16},
+    "mamba2_heads": {"kind": "mamba2", "head_width": 12, "state_width": 9, "groups": 8, "step_limits": (0.05, 0.2)},
+    "mamba_uneven": {"kind": "mamba", "expand": 1.5, "states": 5, "kernel": 1, "conv_bias": False, "bias": True},
+    "mamba_wide": {"kind": "mamba", "expand": 3.0, "kernel": 3, "rank": 7},
+    "gla_wide": {"kind": "gla", "heads": 1, "expand_keys": 1.0, "expand": 1.25},
+    "gla_small": {"kind": "gla", "heads": 8, "expand": 1.5, "temperature": 1.0},
+    "delta_shared": {"kind": "gated_delta", "heads": 4, "key_heads": 2, "head_width": 10, "expand": 1.5},
+    "delta_plain": {"kind": "gated_delta", "heads": 3, "head_width": 20, "expand": 3.0, "fading": False, "taps": 1},
+    "linear": {"kind": "linear", "heads": 2, "head_width": 57},
+    "performer": {"kind": "performer", "heads": 3, "features": 40},
+    "performer_pairs": {"kind": "performer", "heads": 2, "features": 22, "hyperbolic": True},
+    "performer_relu": {"kind": "performer", "heads": 2, "features": 22, "kernel": "relu"},
+    "taylor": {"kind": "taylor", "heads": 2},
+    "stick": {"kind": "stick_breaking", "heads": 4, "kv_heads": 2, "head_width": 13},
+    "retention": {"kind": "retention", "heads": 3, "expand": 1.25},
+    "gru": {"kind": "gru", "hidden": 37},
+    "lstm": {"kind": "lstm", "hidden": 37},
+    "rnn": {"kind": "rnn", "hidden": 37, "activation": "relu"},
+    "gated_conv": {"kind": "gated_conv", "hidden": 37, "kernel": 4, "activation": "silu"},
+}
+
+
+def network(mixer: Any, **settings: Any) -> Network:
+    block = {"mixer": mixer, "channel": {"kind": "gated", "hidden": 32}}
+    model = parse(ModelSettings, {"width": 48, "depth": 2, "vocabulary": 40, "context": 64, "block": block, **settings})
+    made = build(model, seed=3).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 1:  # gains, skips and biases that begin as 1 or 0 would hide a mistake
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def examples(native: set[str]) -> list[Any]:
+    found = []
+    for kind in sorted(native):
+        for example in mixers.get(kind).examples():
+            if example.place.get("order", "causal") == "causal" and not example.place.get("cross"):
+                found.append(pytest.param(example.settings, id=f"{kind}-{example.name}"))
+    return found
+
+
+CASES = [
+    *examples(NATIVE - {"attention", "window"}),
+    *[pytest.param(settings, id=name) for name, settings in SHAPES.items()],
+]
+
+
+@contextmanager
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(replay, "ALONE", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
+    slots = Slots(made, rows, 64, weights=weights)  # type: ignore[arg-type]
+    assert slots.replay is not None and not slots.replay.tape.plain
+    return slots
+
+
+def follow(slots: Slots, other: Slots) -> float:
+    """The largest difference of scores."""
+    worst = 0.0
+
+    def step(rows: list[int], chunks: list[list[int]], last: bool = True) -> None:
+        nonlocal worst
+        found = slots.extend(rows, chunks, last=last).clone()
+        expected = other.extend(rows, chunks, last=last)
+        for at, chunk in enumerate(chunks):
+            count = 1 if last else len(chunk)
+            worst = max(worst, float((found[at, :count] - expected[at, :count]).abs().max()))
+
+    step([0], [list(range(20))])  # within a tape's rows
+    step([2], [[1, 2, 3]])
+    kept = [each.snapshot(2) for each in (slots, other)]
+    step([1], [[5] * 40])  # more than those: a plain chunk, but for other weights
+    for token in range(3):
+        step([0, 2], [[token], [token + 5]])
+    step([0, 2], [[1, 4, 5], [2]], last=False)  # ragged, with a row between that takes no part
+    for each, snapshot in zip((slots, other), kept, strict=True):
+        each.go_back(2, 3, snapshot)
+    step([0, 1, 2], [[3, 4], [2], [1, 9, 8, 7]], last=False)
+    for each in (slots, other):
+        each.clear(1)
+    step([1], [[7]])
+    step([0, 1, 2], [[3], [2], [1]])
+    return worst
+
+
+@pytest.mark.parametrize("mixer", CASES)
+@torch.no_grad()
+def test_the_tape_gives_what_plain_steps_give(mixer: Any) -> None:
+    made = network(mixer)
+    exact = Slots(network(mixer).double().compute(torch.float64), 3, 64, weights="plain")
+    assert exact.state.blocks[0]["mixer"].tensors.popitem()[1].dtype == torch.float64
+    exact = Slots(network(mixer).double().compute(torch.float64), 3, 64, weights="plain")
+    assert follow(taped(made), exact) < CLOSE
+
+
+@pytest.mark.parametrize("mixer", CASES)
+@torch.no_grad()
+def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(mixer)
+    chunks = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
+    alone = taped(made)
+    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(chunks)]
+    with three_threads(monkeypatch):
+        for way in ("at once", "in turn", "back"):
+            if way != "at once":
+                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
+            together = taped(made)
+            assert together.replay is not None and together.replay.tape.threads == 3
+            if together.replay.tape.single:  # a chunk of several tokens is a plain one
+                for step in range(5):
+                    found = together.extend([0, 1, 2], [ids[step : step + 1] for ids in chunks])[:, 0]
+                    assert all(torch.equal(found[row], single[row][step]) for row in range(3)), way
+                continue
+            begun = together.extend([0, 1, 2], [ids[:3] for ids in chunks], last=False).clone()
+            assert all(torch.equal(begun[row], single[row][:3]) for row in range(3)), way
+            rest = together.extend([0, 2], [chunks[0][3:], chunks[2][3:4]], last=False).clone()
+            assert torch.equal(rest[0], single[0][3:]) and torch.equal(rest[1, :1], single[2][3:4]), way
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba", "gla", "gated_delta", "linear", "lstm", "gated_conv"])
+@torch.no_grad()
+def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
+    made = network({"kind": mixer, **({"head_width": 16} if mixer == "mamba2" else {})}, head={"tied": False})
+    slots, alone = taped(made, weights), taped(made, weights)
+    text = [(7 * at) % 40 for at in range(30)]
+    whole = slots.extend([0], [text], last=False)
+    pieces = [alone.extend([0], [text[at : at + 1]], last=False).clone()[0] for at in range(30)]
+    assert torch.equal(whole[0], torch.cat(pieces))
+    # a network of exactly the numbers that the products hold
+    for product in made.modules():
+        if type(product) is Linear:
+            w = product.weight.detach()
+            held = {"bf16": w.bfloat16(), "int8": None, "int4": None}[weights]
+            if held is None:
+                packed = pack_int8(w) if weights == "int8" else pack_int4(w)
+                held = (unpack_int8 if weights == "int8" else unpack_int4)(packed, w.shape[1])  # type: ignore[operator]
+            product.weight.copy_(held)
+    plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)
+    apart = float((whole[0] - plain[0]).norm() / plain[0].norm())
+    # what is multiplied is rounded to 127 steps of its largest, some 3 deviations: 0.7 % in each of 11 products
+    assert apart < (CLOSE if weights == "bf16" else 0.007 * 11**0.5)
+
+
+@torch.no_grad()
+def test_convolutions_whose_tails_are_kept_in_bf16() -> None:
+    mixer = {"kind": "mamba2", "head_width": 16}
+    made = network(mixer).to(torch.bfloat16).compute(torch.bfloat16)
+    slots = taped(made, "auto")
+    assert slots.state.blocks[0]["mixer"].tensors["conv_v"].dtype == torch.bfloat16
+    assert follow(slots, Slots(made, 3, 64, weights="plain")) < 0.1
+
+
+@torch.no_grad()
+def test_states_of_other_types_stay_plain() -> None:
+    made = network("mamba")
+    slots = Slots(made.double().compute(torch.float64), 1, 64, weights="auto")
+    assert slots.replay is None
+    assert "grid" in plain_steps(network({"kind": "gated_conv", "grid": (4, 4)}))["blocks.0.mixer"]
+
+
+@torch.no_grad()
+def test_poisoned_rows_stay_alone() -> None:
+    made = network("gated_delta")
+    slots, other = taped(made), taped(made)
+    for each in (slots, other):
+        each.extend([0, 1, 2], [[1], [2], [3]])
+    slots.state.blocks[0]["mixer"].tensors["matrix"][1] = torch.nan
+    found, expected = slots.extend([0, 1, 2], [[1], [2], [3]]), other.extend([0, 1, 2], [[1], [2], [3]])
+    assert found[1].isnan().all() and torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_which_mechanisms_step_natively() -> None:
+    """So that one that falls back to plain steps does not go unnoticed."""
+
+    def steps(kind: str, example: Example, **block: Any) -> bool | None:
+        if example.place.get("order", "causal") != "causal" or example.place.get("cross"):
+            return None
+        settings = {"width": 16, "depth": 1, "vocabulary": 20, "context": 64}
+        made = build(ModelSettings(**settings, block={kind: example.settings, **block}), device="meta")  # type: ignore[arg-type]
+        found = plain_steps(made)
+        return not found.keys() & {"", f"blocks.0.{kind}"}
+
+    look = {"kind": "attention", "heads": 2}
+    native = {
+        "mixer": {kind for kind, one in dict(mixers).items() if steps("mixer", one.examples()[0], channel="gated")},
+        "channel": {kind for kind, one in dict(channels).items() if steps("channel", one.examples()[0], mixer=look)},
+    }
+    assert native == {"mixer": NATIVE, "channel": NATIVE_CHANNELS}

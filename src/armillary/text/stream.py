@@ -27,6 +27,7 @@ class StreamDecoder:
         self._waiting: list[int] = []
         self._first, self._strip = True, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._broken = False  # whether the decoder holds the beginning of a character
         self._begin()
 
     def push(self, id: int) -> str:
@@ -65,6 +66,6 @@ class StreamDecoder:
 
     def _begin(self) -> None:
         self._decoder.reset()
-        self._broken = False  # whether the decoder holds the beginning of a character
+        self._broken = False
         self._first = True
         self._strip = 0 if self._pieces is None else self._pieces.strip

@@ -122,8 +122,34 @@ def test_now_and_then_a_step_goes_without() -> None:
     assert [pace.budget(3, 0, 61) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False]
     told(pace, 3, 0.01)
     assert [pace.budget(3, 0, 61) > 0 for _ in range(FRESH + 1)] == [True] * FRESH + [False]
-    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing is known"
+    assert [pace.budget(5, 0, 59) > 0 for _ in range(PATIENT + 1)] == [True] * PATIENT + [False], "of five nothing"
     assert pace.step(5) == pace.step(3) == 0.01
+
+
+def test_what_pieces_add_is_not_told_before_a_step_without_is_known() -> None:
+    pace = Pace()
+    pace.joined(2, [(8, 0)], 0.5)
+    assert pace.token == 0
+    assert pace.budget(2, 0, 62) == 0, "first a step without"
+    told(pace, 2, 0.1)
+    assert pace.budget(2, 0, 62) == GROWTH * FEWEST
+
+
+def test_several_prompts_rest_together() -> None:
+    """A step that goes without pieces goes without those of every prompt."""
+    engine = Engine(network_of(block={"mixer": {"kind": "attention", "heads": 2}, "channel": "ffn"}), slots=4)
+    asked = Sampling(max_new_tokens=20, temperature=0)
+    answer = engine.submit(Request((1, 2, 3), asked))
+    while not answer.choices:
+        engine.step()
+    engine.pace = Pace()
+    prompts = [engine.submit(Request((row, *range(20)), asked)) for row in range(3)]
+    engine.step()
+    assert engine.pace.step(1) > 0
+    assert not any(prompt.choices for prompt in prompts)
+    while engine.step():
+        pass
+    assert all(len(prompt.choices) == 20 for prompt in prompts)
 
 
 def test_long_steps_take_what_pytorch_reads_in_the_time() -> None:

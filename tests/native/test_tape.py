@@ -168,6 +168,20 @@ def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, mon
 
 
 @torch.no_grad()
+def test_steps_of_many_tokens_are_taken_where_their_products_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(**NETWORKS["grouped"])
+    monkeypatch.setattr(replay, "ALONE", 0)
+    for seconds, most in ((0.0, replay.PIECE), (1e9, replay.MOST)):
+        monkeypatch.setattr(replay, "_seconds", lambda weight, kind, rows=1, seconds=seconds: seconds)
+        taped, plain = both(made)
+        assert taped.replay is not None
+        assert taped.replay.tape.rows == taped.replay.beside == most
+        assert [taped.replay.takes([[1]] * count) for count in (most, most + 1)] == [True, False]
+        found, expected = (slots.extend([0, 1], [[5] * (most - 20), [6] * 20]) for slots in (taped, plain))
+        assert (found - expected).abs().max() < CLOSE
+
+
+@torch.no_grad()
 def test_bf16_networks_stay_close() -> None:
     made = network(**NETWORKS["grouped"]).to(torch.bfloat16).compute(torch.bfloat16)
     taped, plain = both(made, "auto")

@@ -331,10 +331,10 @@ class Engine:
         a prompt, or for both (`_joined`)."""
         works = sorted(works, key=lambda one: one.sequence.slot)
         runs = [self._runs[one.sequence] for one in works]
-        chunks = [
-            (run.ids + run.drafts)[one.sequence.computed : one.sequence.computed + one.count]
-            for one, run in zip(works, runs, strict=True)
-        ]
+        chunks = list[list[int]]()
+        for one, run in zip(works, runs, strict=True):
+            known = run.ids[one.sequence.computed : one.sequence.computed + one.count]
+            chunks.append(known + run.drafts[: one.count - len(known)])
         asked = any(one.drafts for one in works) or any(
             run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
             for one, run in zip(works, runs, strict=True)

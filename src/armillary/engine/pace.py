@@ -85,6 +85,8 @@ class Pace:
         """So many answers went on, and pieces were read in the same call; pieces: tokens, and how many came
         before them."""
         own, tokens = self.step(answers), sum(count for count, _ in pieces)
+        if own == 0:  # what they added cannot be told
+            return
         # a step that was held up by something else is no measure
         added = min(max(0.0, seconds - own), 3 * SHARE * own)
         self.beside.saw(pieces, added)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -24,8 +24,12 @@ from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
 
 Held = Literal["auto", "plain", "float32", "bf16", "int8", "int4"]
-MOST = 32  # tokens up to which the tape's products beat PyTorch's
-PIECE = 64  # tokens at a time of a prompt, where the weights leave no other way to read it
+# Tokens of a step up to which the tape is taken. Plain steps cost as much for a few tokens as for many: at 33 million
+# weights 23 ms for 16 tokens at the beginning of a sequence and 34 ms after 2,000, where the tape took 7 and 9 ms; 64
+# cost 38 and 40 ms. Larger networks spend their time in products, where PyTorch's gain with the number of rows: so
+# many tokens only if the tape's product of so many rows is as quick, else MOST.
+MOST = 32
+PIECE = 64  # tokens at a time, too, where the weights leave no other way to read a prompt
 ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
 
 _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary()
@@ -64,6 +68,7 @@ class Replay:
         self.weights = _chosen(network, weights)
         # weights that plain steps do not see
         self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not _halves(network))
+        self.most = PIECE if self.other else _most(network, self.weights)
         self.tape = self._recorded()
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
 
@@ -74,7 +79,7 @@ class Replay:
         for key in [key for key, (_, held) in packed.items() if held[0].untyped_storage().data_ptr() not in places]:
             del packed[key]
         tape = Tape(
-            PIECE if self.other else MOST,
+            self.most,
             self.capacity,
             weights=self.weights,
             dtype=self.network.dtype,
@@ -164,7 +169,8 @@ def _chosen(network: Network, weights: Held) -> Weights:
         return "float32"
     if largest.numel() * 4 < ALONE:
         return "bf16"
-    times = {kind: _seconds(largest, kind) for kind in ("float32", "bf16")}
+    # of one token and of sixteen: a step of few is not all that there is
+    times = {kind: _seconds(largest, kind) + _seconds(largest, kind, 16) for kind in ("float32", "bf16")}
     return "bf16" if times["bf16"] <= times["float32"] else "float32"
 
 
@@ -176,15 +182,32 @@ def _halves(network: Network) -> bool:
     return all(torch.equal(part, part.bfloat16().to(part.dtype)) for p in wide for part in p.view(-1).split(1 << 16))
 
 
-def _seconds(weight: Tensor, kind: Weights) -> float:
-    """Of one row by `weight`, the best of a few."""
-    tape = Tape(1, 1, weights=kind)
-    x = tape.embed(torch.ones(1, weight.shape[1]))
+def _most(network: Network, weights: Weights) -> int:
+    """Tokens of a step that are better computed by the tape."""
+    largest = max((p for p in network.parameters() if p.dim() == 2), key=Tensor.numel, default=None)
+    if largest is None or largest.numel() * 4 < ALONE:
+        return PIECE
+    x, weight = torch.ones(PIECE, largest.shape[1], dtype=network.dtype), largest.detach().to(network.dtype)
+    with torch.no_grad():
+        theirs = _best(lambda: torch.nn.functional.linear(x, weight))
+    return PIECE if _seconds(largest, weights, PIECE) <= theirs else MOST
+
+
+def _seconds(weight: Tensor, kind: Weights, rows: int = 1) -> float:
+    """Of a product of so many rows by `weight`, the best of a few."""
+    tape = Tape(rows, 1, weights=kind)
+    x = tape.embed(torch.ones(rows, weight.shape[1]))
     tape.pick(x)
     tape.close(tape.product(x, weight))
+    zeros, each = [0] * rows, list(range(rows))
+    return _best(lambda: tape.run(zeros, zeros, each, each))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """The least seconds of a few calls."""
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        tape.run([0], [0], [0], [0])
+        call()
         best = min(best, time.perf_counter() - start)
     return best

@@ -264,7 +264,7 @@ class Scheduler:
         for index, sequence in enumerate(prompts):
             if sequence.stage != "running":
                 continue
-            most = left if index == len(prompts) - 1 else max(1, left // 2)
+            most = left if index == len(prompts) - 1 else min(left, max(1, left // 2))
             count = min(sequence.missing, most)
             if sequence.computed < sequence.whole:
                 count = max(count, sequence.whole - sequence.computed)

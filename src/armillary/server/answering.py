@@ -116,7 +116,7 @@ class Answered(Response):
         self.whole, self.first, self.piece, self.last = whole, first, piece, last
         self.given = headers or {}
         self.status_code, self.background = 200, None
-        self._started = False
+        self._started, self._charged = False, 0
         self._unread: dict[int, int] = {}  # prompt tokens by the number of the first answer to them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,7 +164,13 @@ class Answered(Response):
             for answer in answers:
                 answer.cancel()
                 self.context.metrics.answered(job.hosted.name, answer)
-            self.context.door.charge(job.client, sum(len(answer.choices) for answer in answers))
+            self._charge(answers)
+
+    def _charge(self, answers: Sequence[Answer]) -> None:
+        """Before an answer is complete, so that who asks again at once finds it charged."""
+        tokens = sum(len(answer.choices) for answer in answers)
+        self.context.door.charge(self.job.client, tokens - self._charged)
+        self._charged = tokens
 
     async def _work(
         self, scope: Scope, receive: Receive, send: Send, pieces: asyncio.Queue[Any], answers: list[Answer]
@@ -179,6 +185,7 @@ class Answered(Response):
             if problems:
                 raise problems[0]
             self.job.heard(answers)
+            self._charge(answers)
             self._started = True
             await JSONResponse(self.whole(answers), headers=self._marks())(scope, receive, send)
             return
@@ -209,6 +216,7 @@ class Answered(Response):
                     events += self.piece(place, piece, answers[place])
             await self._event(send, events)
         self.job.heard(answers)
+        self._charge(answers)
         await self._event(send, self.last(answers))
         end = b"data: [DONE]\n\n" if self.done else b""
         await sent(send, {"type": "http.response.body", "body": end, "more_body": False})

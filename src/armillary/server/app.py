@@ -377,7 +377,8 @@ class Server:
         """Who still waits is told that the server shuts down. What does not end by itself is left behind."""
         self.drain()
         self.ended = True
-        for task in filter(None, list(self._asked)):
+        passed = set() if self.upstream is None else self.upstream.asked
+        for task in filter(None, [*self._asked, *passed]):
             task.cancel()
         closing = [Thread(target=hosted.close, daemon=True) for hosted in self.models.values()]
         for thread in closing:

@@ -43,6 +43,26 @@ The shape of whole models is the same for all: LLaMA-like, width 512, 8 blocks, 
 | `armillary --help`; `import armillary` | – | < 0.3 s; < 0.1 s |
 | taps that are not set | a build without taps | the same captured graph; eager, ≤ 1% more instructions |
 
+The engine and the server. One stream is decoded at the shape of about 32 M parameters and at one of about 388 M, \
+whose weights exceed a cache: the share of the floor (reading the same weights and states, and nothing else) is \
+the larger one's, the ratio to the peer is asked of both.
+
+| measure | peer | goal |
+| --- | --- | --- |
+| decoding tokens/s of one stream, int8 | `llama.cpp`, Q8_0 | ≥ 1.1 × and ≥ 70% of the floor |
+| the same, int4 | `llama.cpp`, Q4_0 | ≥ 1 × |
+| the same, bf16; float32 | `llama.cpp`, F16; F32 | ≥ 1.2 ×; ≥ 1 × and ≥ 85% of the floor |
+| 16 streams, tokens/s, bf16 and int8 | `llama.cpp` with 16 sequences in a batch; `transformers` generate at batch 16 \
+| ≥ 1.5 ×; ≥ 3 × |
+| engine's share of a step | – | ≤ 5% |
+| time to first token that the server adds | the engine asked directly | ≤ 1 ms |
+| p99 gap between tokens of others while 4,000 tokens are read | their median alone | ≤ 2 × |
+| states of 64 streams of 32,768 tokens, recurrent models | attention of as many parameters | ≥ 50 × less memory |
+| answers that follow a schema: the first of a process; later ones | answers of as many tokens without | ≤ 20 ms more; \
+≤ 5% slower |
+| a cache with a third of the memory; speculative decoding with a draft a tenth the size (`make campaign`) | the whole \
+cache; plain decoding | bits per byte within 2%; ≥ 1.5 × |
+
 Attention, forward and backward, batch 1, 8 heads of 64, float32 and bf16 (where a processor has no bf16 instructions \
 the peer is timed at a shorter length, and a ratio that grows with length is a lower bound):
 

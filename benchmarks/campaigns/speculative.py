@@ -149,7 +149,7 @@ def measured(campaign: Campaign, large: Any, small: Any) -> tuple[dict[str, Any]
     drafts = {
         f"{number} guesses, sure {sure:g}": Way(large, DraftModel(small, number, sure, rows=1, weights="bf16"))
         for number in (2, 3, 4, 6, 8)
-        for sure in (0.2, 0.5)
+        for sure in (0.1, 0.3)
     }
     lookups = {f"{number} guesses": Way(large, PromptLookup(number, shortest=1)) for number in (2, 4, 6)}
     ways: dict[str, Way] = {}

@@ -70,11 +70,15 @@ class Served:
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.inner = uvicorn.Server(config(server))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.inner.serve([self.listening])), daemon=True)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self.thread.start()
         while not self.inner.started:
             assert self.thread.is_alive(), "the server did not start"
             time.sleep(0.01)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.inner.serve([self.listening])
 
     def client(self, key: str = "secret-of-a", **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)

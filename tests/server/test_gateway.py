@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+import threading
+import time
 
 import httpx
 import openai
@@ -88,6 +91,30 @@ def test_rates_count_what_was_generated() -> None:
     finally:
         front.close()
         behind.close()
+
+
+def test_who_still_waits_when_the_one_in_front_ends(both) -> None:
+    """A stream and a whole answer that take longer than it may last: both are told, and the other server is free."""
+    behind, _ = both
+    front = Served(Server([], Door(), Upstream(f"{behind.url}/v1", "secret-of-a")))
+    asked = ASK | {"max_tokens": 1900, "min_tokens": 1900}
+    found: list[httpx.Response] = []
+    whole = threading.Thread(
+        target=lambda: found.append(httpx.post(f"{front.url}/v1/chat/completions", json=asked, timeout=60))
+    )
+    whole.start()
+    with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=asked | {"stream": True}, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        while front.server.under_way < 2:
+            time.sleep(0.01)
+        asyncio.run_coroutine_threadsafe(front.server.end(), front.loop).result(20)
+        assert "shutting_down" in [line for line in lines if line][-1]
+    whole.join(20)
+    assert found[0].status_code == 503
+    assert found[0].json()["error"]["code"] == "shutting_down"
+    front.close()
+    behind.quiet()
 
 
 def test_nobody_behind() -> None:

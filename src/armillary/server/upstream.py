@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from armillary.base.errors import InputError
 from armillary.base.events import Events
 from armillary.server.answering import Context, gone, sent
-from armillary.server.errors import HTTPError, explained
+from armillary.server.errors import HTTPError, explained, shutting_down
 from armillary.server.limits import Client, Load
 
 PER_TOKEN = 4  # bytes
@@ -47,6 +47,7 @@ class Upstream:
         self._headers |= {} if key is None else {"authorization": f"Bearer {key}"}
         self._silence, self._transport = silence, transport
         self._made: httpx.AsyncClient | None = None
+        self.asked: set[asyncio.Task[Any] | None] = set()  # requests under way
 
     @property
     def _client(self) -> httpx.AsyncClient:
@@ -94,10 +95,12 @@ class Passed(Response):
         self.asked = json.dumps(asked, ensure_ascii=False).encode()
         self._model, self._stream = asked["model"], bool(asked.get("stream"))
         self.status_code, self.background = 200, None
-        self._started, self._tokens = False, 0
+        self._started, self._tokens, self._charged = False, 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         load, entered = self.upstream.load, 0
+        self.upstream.asked.add(task := asyncio.current_task())
+        leaving = work = None
         try:
             load.admit(1, 0, 0.0)
             self.context.door.admit_tokens(self.client, len(self.asked) // PER_TOKEN)
@@ -111,7 +114,12 @@ class Passed(Response):
             await asyncio.gather(leaving, work, return_exceptions=True)
             if work in done:
                 work.result()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):  # the server ends
+                for one in filter(None, (leaving, work)):
+                    one.cancel()
+                await asyncio.gather(*filter(None, (leaving, work)), return_exceptions=True)
+                error = shutting_down()
             problem = explained(error)
             if problem.status in (429, 503):
                 self.context.metrics.rejections.labels(problem.code or "").inc()
@@ -122,8 +130,14 @@ class Passed(Response):
             response = JSONResponse(problem.body(), problem.status, headers=problem.headers() | self.marks)
             await response(scope, receive, send)
         finally:
+            self.upstream.asked.discard(task)
             load.answers -= entered
-            self.context.door.charge(self.client, self._tokens)
+            self._charge()
+
+    def _charge(self) -> None:
+        """Before an answer is complete, so that who asks again at once finds it charged."""
+        self.context.door.charge(self.client, self._tokens - self._charged)
+        self._charged = self._tokens
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
@@ -140,6 +154,7 @@ class Passed(Response):
                     state["prompt"], self._tokens = _used(data)
                     state["generated"] = self._tokens
                     self._started = True
+                    self._charge()
                     await Response(data, found.status_code, headers=marks)(scope, receive, send)
                     return
                 head = [(name.encode(), value.encode()) for name, value in marks.items()]
@@ -149,6 +164,7 @@ class Passed(Response):
                 async for data in found.aiter_raw():
                     self._tokens += len(events.push(data))  # an event is about a token
                     await sent(send, {"type": "http.response.body", "body": data, "more_body": True})
+                self._charge()
                 await sent(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -95,7 +95,7 @@ def test_threads_and_neighbours_change_no_bit(weights: str, kind: str, monkeypat
     chunks = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
     alone = taped(made, weights)
     single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(chunks)]
-    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -67,7 +67,7 @@ def test_threads_and_neighbours_change_no_bit(kind: str, monkeypatch: pytest.Mon
     texts = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
     alone = Slots(made, 3, 64, Int8(), weights="float32")
     single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(texts)]
-    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

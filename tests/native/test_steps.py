@@ -102,7 +102,7 @@ CASES = [
 
 @contextmanager
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

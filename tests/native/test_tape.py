@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.settings import parse
-from armillary.engine import replay
+from armillary.engine import calibrate, replay
 from armillary.engine.slots import Slots
 from armillary.native import available
 from armillary.native import tape as native
@@ -134,7 +134,7 @@ def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     made = network(**NETWORKS["everything"])
     threads = torch.get_num_threads()
     plain = Slots(made, 3, 64, weights="float32")
-    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
     try:
         torch.set_num_threads(3)
         taped = Slots(made, 3, 64, weights="float32")
@@ -153,7 +153,7 @@ def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, mon
     made = network(**NETWORKS[name])
     alone = Slots(made, 3, 64, weights="int8")
     threads = torch.get_num_threads()
-    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
     texts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]]
     expected = alone.extend([0, 1, 2], texts, last=False).clone()
     try:
@@ -169,9 +169,9 @@ def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, mon
 @torch.no_grad()
 def test_steps_of_many_tokens_are_taken_where_their_products_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(**NETWORKS["grouped"])
-    monkeypatch.setattr(replay, "ALONE", 0)
-    for seconds, most in ((0.0, replay.PIECE), (1e9, replay.MOST)):
-        monkeypatch.setattr(replay, "_seconds", lambda weight, kind, rows=1, seconds=seconds: seconds)
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    for seconds, most in ((0.0, calibrate.PIECE), (1e9, calibrate.MOST)):
+        monkeypatch.setattr(calibrate, "seconds", lambda *given, seconds=seconds, **more: seconds)
         taped, plain = both(made)
         assert taped.replay is not None
         assert taped.replay.tape.rows == taped.replay.beside == most

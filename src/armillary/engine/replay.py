@@ -7,31 +7,22 @@ it to the states, before anybody else looks at them.
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError, UnsupportedError
+from armillary.engine.calibrate import PIECE, chosen_threads, chosen_weights, halves, most_tokens
 from armillary.native import available
-from armillary.native.tape import Weights
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
 
 Held = Literal["auto", "plain", "float32", "bf16", "int8", "int4"]
-# Tokens of a step up to which the tape is taken. Plain steps cost as much for a few tokens as for many: at 33 million
-# weights 23 ms for 16 tokens at the beginning of a sequence and 34 ms after 2,000, where the tape took 7 and 9 ms; 64
-# cost 38 and 40 ms. Larger networks spend their time in products, where PyTorch's gain with the number of rows: so
-# many tokens only if the tape's product of so many rows is as quick, else MOST.
-MOST = 32
-PIECE = 64  # tokens at a time, too, where the weights leave no other way to read a prompt
-ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
-
 _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary()
 
 
@@ -65,15 +56,16 @@ class Replay:
 
     def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
         self.network, self.state, self.capacity = network, state, capacity
-        self.weights = _chosen(network, weights)
+        packed = _packed.setdefault(network, {})
+        self.weights = chosen_weights(network, packed) if weights == "auto" else weights
         # weights that plain steps do not see
-        self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not _halves(network))
-        self.most = PIECE if self.other else _most(network, self.weights)
+        self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not halves(network))
+        self.most = PIECE if self.other else most_tokens(network, self.weights, packed)
+        self.threads = chosen_threads(network, self.weights, packed)
         self.tape = self._recorded()
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
 
     def _recorded(self) -> Tape:
-        size = sum(p.numel() * p.element_size() for p in self.network.parameters())
         packed = _packed.setdefault(self.network, {})
         places = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
         for key in [key for key, (_, held) in packed.items() if held[0].untyped_storage().data_ptr() not in places]:
@@ -83,7 +75,7 @@ class Replay:
             self.capacity,
             weights=self.weights,
             dtype=self.network.dtype,
-            threads=1 if size < ALONE else None,
+            threads=self.threads,
             packed=packed,
         )
         with torch.no_grad():
@@ -157,57 +149,3 @@ class Replay:
         for state in self.tape.counted():
             state.resume(lengths)
         self._seen = None
-
-
-def _chosen(network: Network, weights: Held) -> Weights:
-    """The weights asked for; for `auto` the quicker of float32 and bf16, where bf16 loses nothing."""
-    if weights != "auto":
-        assert weights != "plain"
-        return weights
-    largest = max((p for p in network.parameters() if p.dim() == 2), key=Tensor.numel, default=None)
-    if largest is None or not _halves(network):
-        return "float32"
-    if largest.numel() * 4 < ALONE:
-        return "bf16"
-    # of one token and of sixteen: a step of few is not all that there is
-    times = {kind: _seconds(largest, kind) + _seconds(largest, kind, 16) for kind in ("float32", "bf16")}
-    return "bf16" if times["bf16"] <= times["float32"] else "float32"
-
-
-def _halves(network: Network) -> bool:
-    """Whether plain steps see the weights in bf16 anyway."""
-    if network.dtype == torch.bfloat16:
-        return True
-    wide = (p.detach() for p in network.parameters() if p.dtype != torch.bfloat16)
-    return all(torch.equal(part, part.bfloat16().to(part.dtype)) for p in wide for part in p.view(-1).split(1 << 16))
-
-
-def _most(network: Network, weights: Weights) -> int:
-    """Tokens of a step that are better computed by the tape."""
-    largest = max((p for p in network.parameters() if p.dim() == 2), key=Tensor.numel, default=None)
-    if largest is None or largest.numel() * 4 < ALONE:
-        return PIECE
-    x, weight = torch.ones(PIECE, largest.shape[1], dtype=network.dtype), largest.detach().to(network.dtype)
-    with torch.no_grad():
-        theirs = _best(lambda: torch.nn.functional.linear(x, weight))
-    return PIECE if _seconds(largest, weights, PIECE) <= theirs else MOST
-
-
-def _seconds(weight: Tensor, kind: Weights, rows: int = 1) -> float:
-    """Of a product of so many rows by `weight`, the best of a few."""
-    tape = Tape(rows, 1, weights=kind)
-    x = tape.embed(torch.ones(rows, weight.shape[1]))
-    tape.pick(x)
-    tape.close(tape.product(x, weight))
-    zeros, each = [0] * rows, list(range(rows))
-    return _best(lambda: tape.run(zeros, zeros, each, each))
-
-
-def _best(call: Callable[[], object]) -> float:
-    """The least seconds of a few calls."""
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best

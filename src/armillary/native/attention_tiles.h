@@ -34,10 +34,12 @@ static void whole_tiles(setup_t *before) {
     setup_t t = {.palette = 1};
     for (int i = 0; i < 8; i++) t.bytes[i] = 4 * SIDE, t.lines[i] = SIDE;
     _tile_storeconfig(before);
+    __asm__ volatile("" ::"r"(&t) : "memory"); /* the compiler takes only its first bytes for read */
     _tile_loadconfig(&t);
 }
 
 static void tiles_back(const setup_t *before) {
+    __asm__ volatile("" ::"r"(before) : "memory");
     if (before->palette) _tile_loadconfig(before);
     else _tile_release();
 }

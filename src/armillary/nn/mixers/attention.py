@@ -376,12 +376,7 @@ class Attention(Mixer):
             self.order != "causal"
             or self.cross
             or not self.diagonal
-            or type(state)
-            not in (
-                SpanState,
-                Int8State,
-                WindowState,
-            )
+            or type(state) not in (SpanState, Int8State, WindowState)
         ):
             raise NoStep("attention that is not causal, or with a memory, a driver or a cache of another kind")
         biased = isinstance(self.position, Alibi)

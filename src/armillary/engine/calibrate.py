@@ -1,0 +1,99 @@
+"""What this machine is quickest with: how weights are held, how many tokens a native step takes, how many threads.
+
+Measured once for a network, with products by its largest weight; what no measurement could tell apart is not measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from armillary.native.tape import Weights, tiles
+from armillary.nn.network import Network
+from armillary.nn.tape import Packed, Tape
+
+# Tokens of a step up to which the tape is taken. Plain steps cost as much for a few tokens as for many: at 33 million
+# weights 23 ms for 16 tokens at the beginning of a sequence and 34 ms after 2,000, where the tape took 7 and 9 ms; 64
+# cost 38 and 40 ms. Larger networks spend their time in products, where PyTorch's gain with the number of rows: so
+# many tokens only if the tape's product of so many rows is as quick, else MOST.
+MOST = 32
+PIECE = 64  # tokens at a time, too, where the weights leave no other way to read a prompt
+ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
+CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
+
+
+def chosen_weights(network: Network, packed: Packed) -> Weights:
+    """The quicker of float32 and bf16, where bf16 loses nothing."""
+    largest = _largest(network)
+    if largest is None or not halves(network):
+        return "float32"
+    if largest.numel() * 4 < ALONE or tiles():
+        return "bf16"
+    # of one token and of sixteen: a step of few is not all that there is
+    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in ("float32", "bf16")}
+    quicker: Weights = "bf16" if times["bf16"] <= times["float32"] else "float32"
+    for key in [key for key in packed if key[-1] in times and key[-1] != quicker]:
+        del packed[key]
+    return quicker
+
+
+def most_tokens(network: Network, weights: Weights, packed: Packed) -> int:
+    """Tokens of a step that are better computed by the tape."""
+    largest = _largest(network)
+    if largest is None or largest.numel() * 4 < ALONE:
+        return PIECE
+    x, weight = torch.ones(PIECE, largest.shape[1], dtype=network.dtype), largest.detach().to(network.dtype)
+    with torch.no_grad():
+        theirs = _best(lambda: torch.nn.functional.linear(x, weight))
+    return PIECE if seconds(largest, weights, packed, PIECE) <= theirs else MOST
+
+
+def chosen_threads(network: Network, weights: Weights, packed: Packed) -> int:
+    """Threads of a step: PyTorch's, half of them or one, whichever is quickest; two of one core, or cores that others
+    use, can be in each other's way."""
+    largest, most = _largest(network), torch.get_num_threads()
+    if most == 1 or largest is None:
+        return 1
+    if sum(p.numel() * p.element_size() for p in network.parameters()) < ALONE:
+        return 1
+    best, least = most, float("inf")
+    for threads in sorted({most, max(1, most // 2), 1}, reverse=True):
+        took = seconds(largest, weights, packed, threads=threads)
+        if took < CLEARLY * least:
+            best, least = threads, took
+    return best
+
+
+def seconds(weight: Tensor, kind: Weights, packed: Packed, rows: int = 1, threads: int | None = None) -> float:
+    """Of a product of so many rows by `weight`, the best of a few."""
+    tape = Tape(rows, 1, weights=kind, packed=packed, threads=threads)
+    x = tape.embed(torch.ones(rows, weight.shape[1]))
+    tape.pick(x)
+    tape.close(tape.product(x, weight))
+    zeros, each = [0] * rows, list(range(rows))
+    return _best(lambda: tape.run(zeros, zeros, each, each))
+
+
+def halves(network: Network) -> bool:
+    """Whether plain steps see the weights in bf16 anyway."""
+    if network.dtype == torch.bfloat16:
+        return True
+    wide = (p.detach() for p in network.parameters() if p.dtype != torch.bfloat16)
+    return all(torch.equal(part, part.bfloat16().to(part.dtype)) for p in wide for part in p.view(-1).split(1 << 16))
+
+
+def _largest(network: Network) -> Tensor | None:
+    return max((p for p in network.parameters() if p.dim() == 2), key=Tensor.numel, default=None)
+
+
+def _best(call: Callable[[], object]) -> float:
+    """The least seconds of a few calls."""
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

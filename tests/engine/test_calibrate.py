@@ -1,0 +1,58 @@
+"""What is chosen from measured times: expected choices are read off the times that are given in their place."""
+
+import pytest
+import torch
+
+from armillary.engine import calibrate
+from armillary.nn.network import ModelSettings, Network, build
+
+
+def network() -> Network:
+    """With weights that bf16 holds exactly."""
+    block = {"mixer": {"kind": "attention", "heads": 2}, "channel": {"kind": "gated", "hidden": 32}}
+    made = build(ModelSettings(width=32, depth=1, vocabulary=64, context=64, block=block), seed=0)
+    return made.to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({4: 1.0, 2: 1.0, 1: 1.0}, 4),  # fewer must be clearly quicker
+        ({4: 1.0, 2: 0.97, 1: 2.0}, 4),
+        ({4: 1.0, 2: 0.8, 1: 2.0}, 2),
+        ({4: 1.0, 2: 0.8, 1: 0.5}, 1),
+    ],
+)
+def test_fewer_threads_are_taken_where_they_are_quicker(
+    times: dict[int, float], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(calibrate, "seconds", lambda *given, threads, **more: times[threads])
+    assert calibrate.chosen_threads(network(), "float32", {}) == expected
+
+
+def test_small_networks_run_alone() -> None:
+    assert calibrate.chosen_threads(network(), "float32", {}) == 1
+
+
+@pytest.mark.parametrize("quicker", ["float32", "bf16"])
+def test_the_quicker_weights_are_taken_and_the_others_not_kept(quicker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    monkeypatch.setattr(calibrate, "tiles", lambda: False)
+
+    def seconds(weight: torch.Tensor, kind: str, packed: calibrate.Packed, rows: int = 1) -> float:
+        packed[(weight.data_ptr(), *weight.shape, kind)] = (0, (weight,))
+        return rows * (1.0 if kind == quicker else 2.0)
+
+    monkeypatch.setattr(calibrate, "seconds", seconds)
+    packed: calibrate.Packed = {}
+    assert calibrate.chosen_weights(network(), packed) == quicker
+    assert {key[-1] for key in packed} == {quicker}
+
+
+def test_what_bf16_would_lose_is_kept() -> None:
+    made = network()
+    with torch.no_grad():
+        next(made.parameters()).add_(1e-4)
+    assert calibrate.chosen_weights(made, {}) == "float32"

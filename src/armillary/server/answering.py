@@ -236,6 +236,8 @@ async def gone(receive: Receive) -> None:
 
 def problem_of(answer: Answer) -> HTTPError | None:
     """Why an answer is none, whole or in a stream."""
+    if answer.finish == "error" and answer.own:
+        return HTTPError(400, answer.error or "the request cannot be answered", code="request_failed")
     if answer.finish == "error":
         said = None if answer.inside else answer.error
         return HTTPError(500, said or "the engine failed", code="generation_failed")

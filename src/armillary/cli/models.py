@@ -326,7 +326,7 @@ def chat(
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     answers: Callable[..., Iterable[str]]
     opened: Model | None = None
-    limit: dict[str, int] = {}  # with --url, the server's
+    limit: dict[str, Any] = {}  # with --url, the server's
     if url is not None:
         from armillary.cli.remote import said
 

@@ -239,7 +239,7 @@ def main() -> None:
     reach = {"float32": 1e-4, "bf16": 1e-4, "int8": 0.05, "int4": 0.05}
     report("engine scores", alike, {kind: (bound, "max") for kind, bound in reach.items()})
     one(small, "33 M", SMALL, 7, exceeds=False)
-    many(small, 5)
+    many(small, 4)
     del small
     large = ours(torch.float32, masters=torch.bfloat16, shape=LARGE).eval()
     one(large, "388 M", LARGE, 5, exceeds=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
 import time
 
 import pytest
@@ -152,3 +153,36 @@ def test_a_wrong_constraint_ends_its_own_answer_only(engine, grammars) -> None:
     with pytest.raises(Exception, match="constraint failed"):
         bad.wait()
     assert len(good.wait().choices) == 5
+
+
+def test_what_the_first_constraint_waits_for_can_be_done_before() -> None:
+    grammars = Grammars(TOKENIZER)
+    grammars.warm()
+    grammars.warm()
+    grammars._warming.join(30)
+    trial = grammars._trial
+    assert trial.poll() is None
+    assert grammars.constraint("regex", "ok") is not None
+    assert grammars._trial is trial, "a second helper was started"
+    grammars.close()
+    assert trial.returncode is not None
+    with pytest.raises(InputError, match="closed"):
+        grammars.constraint("regex", "other")
+
+
+def test_closing_in_the_middle_of_it_leaves_no_process(monkeypatch) -> None:
+    started = []
+    plain = subprocess.Popen
+
+    def popen(*given, **more):
+        time.sleep(0.2)
+        started.append(plain(*given, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    grammars = Grammars(TOKENIZER)
+    grammars.warm()
+    time.sleep(0.05)
+    grammars.close()
+    assert not grammars._warming.is_alive()
+    assert all(one.poll() is not None for one in started)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from armillary.base.errors import InputError
 from armillary.text import Tokenizer
+
+log = logging.getLogger("armillary.engine")
 
 Kind = Literal["json_schema", "regex", "grammar"]
 SIZE = 64 * 1024  # characters of a schema or grammar
@@ -53,10 +56,11 @@ class Constraint:
     def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._check()
-        allowed = torch.nn.functional.pad(allowed[: len(scores)], (0, max(0, len(scores) - len(allowed))))
+        if len(allowed) != len(scores):
+            allowed = torch.nn.functional.pad(allowed[: len(scores)], (0, max(0, len(scores) - len(allowed))))
         if not bool(allowed.any()):
             raise InputError(f"the answer came to where its '{self.name}' allows no token at all")
-        return scores.masked_fill(allowed.to(scores.device) == 0, -torch.inf)
+        return scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
@@ -82,6 +86,24 @@ class Grammars:
         self._places = threading.Semaphore(WAITING)
         self._tokens: Any = None
         self._trial: subprocess.Popen[str] | None = None
+        self._closed = False
+        self._warming: threading.Thread | None = None
+
+    def warm(self) -> None:
+        """Do in the background what the first constraint would have to wait for: the helper process starts, and the
+        vocabulary is read. Does nothing where constraints cannot be compiled; the first one will say so."""
+        if self._warming is None:
+            self._warming = threading.Thread(target=self._warm, name="armillary-grammars", daemon=True)
+            self._warming.start()
+
+    def _warm(self) -> None:
+        try:
+            self.constraint("json_schema", {"type": "object"})
+        except ImportError:
+            pass
+        except Exception:
+            if not self._closed:
+                log.exception("constraints could not be prepared")
 
     def constraint(self, kind: Kind, text: str | Mapping[str, Any], name: str | None = None) -> Constraint:
         """A fresh constraint; name: what errors call it, by default its kind. Raises InputError for one that is too
@@ -110,10 +132,19 @@ class Grammars:
             self._places.release()
 
     def close(self) -> None:
-        if self._trial is not None:
-            self._trial.kill()
-            self._trial.wait()
-            self._trial = None
+        """End the helper process; no constraint is compiled after this."""
+        self._closed = True
+        self._stop()  # who waits for a trial gets an error at once
+        with self._lock:
+            self._stop()  # of one that was started meanwhile
+        if self._warming is not None:
+            self._warming.join()
+
+    def _stop(self) -> None:
+        trial = self._trial
+        if trial is not None:
+            trial.kill()
+            trial.wait()
 
     def _compiled(self, grammar: str) -> Any:
         from llguidance import LLMatcher
@@ -127,6 +158,8 @@ class Grammars:
 
     def _try(self, grammar: str) -> None:
         """In the helper process; it is started again when a grammar broke it."""
+        if self._closed:
+            raise InputError("constraints are no longer compiled: what served them is closed")
         if self._trial is None or self._trial.poll() is not None:
             script = Path(__file__).with_name("trial.py")
             pipe = subprocess.PIPE
@@ -147,7 +180,7 @@ class Grammars:
         asking.start()
         asking.join(WAIT)
         if not answer or not answer[0]:
-            self.close()
+            self._stop()
             raise InputError("the constraint takes too much time, memory or depth to compile")
         error = json.loads(answer[0])
         if error:

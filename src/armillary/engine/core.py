@@ -235,8 +235,11 @@ class Engine:
 
     def step(self) -> bool:
         """Compute the next step; False when there was nothing to do."""
-        with self._stepping, torch.no_grad():
-            return self._step()
+        with self._stepping:
+            if not torch.is_grad_enabled():
+                return self._step()
+            with torch.no_grad():
+                return self._step()
 
     def _step(self) -> bool:
         with self._lock:
@@ -373,34 +376,22 @@ class Engine:
                 one.sequence.computed += one.count
                 if place not in ready:
                     self._keep(runs[place])
-            if not ready:
-                return
-            rows = logits[:, 0] if len(ready) == len(works) else logits[ready, 0]
-            bad = ~torch.isfinite(rows).any(-1) | torch.isnan(rows).any(-1)
-            fine = [place for place, broken in zip(ready, bad.tolist(), strict=True) if not broken]
-            for place in set(ready) - set(fine):
-                self._end_now(runs[place], "error", "the network gave no finite scores")
-            plain = [place for place in fine if runs[place].chooser.plain]
-            for group in [plain, *([place] for place in fine if place not in plain)]:
-                if group:
-                    picked = rows[[ready.index(place) for place in group]]
-                    self._pick([runs[place] for place in group], picked)
+            if ready:
+                self._pick([runs[place] for place in ready], logits if len(ready) == len(works) else logits[ready])
             return
         for place, (one, run) in enumerate(zip(works, runs, strict=True)):
             self._check_drafts(one, run, logits[place, : one.count], before[place])
 
     def _pick(self, runs: list[_Running], logits: Tensor) -> None:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
-        try:
-            choices = choose(logits, [run.chooser for run in runs])
-        except Exception as error:
-            with self._lock:
-                for run in runs:
-                    self._fail(run, error)
-            return
-        for run, choice in zip(runs, choices, strict=True):
-            self._keep(run)
-            self._hand_out(run, [choice])
+        for run, found in zip(runs, choose(logits, [run.chooser for run in runs]), strict=True):
+            if isinstance(found, Choice):
+                if self.keeps:
+                    self._keep(run)
+                self._hand_out(run, [found])
+            else:
+                with self._lock:
+                    self._fail(run, found)
 
     def _check_drafts(self, one: Work, run: _Running, logits: Tensor, before: Snapshot) -> None:
         """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
@@ -419,11 +410,10 @@ class Engine:
         guesses, given = run.drafts[: one.drafts], list[Choice]()
         run.drafts, progress.drafts = [], 0
         for step in range(one.drafts + 1):
-            try:
-                choice = choose(logits[known - 1 + step][None], [run.chooser])[0]
-            except Exception as error:
+            (choice,) = choose(logits[known - 1 + step][None], [run.chooser])
+            if not isinstance(choice, Choice):
                 with self._lock:
-                    self._fail(run, error)
+                    self._fail(run, choice)
                 return
             given.append(choice)
             ended = (
@@ -462,26 +452,30 @@ class Engine:
 
     def _hand_out(self, run: _Running, choices: list[Choice]) -> None:
         """Tokens that were chosen, the last of which is not computed yet."""
-        text, kept, finish = "", list[Choice](), None
+        chooser, writer, answer = run.chooser, run.writer, run.answer
+        text, kept = "", list[Choice]()
+        finish: Finish | None = None
         for choice in choices:
-            if choice.token in run.chooser.ends:
-                text, finish = text + (run.writer.close() if run.writer else ""), "end"
+            if choice.token in chooser.ends:
+                text, finish = text + (writer.close() if writer else ""), "end"
                 break
             kept.append(choice)
-            if run.writer is not None:
-                text += run.writer.push(choice.token)
-                if run.writer.stopped:
+            if writer is not None:
+                text += writer.push(choice.token)
+                if writer.stopped:
                     finish = "stop"
                     break
-        if finish is None and len(run.answer.choices) + len(kept) >= run.answer.request.sampling.max_new_tokens:
-            text += run.writer.close() if run.writer else ""
-            finish = "stop" if run.writer is not None and run.writer.stopped else "length"
-        run.progress.known = len(run.ids)
-        self._follow(run)
+        if finish is None and len(answer.choices) + len(kept) >= chooser.sampling.max_new_tokens:
+            text += writer.close() if writer else ""
+            finish = "stop" if writer is not None and writer.stopped else "length"
+        run.progress.known = len(chooser.ids)
+        if run.followers:
+            self._follow(run)
+        piece = Piece(text, tuple(kept), finish)
         if finish is None:
-            run.answer.give(Piece(text, tuple(kept)))
+            answer.give(piece)
         else:
-            self._end_now(run, finish, piece=Piece(text, tuple(kept), finish))  # type: ignore[arg-type]
+            self._end_now(run, finish, piece=piece)
 
     def _end_now(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
         with self._lock:
@@ -518,11 +512,10 @@ class Engine:
 
     def _follow(self, run: _Running) -> None:
         """The prompt has been read: its copies may begin."""
-        if run.followers:
-            with self._lock:
-                for follower in run.followers:
-                    self._enter(follower)
-            run.followers = []
+        with self._lock:
+            for follower in run.followers:
+                self._enter(follower)
+        run.followers = []
 
     def _end_all(self, error: Exception | None = None) -> None:
         with self._lock:
@@ -598,6 +591,7 @@ class Engine:
                 )
         return True
 
+    @torch.no_grad()
     def _loop(self) -> None:
         while True:
             with self._work:

@@ -6,7 +6,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.sampling import Choice, Mark, Sampling, Step
@@ -53,8 +53,7 @@ class Request:
         return (self.space, *sorted(self.side.items()))
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What came with one step: text that is certain, the tokens chosen, and at the end why it ended."""
 
     text: str = ""
@@ -75,7 +74,7 @@ class Answer:
         self, request: Request, drive: Callable[[Answer], bool], listener: Callable[[Piece], None] | None
     ) -> None:
         self.request = request
-        self.text, self.choices = "", list[Choice]()
+        self.choices = list[Choice]()
         self.prompt_choices: list[Choice] = []
         self.finish: Finish | None = None
         self.error: str | None = None
@@ -86,12 +85,17 @@ class Answer:
         self.begun_at = self.first_at = self.done_at = 0.0
         self.cancelled = False
         self._drive, self._listener = drive, listener
+        self._texts = list[str]()
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
     @property
     def failure(self) -> ArmillaryError:
         """Of an answer that ended in an error."""
         return (InputError if self.own else GenerationError)(self.error or "the engine failed")
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
 
     def cancel(self) -> None:
         """End it before the next step."""
@@ -123,13 +127,13 @@ class Answer:
 
     def give(self, piece: Piece) -> None:
         """For the engine: the next piece."""
-        now = time.monotonic()
         if piece.choices and not self.first_at:
-            self.first_at = now
-        self.text += piece.text
+            self.first_at = time.monotonic()
+        if piece.text:
+            self._texts.append(piece.text)
         self.choices.extend(piece.choices)
         if piece.finish is not None:
-            self.finish, self.done_at = piece.finish, now
+            self.finish, self.done_at = piece.finish, time.monotonic()
         self._pieces.put(piece)
         if self._listener is not None:
             self._listener(piece)

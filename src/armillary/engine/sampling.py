@@ -3,20 +3,26 @@
 Order: constraints; biases, penalties and bounds of length; temperature, top-k, top-p, min-p; watermark;
 draw. Every sequence draws from its own generator, once per token, so its tokens do not depend on its
 neighbours in the batch, nor on whether they were guessed beforehand.
+
+On a CPU the C library chooses for all rows in one call (native/choice.c), which gives the tokens of the plain form
+here but where a draw lies within about 1e-6 of the border between two tokens: sums are taken in another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from ctypes import c_float
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from armillary.base.errors import InputError, SettingsError, nearest
+from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
+from armillary.native.choice import Ends, Problem, Row, choose_rows, sheet
 
 
 class Sampling(Settings):
@@ -99,14 +105,20 @@ class Mark(Protocol):
     def begin(self) -> Step: ...
 
 
-@dataclass(frozen=True)
-class Choice:
+AHEAD = 64  # numbers that are drawn at a time
+
+
+class Choice(NamedTuple):
     """A token, its log-probability in nats under the model's own distribution (unfiltered, temperature
     1), and the likeliest tokens with theirs."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Unusable(ArmillaryError):
+    """Scores from which no token can be chosen."""
 
 
 class Chooser:
@@ -128,87 +140,247 @@ class Chooser:
     ) -> None:
         self.sampling, self.ends, self.steps = sampling, list(ends), tuple(steps)
         self.mark = None if mark is None else mark.begin()
+        self.greedy = c_float(sampling.temperature).value == 0  # in the precision in which scores are divided
         # A fixed odd multiplier keeps the streams of neighbouring sequences and seeds apart.
-        self.generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
+        self._generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
+        self._draws: Iterator[float] = iter(())
         self.ids = list(prompt)
         self.begun = len(self.ids)
         self.plain = sampling.plain and not self.steps and mark is None
-        self._seen = set(self.ids)
-        self._counts: dict[int, int] = {}
+        self.seen = Tally(self.ids if sampling.repetition_penalty != 1.0 else None)
+        self.counted = Tally(() if sampling.presence_penalty or sampling.frequency_penalty else None)
+        self.bounded = bool(self.ends) and (sampling.min_new_tokens > 0 or sampling.target_new_tokens is not None)
+        self._row: _Row | None = None
 
     @property
     def generated(self) -> int:
         return len(self.ids) - self.begun
 
+    def draw(self) -> float:
+        """The next number in [0, 1) of its own stream, which is drawn ahead."""
+        found = next(self._draws, None)
+        if found is None:
+            self._draws = iter(torch.rand(AHEAD, dtype=torch.float64, generator=self._generator).tolist())
+            found = next(self._draws)
+        return found
+
+    def stepped(self, scores: Tensor) -> Tensor:
+        """Scores [V] float32, which may be changed, with constraints applied."""
+        for step in self.steps:
+            scores = step.apply(scores, self.ids)
+        return scores
+
+    def end_rule(self) -> tuple[Ends, float]:
+        """What happens to the scores of the ends now, and what is added to them."""
+        sampling = self.sampling
+        if self.generated < sampling.min_new_tokens:
+            return Ends.FORBID_UNLESS_ALL if self.steps else Ends.FORBID, 0.0
+        if sampling.target_new_tokens is not None:
+            done = self.generated / sampling.target_new_tokens
+            return Ends.ADD_TO, 10 * max(-1.0, min(1.0, 2 * (done - 1)))
+        return Ends.LEAVE, 0.0
+
+    def check_bias(self, vocabulary: int) -> None:
+        """Raises InputError for a bias of a token that is none."""
+        for token in self.sampling.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise InputError(f"logit_bias names the token {token}; the vocabulary has {vocabulary}")
+
     def shaped(self, scores: Tensor) -> Tensor:
         """Scores [V] float32 with constraints, biases, penalties and bounds applied."""
         sampling = self.sampling
-        scores = scores.clone()
-        for step in self.steps:
-            scores = step.apply(scores, self.ids)
+        scores = self.stepped(scores.clone())
+        self.check_bias(len(scores))
         for token, bias in sampling.logit_bias.items():
-            if not 0 <= token < len(scores):
-                raise InputError(f"logit_bias names the token {token}; the vocabulary has {len(scores)}")
             scores[token] += bias
-        if sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(self._seen), dtype=torch.int64)
+        if self.seen.tokens:
+            seen = torch.tensor(self.seen.tokens, dtype=torch.int64)
             picked, penalty = scores[seen], sampling.repetition_penalty
             scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
-            tokens = torch.tensor(list(self._counts), dtype=torch.int64)
-            counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+        if self.counted.tokens:
+            tokens = torch.tensor(self.counted.tokens, dtype=torch.int64)
+            counts = torch.tensor(self.counted.counts, dtype=scores.dtype)
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if self.ends:
-            if self.generated < sampling.min_new_tokens:
-                kept = scores[self.ends].clone()
-                scores[self.ends] = -torch.inf
-                if self.steps and not bool(torch.isfinite(scores).any()):
-                    scores[self.ends] = kept  # a constraint that allows nothing but the end stands above a bound
-            elif sampling.target_new_tokens is not None:
-                done = self.generated / sampling.target_new_tokens
-                scores[self.ends] += 10 * max(-1.0, min(1.0, 2 * (done - 1)))
+        rule, amount = self.end_rule() if self.bounded else (Ends.LEAVE, 0.0)
+        if rule is Ends.ADD_TO:
+            scores[self.ends] += amount
+        elif rule is not Ends.LEAVE:
+            kept = scores[self.ends].clone()
+            scores[self.ends] = -torch.inf
+            if rule is Ends.FORBID_UNLESS_ALL and bool((scores == -torch.inf).all()):
+                scores[self.ends] = kept  # a constraint that allows nothing but the end stands above a bound
         return scores
 
     def accept(self, token: int) -> None:
         self.ids.append(token)
         if not self.plain:
-            self._seen.add(token)
-            self._counts[token] = self._counts.get(token, 0) + 1
-            for step in (*self.steps, *([] if self.mark is None else [self.mark])):
+            self.seen.add(token)
+            self.counted.add(token)
+            for step in self.steps:
                 step.accept(token)
+            if self.mark is not None:
+                self.mark.accept(token)
+
+    def row(self, logits: Tensor, at: int) -> Row:
+        """For the C library: what is asked of row `at` of logits [n, V] or [n, 1, V]."""
+        if self._row is None:
+            self._row = _Row(self, logits.shape[-1])
+        if not self.plain:
+            self._row.shape(self, logits, at)
+        return self._row.row
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
-    """One token for each row of logits [n, V], by the chooser of the row."""
-    scores = logits.float()
-    own = torch.log_softmax(scores, -1)
-    if not all(chooser.plain for chooser in choosers):
-        scores = torch.stack(
-            [row if chooser.plain else chooser.shaped(row) for row, chooser in zip(scores, choosers, strict=True)]
+class Tally:
+    """Tokens and how often each came, in memory that C can read; tokens: to begin with, or None: none is counted."""
+
+    def __init__(self, tokens: Iterable[int] | None) -> None:
+        self.tokens, self.counts = array("q"), array("f")
+        self._places: dict[int, int] | None = None if tokens is None else {}
+        for token in tokens or ():
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        if self._places is None:
+            return
+        place = self._places.setdefault(token, len(self.tokens))
+        if place == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(0.0)
+        self.counts[place] += 1.0
+
+
+class _Row:
+    """A chooser's row for the C library: what stays is written once, what moves before every choice."""
+
+    def __init__(self, chooser: Chooser, vocabulary: int) -> None:
+        asked = chooser.sampling
+        chooser.check_bias(vocabulary)
+        self._bias_ids, self._biases = array("q", asked.logit_bias), array("f", asked.logit_bias.values())
+        self._ends = array("q", chooser.ends)
+        self._scores: Tensor | None = None  # there until the choice is made
+        self.row = Row(
+            temperature=asked.temperature,
+            tops=asked.alternatives,
+            top_k=asked.top_k or 0,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            least=-math.inf if asked.min_p is None else math.log(asked.min_p),
+            repetition=asked.repetition_penalty,
+            presence=asked.presence_penalty,
+            frequency=asked.frequency_penalty,
+            biased_ids=self._bias_ids.buffer_info()[0],
+            biases=self._biases.buffer_info()[0],
+            biased=len(self._biases),
+            end_ids=self._ends.buffer_info()[0],
+            ends=len(self._ends),
         )
-    tokens = torch.empty(len(choosers), dtype=torch.int64, device=logits.device)
+
+    def shape(self, chooser: Chooser, logits: Tensor, at: int) -> None:
+        """What the answer has come to."""
+        row = self.row
+        if chooser.steps:
+            self._scores = chooser.stepped(logits[at].flatten().to(torch.float32, copy=True)).contiguous()
+            row.scores = self._scores.data_ptr()
+        if chooser.bounded:
+            row.end_rule, row.end_amount = chooser.end_rule()
+        if chooser.seen.tokens:
+            row.seen_ids, row.seen = chooser.seen.tokens.buffer_info()
+        if chooser.counted.tokens:
+            row.counted_ids, row.counted = chooser.counted.tokens.buffer_info()
+            row.counts = chooser.counted.counts.buffer_info()[0]
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
+    """One token for each row of logits [n, V] or [n, 1, V], by the chooser of the row; or what went wrong with that
+    row: Unusable where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
+    scores = sheet(logits)
+    if scores is None:
+        return choose_plain(logits, choosers)
+    found: dict[int, Choice | Exception] = {}
+    rows, places, draws = list[Row](), list[int](), list[float]()
+    for at, chooser in enumerate(choosers):
+        if chooser.mark is not None:
+            (found[at],) = choose_plain(logits[at : at + 1], [chooser])
+            continue
+        try:
+            rows.append(chooser.row(logits, at))
+        except Exception as error:
+            found[at] = error
+            continue
+        places.append(at)
+        draws.append(0.0 if chooser.greedy else chooser.draw())
+    for at, row, (problem, token, logprob) in zip(places, rows, choose_rows(scores, rows, places, draws), strict=True):
+        if problem:
+            found[at] = _unusable(problem)
+        else:
+            wanted = min(row.tops, scores.width)
+            top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
+            found[at] = _chosen(choosers[at], token, logprob, top)
+    return [found[at] for at in range(len(choosers))]
+
+
+def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
+    try:
+        chooser.accept(token)
+    except Exception as error:
+        return error
+    return Choice(token, logprob, top)
+
+
+def _unusable(problem: int) -> Unusable:
+    return Unusable(
+        "the network gave no finite scores" if problem == Problem.NOT_FINITE else "nothing is left to choose from"
+    )
+
+
+def choose_plain(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
+    """The plain form of `choose`."""
+    scores = logits.flatten(1).float()
+    own = torch.log_softmax(scores, -1)
+    found = dict[int, Choice | Exception]()
+    found |= {row: _unusable(Problem.NOT_FINITE) for row in _not_finite(scores)}
+    if not all(chooser.plain for chooser in choosers):
+        shaped = list(scores)
+        for row, chooser in enumerate(choosers):
+            if chooser.plain or row in found:
+                continue
+            try:
+                shaped[row] = chooser.shaped(scores[row])
+            except Exception as error:
+                found[row] = error
+        scores = torch.stack(shaped)
+        found |= {row: _unusable(Problem.NOTHING_LEFT) for row in _not_finite(scores) if row not in found}
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row, chooser in enumerate(choosers):
         asked = chooser.sampling
-        greedy = asked.temperature == 0
-        groups.setdefault(() if greedy else (asked.temperature, asked.top_k, asked.top_p, asked.min_p), []).append(row)
+        kind = () if chooser.greedy else (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
+        if row not in found:
+            groups.setdefault(kind, []).append(row)
+    tokens = torch.zeros(len(choosers), dtype=torch.int64, device=logits.device)
     for kind, rows in groups.items():
         some = scores if len(rows) == len(choosers) else scores[rows]
         asked = choosers[rows[0]].sampling
-        if kind:
-            some = filtered(some / asked.temperature, asked)
-        if any(choosers[row].mark is not None for row in rows):
-            some = torch.stack([_marked(one, choosers[row]) for one, row in zip(some, rows, strict=True)])
-        tokens[rows] = _draw(some, [choosers[row].generator for row in rows]) if kind else some.argmax(-1)
+        if kind:  # however low the temperature is, the likeliest stays at 0
+            some = filtered((some - some.amax(-1, keepdim=True)) / asked.temperature, asked)
+        for place, row in enumerate(rows):
+            mark = choosers[row].mark
+            if mark is not None:
+                some = some.clone()
+                try:
+                    some[place] = mark.apply(some[place], choosers[row].ids)
+                except Exception as error:
+                    found[row] = error
+        tokens[rows] = _draw(some, [choosers[row].draw() for row in rows]) if kind else some.argmax(-1)
     logprobs = own.gather(1, tokens[:, None])[:, 0].tolist()
-    found = []
     for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
-        chooser.accept(token)
-        top: tuple[tuple[int, float], ...] = ()
-        if chooser.sampling.alternatives:
-            top = likeliest(own[row], chooser.sampling.alternatives)
-        found.append(Choice(token, logprobs[row], top))
-    return found
+        if row not in found:
+            wanted = chooser.sampling.alternatives
+            found[row] = _chosen(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
+    return [found[row] for row in range(len(choosers))]
+
+
+def _not_finite(scores: Tensor) -> list[int]:
+    """Rows with no largest number."""
+    return [row for row, fine in enumerate(torch.isfinite(scores.amax(-1)).tolist()) if not fine]
 
 
 def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -217,14 +389,9 @@ def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def _marked(scores: Tensor, chooser: Chooser) -> Tensor:
-    return scores if chooser.mark is None else chooser.mark.apply(scores, chooser.ids)
-
-
-def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def _draw(scores: Tensor, draws: Sequence[float]) -> Tensor:
     ladder = torch.softmax(scores, -1).double().cumsum(-1)
-    draws = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in generators])
-    goal = draws.to(ladder.device)[:, None] * ladder[:, -1:]
+    goal = torch.tensor(draws, dtype=torch.float64, device=ladder.device)[:, None] * ladder[:, -1:]
     tokens = torch.searchsorted(ladder, goal, right=True)[:, 0]
     # A draw that rounds to the very top must land on the last token that has any probability.
     last = (ladder < ladder[:, -1:]).sum(-1)
@@ -237,8 +404,8 @@ def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
         floor = scores.topk(sampling.top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < floor, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = scores.sort(-1, descending=True)
-        share = torch.softmax(ordered, -1)
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        share = torch.softmax(ordered.double(), -1)
         beyond = share.cumsum(-1) - share >= sampling.top_p
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     if sampling.min_p is not None:

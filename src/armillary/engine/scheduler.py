@@ -58,7 +58,7 @@ class Sequence:
         return self.missing == 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Work:
     """`count` tokens of a sequence, `drafts` of them guesses."""
 
@@ -250,10 +250,14 @@ class Scheduler:
         )
 
     def _share(self, plan: Plan, now: float, budget: int) -> None:
-        decoding = [one for one in self.running if one.decoding]
-        prompts = sorted((one for one in self.running if one.missing > 1), key=lambda one: self._rank(one, now))
+        decoding, prompts = list[Sequence](), list[Sequence]()
+        for one in self.running:
+            missing = one.known - one.computed
+            if missing:
+                (decoding if missing == 1 else prompts).append(one)
+        prompts.sort(key=lambda one: self._rank(one, now))
         for sequence in decoding:
-            drafts = min(sequence.drafts, sequence.limit - sequence.known)
+            drafts = min(sequence.drafts, sequence.limit - sequence.known) if sequence.drafts else 0
             if sequence.stage == "running" and self._grow(plan, sequence, sequence.known + drafts):
                 self._give(plan, sequence, 1 + drafts, drafts)
         left = budget

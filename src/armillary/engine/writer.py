@@ -22,6 +22,8 @@ class Writer:
         return "" if self.stopped else self._settle(self.decoder.finish(), last=True)
 
     def _settle(self, text: str, last: bool) -> str:
+        if not self.stops:
+            return text
         self.held += text
         found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
         if found:

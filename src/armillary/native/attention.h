@@ -29,7 +29,7 @@ enum { KEYS = 64, ASKED = 32 };
 /* What a block of queries holds; lines of `padded` numbers, zeros behind the width. */
 typedef struct {
     float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, KEYS], [KEYS, padded] twice */
-    int64_t key_at[KEYS], value_at[KEYS];     /* where each key and value of the block begins */
+    int64_t key_at[KEYS], value_at[KEYS];       /* where each key and value of the block begins */
     float most[ASKED], sum[ASKED], fade[ASKED]; /* of a query: maximum and sum so far, what is left of the past */
     int64_t from[ASKED], to[ASKED];             /* its keys in the block */
 } asked_t;

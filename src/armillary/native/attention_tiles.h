@@ -1,6 +1,7 @@
 /* Attention over keys and values in bf16 by the processor's tiles (AMX). As in attention.h a query's sums have one
  * order: it has a lane of its own, whoever is in the others, and its weights of keys that are not its own are 0.
- * Queries are taken as the sum of two bf16, weights are rounded to bf16. */
+ * Queries are taken as the sum of two bf16, weights are rounded to bf16. A value that is no number reaches tokens of
+ * the same sequence that are read in the same call before it. */
 #ifndef ARMILLARY_ATTENTION_TILES_H
 #define ARMILLARY_ATTENTION_TILES_H
 

@@ -53,18 +53,22 @@ INLINE int64_t picked_by(const float *picks, int64_t rows, int64_t top, int64_t 
     return count;
 }
 
-INLINE int64_t taken_bytes(int kind, int64_t inputs) {
-    return kind == F32 || kind == BF16 ? 4 * inputs : line_of(inputs);
+/* Some rows as an expert's products take them: owners[i] / divisor is where row i stands in x. Returns what is behind
+ * them. */
+INLINE float *gather_rows(int kind, const float *x, const int64_t *owners, int64_t divisor, int64_t count,
+                          int64_t inputs, void *to) {
+    if (kind == F32 || kind == BF16) {
+        for (int64_t i = 0; i < count; i++)
+            memcpy((float *)to + i * inputs, x + owners[i] / divisor * inputs, sizeof(float) * (size_t)inputs);
+        return (float *)to + count * inputs;
+    }
+    prepared_t p = prepared(to, kind, inputs, count);
+    for (int64_t i = 0; i < count; i++) prepare(x + owners[i] / divisor * inputs, &p, kind, i, inputs);
+    return (float *)((char *)to + prepared_size(kind, inputs, count));
 }
 
-/* One of the rows that go through an expert, as its products take it. */
-INLINE void gather_row(int kind, const float *x, char *to, int64_t inputs) {
-    if (kind == F32 || kind == BF16) memcpy(to, x, sizeof(float) * (size_t)inputs);
-    else quantise(x, (int8_t *)to, inputs);
-}
-
-INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t inputs, int64_t outputs, const void *x,
-                           float *y, int64_t rows, range_t columns) {
+INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t inputs, int64_t outputs, void *x, float *y,
+                           int64_t rows, range_t columns) {
     op_t one = *op;
     one.weight = expert->weight, one.more = expert->more, one.bias = expert->bias;
     one.n[0] = inputs, one.n[1] = outputs, one.f[0] = 1.0f;
@@ -75,24 +79,23 @@ INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t input
 }
 
 /* Columns of what all picks are inside their experts, [rows, top, hidden]: activation(gate) up, or activation(up).
- * n: inputs, hidden, units, experts, top, activation; in: x, more: picks of this thread, weight: experts' up
+ * n: inputs, hidden, units, experts, top, activation (below 0: none); in: x, more: picks of this thread, weight: experts' up
  * products and, unless bias is null, bias: their gates; scratch: x and two results of all rows, then 8 bytes a row */
 static void experts_in(const op_t *op, const float *x, const float *picks, float *out, int64_t rows, range_t columns,
                        float *scratch) {
     int64_t inputs = op->n[0], hidden = op->n[1], top = op->n[4], count = columns.stop - columns.first;
-    int64_t *owners = (int64_t *)scratch, bytes = taken_bytes(op->kind, inputs);
-    char *taken = (char *)(owners + rows);
-    float *up = (float *)(taken + rows * bytes), *gate = up + rows * hidden;
+    int64_t *owners = (int64_t *)scratch;
+    void *taken = owners + rows;
     for (int64_t e = 0; e < op->n[3]; e++) {
         int64_t found = picked_by(picks, rows, top, e, owners);
         if (found == 0) continue;
-        for (int64_t i = 0; i < found; i++) gather_row(op->kind, x + owners[i] / top * inputs, taken + i * bytes, inputs);
+        float *up = gather_rows(op->kind, x, owners, top, found, inputs, taken), *gate = up + found * hidden;
         expert_product(op, (const expert_t *)op->weight + e, inputs, hidden, taken, up, found, columns);
         if (op->bias)
             expert_product(op, (const expert_t *)op->bias + e, inputs, hidden, taken, gate, found, columns);
         for (int64_t i = 0; i < found; i++) {
             float *line = (op->bias ? gate : up) + i * hidden + columns.first;
-            activate(line, op->bias ? up + i * hidden + columns.first : NULL, count, (int)op->n[5]);
+            if (op->n[5] >= 0) activate(line, op->bias ? up + i * hidden + columns.first : NULL, count, (int)op->n[5]);
             memcpy(out + owners[i] * hidden + columns.first, line, sizeof(float) * (size_t)count);
         }
     }
@@ -104,15 +107,14 @@ static void experts_in(const op_t *op, const float *x, const float *picks, float
 static void experts_out(const op_t *op, const float *x, const float *picks, float *out, int64_t rows,
                         range_t columns, float *scratch) {
     int64_t inputs = op->n[0], outputs = op->n[1], top = op->n[4];
-    int64_t *owners = (int64_t *)scratch, bytes = taken_bytes(op->kind, inputs);
-    char *taken = (char *)(owners + rows);
-    float *each = (float *)(taken + rows * bytes);
+    int64_t *owners = (int64_t *)scratch;
+    void *taken = owners + rows;
     for (int64_t r = 0; r < rows; r++)
         memset(out + r * outputs + columns.first, 0, sizeof(float) * (size_t)(columns.stop - columns.first));
     for (int64_t e = 0; e < op->n[3]; e++) {
         int64_t found = picked_by(picks, rows, top, e, owners);
         if (found == 0) continue;
-        for (int64_t i = 0; i < found; i++) gather_row(op->kind, x + owners[i] * inputs, taken + i * bytes, inputs);
+        float *each = gather_rows(op->kind, x, owners, 1, found, inputs, taken);
         expert_product(op, (const expert_t *)op->weight + e, inputs, outputs, taken, each, found, columns);
         for (int64_t i = 0; i < found; i++) {
             int64_t r = owners[i] / top;
@@ -120,6 +122,14 @@ static void experts_out(const op_t *op, const float *x, const float *picks, floa
             for (int64_t c = columns.first; c < columns.stop; c++) line[c] += gate * each[i * outputs + c];
         }
     }
+}
+
+/* x [rows, a, b, width] -> y [rows, b, a, width], heads `mine` of y. n: heads, a, width */
+static void swap(const op_t *op, const float *x, float *y, int64_t rows, range_t mine) {
+    int64_t heads = op->n[0], a = op->n[1], b = heads / a, width = op->n[2];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = mine.first; h < mine.stop; h++)
+            memcpy(y + (r * heads + h) * width, x + (r * heads + h % a * b + h / a) * width, sizeof(float) * (size_t)width);
 }
 
 /* y + sigmoid(s) x for columns `from` to before `to`. n: width; in: x, more: s [rows] */

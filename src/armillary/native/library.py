@@ -1,6 +1,6 @@
 """Builds the C library on the machine it runs on, and loads it through ctypes.
 
-It is compiled once per set of sources, compiler and processor, in about a second, into the user's cache
+It is compiled once per set of sources, compiler and processor, in a few seconds, into the user's cache
 (ARMILLARY_CACHE, else XDG_CACHE_HOME/armillary), for exactly this processor. Set
 ARMILLARY_NATIVE=0 to do without.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c"))
+SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c", "choice.c"))
 # Sums may be reordered, which vectorising needs. Not -ffast-math: linking with it would make the whole
 # process flush subnormal numbers to zero.
 MATHEMATICS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")

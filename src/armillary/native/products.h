@@ -1,181 +1,182 @@
-/* Products of a few rows with weights in float32, bf16, int8 and int4. */
+/* Products of a few rows with weights in float32, bf16, int8 and int4.
+ *
+ * Weights lie in blocks of 16 columns, the last one filled up with zeros, so that a vector holds as many
+ * columns and a sum is never spread over lanes: float32 [blocks, k, 16]; bf16 in pairs [blocks, k/2, 16, 2],
+ * k up to whole steps of 32; int8 in fours [blocks, k/4, 16, 4], steps of 64; int4 by steps of 64: 2 x 16 scales in
+ * bf16, then four lines for each of its groups of 32, whose byte [column, j] of line i holds numbers
+ * 4 i + j and, in its upper half, 16 + 4 i + j, each moved up by 8.
+ */
 #ifndef ARMILLARY_PRODUCTS_H
 #define ARMILLARY_PRODUCTS_H
 
-#include "record.h"
+#include "tiles.h"
 
-/* y[r, c] = w[c] . x[r] (+ bias) for a tile of columns and rows, each sum in an accumulator of its own. */
-INLINE void float_tile(const int bf16, const int columns, const int rows, const void *w, const float *x, float *y,
-                       const float *bias, float factor, int64_t k, int64_t n, int64_t column) {
-    wide sums[4][4];
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) sums[c][r] = (wide){0};
-    int64_t i = 0;
-    for (; i + WIDE <= k; i += WIDE) {
-        wide ws[4];
-        for (int c = 0; c < columns; c++) ws[c] = get(w, (column + c) * k + i, bf16);
+INLINE void float_tile(const int bf16, const int blocks, const int rows, const op_t *op, const float *x, float *y,
+                       int64_t block, range_t columns) {
+    int64_t k = op->n[0], count = bf16 ? k / 2 : k;
+    int64_t size = (bf16 ? (k + STEP / 2 - 1) / (STEP / 2) * (STEP / 4) : k) * STEP;
+    const char *w = (const char *)op->weight + block * size;
+    lanes sums[4][8];
+    for (int b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) sums[b][r] = spread(0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        lanes first[4], second[4];
+        for (int b = 0; b < blocks; b++) {
+            const char *at = w + b * size + i * STEP;
+            SOON(at);
+            first[b] = bf16 ? firsts(at) : lanes_at(at);
+            if (bf16) second[b] = seconds(at);
+        }
         for (int r = 0; r < rows; r++) {
-            wide each = *(const wide *)(x + r * k + i);
-            for (int c = 0; c < columns; c++) sums[c][r] = fuse(ws[c], each, sums[c][r]);
+            lanes each = spread(x[r * k + (bf16 ? 2 * i : i)]);
+            for (int b = 0; b < blocks; b++) sums[b][r] = fuse_lanes(first[b], each, sums[b][r]);
+            if (!bf16) continue;
+            each = spread(x[r * k + 2 * i + 1]);
+            for (int b = 0; b < blocks; b++) sums[b][r] = fuse_lanes(second[b], each, sums[b][r]);
         }
     }
-    for (int c = 0; c < columns; c++)
+    float whole[4 * 8][BLOCK];
+    for (int b = 0; b < blocks; b++)
         for (int r = 0; r < rows; r++) {
-            float sum = sum_of(sums[c][r]);
-            for (int64_t j = i; j < k; j++) sum += get_one(w, (column + c) * k + j, bf16) * x[r * k + j];
-            y[r * n + column + c] = bias ? sum * factor + bias[column + c] : sum * factor;
+            if (bf16 && k % 2)
+                sums[b][r] = fuse_lanes(firsts(w + b * size + count * STEP), spread(x[r * k + k - 1]), sums[b][r]);
+            put(sums[b][r], whole[b * rows + r]);
         }
+    finish(op, whole[0], blocks, rows, NULL, y, block, columns);
 }
 
-/* A line of int8 x: its float scale, then its numbers, zeros up to a multiple of GROUP. */
-INLINE int64_t line_of(int64_t k) { return HEADER + (k + GROUP - 1) / GROUP * GROUP; }
-
-#if defined(__AVX2__)
-typedef __m256i sums_t;
-INLINE sums_t no_sums(void) { return _mm256_setzero_si256(); }
-/* Products of |x| and w with the sign of x: pairs stay below 2^15 because neither goes to -128. */
-INLINE sums_t dot_group(__m256i w, const int8_t *x) {
-    __m256i each = _mm256_loadu_si256((const __m256i *)x);
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(each), _mm256_sign_epi8(w, each));
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-INLINE sums_t add_sums(sums_t a, sums_t b) { return _mm256_add_epi32(a, b); }
-INLINE wide float_sums(sums_t a) { return (wide)_mm256_cvtepi32_ps(a); }
-INLINE int32_t total(sums_t a) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-typedef __m256i group_t;
-INLINE group_t group_int8(const int8_t *w) { return _mm256_loadu_si256((const __m256i *)w); }
-INLINE group_t group_int4(const uint8_t *w) {
-    __m128i both = _mm_loadu_si128((const __m128i *)w);
-    __m256i apart = _mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1);
-    return _mm256_sub_epi8(_mm256_and_si256(apart, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
-}
-#else
-typedef struct { int32_t lane[WIDE]; } sums_t;
-INLINE sums_t no_sums(void) { sums_t s = {{0}}; return s; }
-typedef struct { int8_t w[GROUP]; } group_t;
-INLINE sums_t dot_group(group_t w, const int8_t *x) {
-    sums_t s = {{0}};
-    for (int i = 0; i < GROUP; i++) s.lane[i / 4] += (int32_t)w.w[i] * x[i];
-    return s;
-}
-INLINE sums_t add_sums(sums_t a, sums_t b) {
-    for (int i = 0; i < WIDE; i++) a.lane[i] += b.lane[i];
-    return a;
-}
-INLINE wide float_sums(sums_t a) {
-    wide x;
-    for (int i = 0; i < WIDE; i++) x[i] = (float)a.lane[i];
+INLINE int32_t word(const char *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
     return x;
 }
-INLINE int32_t total(sums_t a) {
-    int32_t sum = 0;
-    for (int i = 0; i < WIDE; i++) sum += a.lane[i];
-    return sum;
+
+INLINE void int8_tile(const int blocks, const int rows, const op_t *op, const prepared_t *p, int64_t row, float *y,
+                      int64_t block, range_t columns) {
+    int64_t size = p->steps * TILE * STEP;
+    const char *w = (const char *)op->weight + block * size;
+    ints sums[4][8];
+    for (int b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) sums[b][r] = ints_of(0);
+    for (int64_t s = 0; s < p->steps; s++) {
+        const char *x = line_of(p, s, row);
+        _Pragma("GCC unroll 2") for (int i = 0; i < TILE; i++) {
+            bytes each[4];
+            for (int b = 0; b < blocks; b++) {
+                const char *at = w + b * size + (s * TILE + i) * STEP;
+                SOON(at);
+                each[b] = bytes_at(at);
+            }
+            for (int r = 0; r < rows; r++)
+                for (int b = 0; b < blocks; b++) sums[b][r] = dot_int8(each[b], word(x + r * STEP + 4 * i), sums[b][r]);
+        }
+    }
+    float whole[4 * 8][BLOCK];
+    for (int b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) put(of_int8(op, sums[b][r], block + b), whole[b * rows + r]);
+    finish(op, whole[0], blocks, rows, p->scales + row, y, block, columns);
 }
-INLINE group_t group_int8(const int8_t *w) {
-    group_t g;
-    memcpy(g.w, w, GROUP);
-    return g;
+
+INLINE void int4_tile(const int rows, const op_t *op, const prepared_t *p, int64_t row, float *y, int64_t block,
+                      range_t columns) {
+    enum { LINES = GROUP / 8, SIZE = STEP + 2 * LINES * STEP };
+    const char *w = (const char *)op->weight + block * p->steps * SIZE;
+    lanes sums[8];
+    for (int r = 0; r < rows; r++) sums[r] = spread(0.0f);
+    for (int64_t s = 0; s < p->steps; s++, w += SIZE) {
+        for (int i = 0; i < SIZE / STEP; i++) SOON(w + i * STEP);
+        _Pragma("GCC unroll 1") for (int g = 0; g < 2; g++) {
+            lanes scale = lanes_of_bf16(w + g * 2 * BLOCK);
+            bytes low[LINES], high[LINES];
+            for (int i = 0; i < LINES; i++) {
+                bytes both = bytes_at(w + STEP + (g * LINES + i) * STEP);
+                low[i] = low_halves(both), high[i] = high_halves(both);
+            }
+            const char *x = line_of(p, s, row) + g * GROUP;
+            const int32_t *moved = p->sums + (2 * s + g) * p->rows + row;
+            for (int r = 0; r < rows; r++) {
+                ints total = ints_of(-8 * moved[r]), more = ints_of(0);
+                for (int i = 0; i < LINES; i++) {
+                    total = dot_int4(low[i], word(x + r * STEP + 4 * i), total);
+                    more = dot_int4(high[i], word(x + r * STEP + GROUP / 2 + 4 * i), more);
+                }
+                sums[r] = fuse_lanes(lanes_of_ints(add_ints(total, more)), scale, sums[r]);
+            }
+        }
+    }
+    float whole[8][BLOCK];
+    for (int r = 0; r < rows; r++) put(sums[r], whole[r]);
+    finish(op, whole[0], 1, rows, p->scales + row, y, block, columns);
 }
-INLINE group_t group_int4(const uint8_t *w) {
-    group_t g;
-    for (int i = 0; i < GROUP / 2; i++) g.w[i] = (int8_t)((w[i] & 15) - 8), g.w[i + GROUP / 2] = (int8_t)((w[i] >> 4) - 8);
-    return g;
-}
+
+/* One row takes four blocks at a time, several rows as many sums as there are registers for. */
+#if defined(__AVX512F__)
+#define MORE_ROWS(CALL, B) for (; r + 8 <= rows; r += 8) CALL(B, 8)
+enum { SIDE_BY_SIDE = 2 };
+#else
+#define MORE_ROWS(CALL, B)
+enum { SIDE_BY_SIDE = 1 };
 #endif
+#define ROWS(CALL, B)                                        \
+    {                                                        \
+        int64_t r = 0;                                       \
+        MORE_ROWS(CALL, B);                                  \
+        for (; r + 4 <= rows; r += 4) CALL(B, 4);            \
+        for (; r < rows; r++) CALL(B, 1);                    \
+    }
+#define BLOCKS(CALL)                                                                              \
+    {                                                                                             \
+        int64_t block = columns.first / BLOCK, stop = (columns.stop + BLOCK - 1) / BLOCK, r = 0;  \
+        if (rows == 1)                                                                            \
+            for (; block + 4 <= stop; block += 4) CALL(4, 1);                                     \
+        for (; block + SIDE_BY_SIDE <= stop; block += SIDE_BY_SIDE) ROWS(CALL, SIDE_BY_SIDE)      \
+        for (; block < stop; block++) ROWS(CALL, 1)                                               \
+    }
 
-/* int8 weights: rows of numbers up to a multiple of GROUP, one scale a row. */
-INLINE void int8_tile(const int columns, const int rows, const int8_t *w, const float *scales, const int8_t *x,
-                      float *y, const float *bias, float factor, int64_t k, int64_t n, int64_t column) {
-    int64_t line = line_of(k), width = line - HEADER;
-    sums_t sums[4][4];
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) sums[c][r] = no_sums();
-    for (int64_t i = 0; i < width; i += GROUP)
-        for (int c = 0; c < columns; c++) {
-            group_t each = group_int8(w + (column + c) * width + i);
-            for (int r = 0; r < rows; r++)
-                sums[c][r] = add_sums(sums[c][r], dot_group(each, x + r * line + HEADER + i));
-        }
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) {
-            float scale = *(const float *)(x + r * line);
-            float sum = (float)total(sums[c][r]) * (scale * scales[column + c]);
-            y[r * n + column + c] = bias ? sum * factor + bias[column + c] : sum * factor;
-        }
+static void f32_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
+#define CALL(B, R) float_tile(0, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
+    BLOCKS(CALL)
+#undef CALL
 }
 
-/* int4 weights: groups of 32, a bf16 scale and 16 bytes that hold number i and number i + 16. */
-INLINE void int4_tile(const int columns, const int rows, const uint8_t *w, const int8_t *x, float *y,
-                      const float *bias, float factor, int64_t k, int64_t n, int64_t column) {
-    int64_t line = line_of(k), groups = (line - HEADER) / GROUP, size = 2 + GROUP / 2;
-    wide sums[4][4];
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) sums[c][r] = (wide){0};
-    for (int64_t g = 0; g < groups; g++)
-        for (int c = 0; c < columns; c++) {
-            const uint8_t *at = w + ((column + c) * groups + g) * size;
-            uint16_t stored;
-            memcpy(&stored, at, 2);
-            float scale = from_bf16(stored);
-            group_t each = group_int4(at + 2);
-            for (int r = 0; r < rows; r++)
-                sums[c][r] = fuse(float_sums(dot_group(each, x + r * line + HEADER + g * GROUP)), wide_of(scale), sums[c][r]);
-        }
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) {
-            float sum = sum_of(sums[c][r]) * *(const float *)(x + r * line);
-            y[r * n + column + c] = bias ? sum * factor + bias[column + c] : sum * factor;
-        }
+static void bf16_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
+#define CALL(B, R) float_tile(1, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
+    BLOCKS(CALL)
+#undef CALL
 }
 
-#define TILES(NAME, CALL)                                                                               \
-    static void NAME##_product(const op_t *op, const void *x, float *y, int64_t rows, range_t columns) { \
-        int64_t k = op->n[0], n = op->n[1];                                                              \
-        int64_t c = columns.first;                                                                       \
-        for (; c + 4 <= columns.stop; c += 4) {                                                          \
-            int64_t r = 0;                                                                               \
-            for (; r + 4 <= rows; r += 4) { CALL(2, 4, c); CALL(2, 4, c + 2); }                          \
-            for (; r + 2 <= rows; r += 2) CALL(4, 2, c);                                                 \
-            for (; r < rows; r++) CALL(4, 1, c);                                                         \
-        }                                                                                                \
-        for (; c < columns.stop; c++) {                                                                  \
-            int64_t r = 0;                                                                               \
-            for (; r + 4 <= rows; r += 4) CALL(1, 4, c);                                                 \
-            for (; r < rows; r++) CALL(1, 1, c);                                                         \
-        }                                                                                                \
-    }
-#define F32_CALL(C, R, AT) float_tile(0, C, R, op->weight, (const float *)x + r * k, y + r * n, op->bias, op->f[0], k, n, AT)
-#define BF16_CALL(C, R, AT) float_tile(1, C, R, op->weight, (const float *)x + r * k, y + r * n, op->bias, op->f[0], k, n, AT)
-#define INT8_CALL(C, R, AT) \
-    int8_tile(C, R, op->weight, op->more, (const int8_t *)x + r * line_of(k), y + r * n, op->bias, op->f[0], k, n, AT)
-#define INT4_CALL(C, R, AT) int4_tile(C, R, op->weight, (const int8_t *)x + r * line_of(k), y + r * n, op->bias, op->f[0], k, n, AT)
-TILES(f32, F32_CALL)
-TILES(bf16, BF16_CALL)
-TILES(int8, INT8_CALL)
-TILES(int4, INT4_CALL)
+static void int8_product(const op_t *op, void *x, float *y, int64_t rows, range_t columns) {
+    prepared_t p = prepared(x, INT8, op->n[0], rows);
+#define CALL(B, R) int8_tile(B, R, op, &p, r, y + r * op->n[1], block, columns)
+    BLOCKS(CALL)
+#undef CALL
+}
 
-/* Numbers of one row as int8 with one scale; rows that hold NaN or infinity get a scale of NaN. */
-static void quantise(const float *x, int8_t *line, int64_t k) {
-    uint32_t most = 0; /* sizes compare as the integers that they are stored as; NaN lies above infinity */
-    for (int64_t i = 0; i < k; i++) {
-        uint32_t size;
-        memcpy(&size, x + i, 4);
-        size &= 0x7fffffffu;
-        most = size > most ? size : most;
+static void int4_product(const op_t *op, void *x, float *y, int64_t rows, range_t columns) {
+    prepared_t p = prepared(x, INT4, op->n[0], rows);
+#define CALL(B, R) int4_tile(R, op, &p, r, y + r * op->n[1], block, columns)
+    for (int64_t block = columns.first / BLOCK; block * BLOCK < columns.stop; block++) ROWS(CALL, 1)
+#undef CALL
+}
+
+/* n: inputs, outputs, units, whether by tiles; more: of int8; f: factor, before the bias */
+static void product(const op_t *op, void *x, float *y, int64_t rows, range_t columns, int *set) {
+    if (columns.first >= columns.stop) return;
+#if TILES
+    if (op->n[3] && op->kind == BF16) {
+        tiles_product(1, op, x, y, rows, columns, set);
+        return;
     }
-    float largest;
-    memcpy(&largest, &most, 4);
-    int8_t *to = line + HEADER;
-    int fine = most < 0x7f800000u;
-    float each = fine && largest > 1e-30f ? 127.0f / largest : 0.0f;
-    *(float *)line = fine ? largest / 127.0f : NAN;
-    for (int64_t i = 0; fine && i < k; i++) to[i] = (int8_t)(int32_t)__builtin_rintf(x[i] * each);
-    for (int64_t i = fine ? k : 0; i < line_of(k) - HEADER; i++) to[i] = 0;
+    if (op->n[3] && op->kind == INT8 && rows > 1) {
+        tiles_product(0, op, x, y, rows, columns, set);
+        return;
+    }
+#endif
+    (void)set;
+    if (op->kind == F32) f32_product(op, x, y, rows, columns);
+    else if (op->kind == BF16) bf16_product(op, x, y, rows, columns);
+    else if (op->kind == INT8) int8_product(op, x, y, rows, columns);
+    else int4_product(op, x, y, rows, columns);
 }
 
 #endif

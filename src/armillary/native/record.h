@@ -6,9 +6,9 @@
 
 enum code { EMBED, NORM, ANGLES, QUANTISE, PRODUCT, HEAD_NORM, ROTATE, APPEND, ATTEND, ACTIVATE, ADD, COPY, CAP, RETAIN, CLIP, PICK,
             CONVOLVE, GATES, MAP, MATRIX, SELECT, CUT, TAKE, CELL, SCALED,
-            ROUTE, EXPERTS_IN, EXPERTS_OUT, ADD_GATED, FEATURES, STICK };
+            ROUTE, EXPERTS_IN, EXPERTS_OUT, ADD_GATED, FEATURES, STICK, APPEND_INT8, ATTEND_INT8, SWAP };
 enum kind { F32, BF16, INT8, INT4, INT64 };
-enum { GROUP = 32, HEADER = 32 };
+enum { GROUP = 32 }; /* numbers of int4 that share a scale */
 
 /* in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread
  * that has its own; wait: a barrier comes first; picked: only the rows of which scores are asked for. */

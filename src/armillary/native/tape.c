@@ -14,13 +14,14 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "attention_int8.h"
 #include "experts.h"
 #include "products.h"
 #include "recurrence.h"
 #include "rowwise.h"
 #include "stick.h"
 
-static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch) {
+static void step(const op_t *op, const call_t *call, int thread, int threads, float *scratch, int *tiles) {
     int64_t rows = op->picked ? call->picks : call->rows;
     float *in = op->in ? (float *)((char *)op->in + op->in_stride * thread) : NULL;
     float *out = op->out ? (float *)((char *)op->out + op->out_stride * thread) : NULL;
@@ -59,16 +60,14 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
             }
         break;
     }
-    case QUANTISE: /* n: width */
-        for (int64_t r = 0; r < rows; r++) quantise(in + r * n[0], (int8_t *)out + r * line_of(n[0]), n[0]);
+    case QUANTISE: { /* n: width; out: as products with weights of the kind take rows */
+        prepared_t p = prepared(out, op->kind, n[0], rows);
+        for (int64_t r = 0; r < rows; r++) prepare(in + r * n[0], &p, op->kind, r, n[0]);
         break;
-    case PRODUCT: { /* n: inputs, outputs, units; more: scales of int8; f: factor, before the bias */
+    }
+    case PRODUCT: {
         range_t mine = share_of(n[2], thread, threads);
-        range_t columns = {mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])};
-        if (op->kind == F32) f32_product(op, in, out, rows, columns);
-        else if (op->kind == BF16) bf16_product(op, in, out, rows, columns);
-        else if (op->kind == INT8) int8_product(op, in, out, rows, columns);
-        else int4_product(op, in, out, rows, columns);
+        product(op, in, out, rows, (range_t){mine.first * (n[1] / n[2]), mine.stop * (n[1] / n[2])}, tiles);
         break;
     }
     case HEAD_NORM: { /* n: units, width of one, whether centred */
@@ -102,6 +101,9 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     case GATES:
         gates(op, rows, share_of(n[0], thread, threads));
         break;
+    case SWAP:
+        swap(op, in, out, rows, share_of(n[0], thread, threads));
+        break;
     case ROUTE:
         route(op, in, out, rows, scratch);
         break;
@@ -116,6 +118,12 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
     }
     case FEATURES:
         features(op, call, in, out, rows, share_of(n[0], thread, threads), scratch);
+        break;
+    case APPEND_INT8:
+        append_int8(op, call, in, rows, share_of(n[0], thread, threads));
+        break;
+    case ATTEND_INT8:
+        attend_int8(op, call, in, out, rows, scratch, thread, threads);
         break;
     case STICK:
         stick(op, call, in, out, rows, thread, threads);
@@ -174,12 +182,14 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
     _Pragma("omp parallel num_threads((int)threads)") {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
         float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+        int tiles = 0; /* how the thread's are set up */
         for (int64_t i = 0; i < count; i++) {
             if (ops[i].wait) {
                 _Pragma("omp barrier")
             }
-            step(ops + i, call, thread, all, scratch);
+            step(ops + i, call, thread, all, scratch, &tiles);
         }
+        free_tiles(&tiles);
         free(scratch);
     }
 }
@@ -188,11 +198,13 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
  * `back`: what a thread takes from another one without waiting for it is not there yet, or is gone. For tests. */
 void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_t threads, int64_t back) {
     float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+    int tiles = 0;
     for (int64_t first = 0, stop; first < count; first = stop) {
         for (stop = first + 1; stop < count && !ops[stop].wait; stop++);
         for (int64_t turn = 0; turn < threads; turn++)
             for (int64_t i = first; i < stop; i++)
-                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, scratch);
+                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, scratch, &tiles);
     }
+    free_tiles(&tiles);
     free(scratch);
 }

@@ -5,7 +5,9 @@ What a record means is said in tape.c; which records a network needs is its modu
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
@@ -17,7 +19,9 @@ from armillary.native.library import function
 
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
-HEADER = 32  # bytes before the numbers of a quantised row
+BLOCK = 16  # columns of a product that lie together
+TILE = 16  # lines of a tile
+STEP = 64  # bytes of a row that products with int8, int4 and, in tiles, bf16 take at once
 KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
 
 
@@ -55,6 +59,9 @@ class Code(IntEnum):
     ADD_GATED = 28
     FEATURES = 29
     STICK = 30
+    APPEND_INT8 = 31
+    ATTEND_INT8 = 32
+    SWAP = 33
 
 
 class Kind(IntEnum):
@@ -67,7 +74,7 @@ class Kind(IntEnum):
     INT64 = 4
 
 
-KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int64: Kind.INT64}
+KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int8: Kind.INT8, torch.int64: Kind.INT64}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
@@ -128,9 +135,89 @@ def attend_floats(width: int) -> int:
     return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
 
 
-def line_bytes(width: int) -> int:
-    """Bytes of one quantised row: its scale, and the numbers up to whole groups."""
-    return HEADER + -(-width // GROUP) * GROUP
+def tiles() -> bool:
+    """Whether products may go through the processor's tiles (AMX): it has them, and the system lets us."""
+    return bool(function("tape_tiles", [], c_int32)())
+
+
+def prepared_bytes(width: int, kind: Kind) -> int:
+    """Most bytes of one row as products with such weights take it (prepared.h)."""
+    if kind == Kind.BF16:
+        return 4 * (-(-width // (STEP // 2)) * (STEP // 2))
+    steps = -(-width // STEP)
+    return steps * STEP + (4 * steps * STEP // GROUP if kind == Kind.INT4 else 0) + 4
+
+
+class Memory:
+    """Memory for weights in large pieces, each of them in large pages where the system has any: reading on
+    through memory is then a third quicker. A piece is given back when nothing in it is used any more."""
+
+    PIECE = 1 << 26
+
+    def __init__(self) -> None:
+        self._piece = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """[size] bytes, on a line of the cache."""
+        whole = -(-size // 64) * 64
+        if whole > len(self._piece):
+            self._piece = self._large(max(self.PIECE, whole))
+        taken, self._piece = self._piece[:size], self._piece[whole:]
+        return taken
+
+    @staticmethod
+    def _large(size: int) -> Tensor:
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size, dtype=torch.uint8)
+        piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system that was built without them
+            piece.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(piece, dtype=torch.uint8)
+
+
+def lay_out(weight: Tensor, kind: Kind, memory: Memory) -> tuple[Tensor, ...]:
+    """W [N, K] as products hold it (products.h), a copy: its numbers, and in int8 [2, N up to whole blocks] the
+    scales and what takes back that numbers of rows are moved up."""
+    if kind == Kind.INT8:
+        numbers, scales = pack_int8(weight)
+        beside = torch.zeros(2, -(-len(scales) // BLOCK) * BLOCK)
+        beside[0, : len(scales)] = scales
+        beside[1, : len(scales)] = (-128 * numbers.sum(1, dtype=torch.int32)).view(torch.float32)
+        return _blocks(numbers, memory), beside
+    if kind == Kind.INT4:
+        return (_blocks_int4(pack_int4(weight), memory),)
+    return (_blocks(weight.detach().to(torch.float32 if kind == Kind.F32 else torch.bfloat16), memory),)
+
+
+def _blocks(numbers: Tensor, memory: Memory) -> Tensor:
+    """[N, K] → [blocks, words, 16 columns, numbers of a word of 32 bits]; bf16 and int8 up to whole steps."""
+    each = 4 // numbers.element_size()
+    step = 1 if each == 1 else STEP // numbers.element_size()
+    rows, width = numbers.shape
+    blocks, words = -(-rows // BLOCK), -(-width // step) * step // each
+    out = memory.take(64 * blocks * words).view(torch.int32).view(blocks, words, BLOCK)
+    if width % step:
+        numbers = torch.nn.functional.pad(numbers, (0, -width % step))
+    flat = numbers.contiguous().view(torch.int32).view(rows, words)
+    whole = rows // BLOCK
+    out[:whole].copy_(flat[: whole * BLOCK].view(whole, BLOCK, words).transpose(1, 2))
+    if whole < blocks:
+        out[whole].zero_()
+        out[whole, :, : rows % BLOCK] = flat[whole * BLOCK :].T
+    return out.view(numbers.dtype).view(blocks, words, BLOCK, each)
+
+
+def _blocks_int4(packed: Tensor, memory: Memory) -> Tensor:
+    """[N, groups, 18] → [blocks, pairs of groups, 9 lines of 64 bytes]."""
+    rows, groups = packed.shape[:2]
+    blocks, pairs = -(-rows // BLOCK), -(-groups // 2)
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, -groups % 2, 0, -rows % BLOCK))
+    out = memory.take(blocks * pairs * 9 * 64).view(blocks, pairs, 9 * 64)
+    apart = packed.view(blocks, BLOCK, pairs, 2, 2 + GROUP // 2)
+    scales, halves = apart[..., :2].permute(0, 2, 3, 1, 4), apart[..., 2:].unflatten(-1, (-1, 4))
+    out[..., :64].view(blocks, pairs, 2, BLOCK, 2).copy_(scales)
+    out[..., 64:].view(blocks, pairs, 2, GROUP // 8, BLOCK, 4).copy_(halves.permute(0, 2, 3, 4, 1, 5))
+    return out
 
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

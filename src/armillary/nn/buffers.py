@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from armillary.native.tape import line_bytes
+from armillary.native.tape import TILE, Kind, prepared_bytes
 
 WHOLE = 0  # the part of a buffer that an operation touches: all of it, whoever wrote what
 ROWS = -1  # or the rows that fall to a thread; above 0: the thread's share of so many units
@@ -22,7 +22,7 @@ class Buffer:
     tensor: Tensor
     width: int
     own: bool
-    lines: Buffer | None = None  # the same rows in int8
+    prepared: dict[Kind, Buffer] = field(default_factory=dict)  # the same rows as products with such weights take them
 
     @property
     def at(self) -> int:
@@ -42,19 +42,20 @@ class Buffers:
         self._kept: list[Tensor] = []  # what records point at
         self._free: dict[tuple[int, bool, torch.dtype], list[Tensor]] = {}
         self._lent: list[Buffer] = []
-        self._lined: list[Buffer] = []
+        self._prepared: list[Buffer] = []
 
-    def buffer(self, width: int, *, own: bool = False, lines: bool = False) -> Buffer:
-        """Room for a value; it goes back when the branch that asked for it is written down."""
-        bytes_ = line_bytes(width) if lines else 4 * width
-        dtype = torch.int8 if lines else torch.float32
-        free = self._free.get((bytes_, own, dtype))
-        if free:
-            tensor = free.pop()
+    def buffer(self, width: int, *, own: bool = False, kind: Kind = Kind.F32) -> Buffer:
+        """Room for a value; it goes back when the branch that asked for it is written down. kind: other than
+        F32 for rows that are prepared for products with such weights."""
+        if kind == Kind.F32:
+            dtype, size = torch.float32, self.rows * width
         else:
-            # a line of the cache more, so that threads share none
-            size = self.rows * bytes_ // dtype.itemsize + 64 // dtype.itemsize
-            tensor = torch.zeros(self.threads if own else 1, size, dtype=dtype)
+            dtype, size = torch.int8, -(-self.rows // TILE) * TILE * prepared_bytes(width, kind)
+        # up to whole lines of the cache and one more, so that threads share none
+        line = 64 // dtype.itemsize
+        size = (-(-size // line) + 1) * line
+        free = self._free.get((size, own, dtype))
+        tensor = free.pop() if free else torch.zeros(self.threads if own else 1, size, dtype=dtype)
         made = Buffer(tensor, width, own)
         self._lent.append(made)
         return made
@@ -67,12 +68,11 @@ class Buffers:
         """Let the buffers asked for since then be used again."""
         for buffer in self._lent[mark:]:
             tensor = buffer.tensor
-            bytes_ = (tensor.shape[1] - 64 // tensor.element_size()) * tensor.element_size() // self.rows
-            self._free.setdefault((bytes_, buffer.own, tensor.dtype), []).append(tensor)
+            self._free.setdefault((tensor.shape[1], buffer.own, tensor.dtype), []).append(tensor)
         del self._lent[mark:]
-        for buffer in self._lined:
-            buffer.lines = None
-        self._lined.clear()
+        for buffer in self._prepared:
+            buffer.prepared.clear()
+        self._prepared.clear()
 
     def keep(self, tensor: Tensor) -> int:
         """Where a tensor lies that records point at."""
@@ -85,13 +85,13 @@ class Buffers:
             return 0
         return self.keep(tensor.detach().float().contiguous())
 
-    def lined(self, x: Buffer) -> tuple[Buffer, bool]:
-        """Room for x in int8, and whether it is filled."""
-        if x.lines is not None:
-            return x.lines, True
-        x.lines = self.buffer(x.width, own=True, lines=True)
-        self._lined.append(x)
-        return x.lines, False
+    def prepared(self, x: Buffer, kind: Kind) -> tuple[Buffer, bool]:
+        """Room for x as products with such weights take it, and whether it is filled."""
+        if kind in x.prepared:
+            return x.prepared[kind], True
+        x.prepared[kind] = self.buffer(x.width, own=True, kind=kind)
+        self._prepared.append(x)
+        return x.prepared[kind], False
 
     def touch(self, reads: Sequence[tuple[Buffer | int, int]], writes: Sequence[tuple[Buffer | int, int]]) -> bool:
         """Whether what other threads do to the same memory has to be over first."""

@@ -22,12 +22,13 @@ from armillary.native.tape import (
     Call,
     Code,
     Kind,
+    Memory,
     Program,
     Record,
     Weights,
     attend_floats,
-    pack_int4,
-    pack_int8,
+    lay_out,
+    tiles,
 )
 from armillary.nn.activation import ACTIVATIONS as FUNCTIONS
 from armillary.nn.buffers import ROWS, WHOLE, Buffer, Buffers, Use
@@ -92,6 +93,7 @@ class Tape(Buffers):
         self._tables: list[Tensor] = []
         self._held: list[tuple[State, str, int]] = []
         self._packed: Packed = {} if packed is None else packed
+        self._memory = Memory()
         self._angles: dict[Any, Buffer] = {}
         self._picked = False
         self._into = np.zeros((4, rows), np.int64)
@@ -126,7 +128,7 @@ class Tape(Buffers):
         record.wait = self.touch(reads, writes)
         for what, _ in writes:
             if isinstance(what, Buffer):
-                what.lines = None
+                what.prepared.clear()
         self._steps.append(record)
 
     write = _add  # of operations that stand in files of their own (nn/steps)
@@ -196,7 +198,8 @@ class Tape(Buffers):
         kind, data, scales = self.pack(weight, weights)
         out = self.buffer(outputs)
         units = split(outputs) if unit is None else outputs // unit
-        taken = x if kind in (Kind.F32, Kind.BF16) else self._quantised(x)
+        by_tiles = not self.dry and kind in (Kind.BF16, Kind.INT8) and tiles()
+        taken = self._prepare(x, kind) if by_tiles or kind in (Kind.INT8, Kind.INT4) else x
         self._add(
             Code.PRODUCT,
             into=taken,
@@ -204,7 +207,7 @@ class Tape(Buffers):
             reads=[(taken, WHOLE)],
             writes=[(out, units)],
             kind=kind,
-            n=(inputs, outputs, units),
+            n=(inputs, outputs, units, int(by_tiles)),
             f=(factor,),
             weight=data,
             more=scales,
@@ -212,11 +215,12 @@ class Tape(Buffers):
         )
         return out
 
-    def _quantised(self, x: Buffer) -> Buffer:
-        lines, filled = self.lined(x)
+    def _prepare(self, x: Buffer, kind: Kind) -> Buffer:
+        """Rows in int8, or split in two bf16 numbers for tiles: once for all products that take them."""
+        rows, filled = self.prepared(x, kind)
         if not filled:
-            self._add(Code.QUANTISE, into=x, out=lines, reads=[(x, WHOLE)], n=(x.width,))
-        return lines
+            self._add(Code.QUANTISE, into=x, out=rows, reads=[(x, WHOLE)], kind=kind, n=(x.width,))
+        return rows
 
     def pack(self, weight: Tensor, weights: Weights | None = None) -> tuple[Kind, int, int]:
         """How a weight is held, where it lies and where its scales do."""
@@ -225,20 +229,13 @@ class Tape(Buffers):
             raise NoStep(f"weights of {weight.dtype}")
         if self.dry:
             return Kind.F32, 0, 0
+        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
         key, version = (weight.data_ptr(), *weight.shape, weights), weight._version
         if key not in self._packed or self._packed[key][0] != version:
             held = weight.detach()
-            made: tuple[Tensor, ...]
-            if weights == "int8":
-                made = pack_int8(held)
-            elif weights == "int4":
-                made = (pack_int4(held),)
-            else:
-                made = (held.to(torch.float32 if weights == "float32" else torch.bfloat16).contiguous(),)
             # with the weight itself, so that no other can come to lie where it lies
-            self._packed[key] = version, (held, *made)
+            self._packed[key] = version, (held, *lay_out(held, kind, self._memory))
         _, numbers, *scales = self._packed[key][1]
-        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
         return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,31 @@ from armillary.server.turns import Spoken
 log = logging.getLogger("armillary.server")
 ALIVE = 15.0  # seconds between comments that keep a silent stream open
 READS = 30.0  # seconds that a client may take to read what was sent
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+class Post:
+    """Brings pieces from engines' threads to a loop, which is woken once for all that come before it looks: waking it
+    costs a call of the system, and steps give out a piece for every answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._bag: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._called = False
+
+    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """From any thread."""
+        self._bag.append((queue, item))
+        if not self._called:  # else it was before the bag is emptied that this was put into it
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False
+        while self._bag:
+            queue, item = self._bag.popleft()
+            queue.put_nowait(item)
 
 
 @dataclass
@@ -37,6 +63,13 @@ class Context:
 
     door: Door
     metrics: Metrics
+    _post: Post | None = None
+
+    def post(self, loop: asyncio.AbstractEventLoop) -> Post:
+        """Of the loop that this runs on."""
+        if self._post is None or self._post.loop is not loop:
+            self._post = Post(loop)
+        return self._post
 
 
 @dataclass
@@ -89,7 +122,7 @@ class Answered(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job, answers = self.job, list[Answer]()
-        loop = asyncio.get_running_loop()
+        post = self.context.post(asyncio.get_running_loop())
         pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         load, count = job.hosted.load, sum(len(group) for group in job.groups)
         entered = 0
@@ -104,7 +137,7 @@ class Answered(Response):
                 self._unread[first] = len(group[0].ids)  # the copies of an answer are read with the first
                 load.waiting_tokens += self._unread[first]
                 places = range(first, first + len(group))
-                answers += engine.submit_copies(group, [_listener(loop, pieces, place) for place in places])
+                answers += engine.submit_copies(group, [_listener(post, pieces, place) for place in places])
             leaving = asyncio.create_task(gone(receive))
             work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
             done, _ = await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
@@ -210,15 +243,11 @@ def used(prompt: int, generated: int) -> dict[str, Any]:
 def written(event: Any) -> str:
     """An event as it stands in a stream, named by its type where it has one."""
     name = f"event: {event['type']}\n" if "type" in event else ""
-    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{name}data: {_ENCODER.encode(event)}\n\n"
 
 
-def _listener(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:
-    def heard(piece: Piece) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
-            loop.call_soon_threadsafe(pieces.put_nowait, (place, piece))
-
-    return heard
+def _listener(post: Post, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:
+    return lambda piece: post.put(pieces, (place, piece))
 
 
 async def sent(send: Send, message: Message) -> None:

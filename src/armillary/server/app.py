@@ -11,6 +11,7 @@ import base64
 import contextlib
 import logging
 import struct
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -52,6 +53,8 @@ log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
 WORKERS = 32  # requests whose texts are prepared at a time
+SHORT = 512  # characters of a text that a request brings
+SWITCH = 0.0005  # seconds after which a thread that wants to go on is let in; Python's own 0.005 is a token's time
 ENDING = 10.0  # seconds for models to end what they are in the middle of
 LEFT = 499  # in place of a status, when the client left before there was one
 
@@ -126,13 +129,14 @@ class Server:
             if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
                 hosted.load.admit(1, 0, hosted.engine.pace.token if hosted.generates else 0.0)
             # templates, tokenizers and grammars take their time: others are not to wait for it
-            work = partial(call, asked, client, self._marks(request))
+            work: Callable[[], Response] = partial(call, asked, client, self._marks(request))
+            if _short(asked):
+                return work()  # takes less than going to another thread and back
             self._prepared += 1
             try:
-                response: Response = await asyncio.get_running_loop().run_in_executor(self._workers, work)
+                return await asyncio.get_running_loop().run_in_executor(self._workers, work)
             finally:
                 self._prepared -= 1
-            return response
 
         return self._guarded(path, handle)
 
@@ -385,7 +389,12 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        for hosted in self.models.values():
+            hosted.warm()
+        before = sys.getswitchinterval()  # the engine's thread and this one wait for each other at every token
+        sys.setswitchinterval(min(before, SWITCH))
         yield
+        sys.setswitchinterval(before)
         await self.end()
         if self.upstream is not None:
             await self.upstream.close()
@@ -408,6 +417,17 @@ class Embedded(JSONResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] |= self.seen
         await super().__call__(scope, receive, send)
+
+
+def _short(asked: BaseModel) -> bool:
+    """Whether a request's text is prepared in a moment: one short one, as it is, with no grammar."""
+    return (
+        isinstance(asked, CompletionRequest)
+        and isinstance(asked.prompt, str)
+        and len(asked.prompt) <= SHORT
+        and asked.regex is None
+        and asked.grammar is None
+    )
 
 
 def _no_response() -> HTTPError:

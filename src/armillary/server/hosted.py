@@ -293,6 +293,11 @@ class Hosted:
                 self._grammars = Grammars(self.tokenizer, self.network.settings.vocabulary)
             return self._grammars
 
+    def warm(self) -> None:
+        """Prepare in the background what the first requests would have to wait for."""
+        if self.parent is None and self._engine is not None and self.tokenizer.ends:
+            self.grammars.warm()
+
     def close(self) -> None:
         """Answers that are under way end."""
         if self.parent is not None:

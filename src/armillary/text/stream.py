@@ -27,6 +27,7 @@ class StreamDecoder:
         self._waiting: list[int] = []
         self._first, self._strip = True, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._broken = False  # whether the decoder holds the beginning of a character
         self._begin()
 
     def push(self, id: int) -> str:
@@ -46,7 +47,11 @@ class StreamDecoder:
             cut = min(self._strip, len(data) - len(data.lstrip(b" ")))
             data = data[cut:]
             self._strip = 0 if data else self._strip - cut
-        return self._decoder.decode(data)
+        if not self._broken and data.isascii():
+            return data.decode("ascii")
+        text = self._decoder.decode(data)
+        self._broken = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """What is left, with a replacement character for a sequence that never became complete.
@@ -61,5 +66,6 @@ class StreamDecoder:
 
     def _begin(self) -> None:
         self._decoder.reset()
+        self._broken = False
         self._first = True
         self._strip = 0 if self._pieces is None else self._pieces.strip

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from armillary.base.errors import UnsupportedError
-from armillary.nn.cache import Kept, KeptState, Later
+from armillary.nn.cache import Int8State, Kept, KeptState, Later
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
@@ -41,6 +41,7 @@ from armillary.nn.positions.alibi import Alibi
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.positions.transformer_xl import TransformerXLPosition
 from armillary.nn.state import FixedState, SlideState, SpanState, State, WindowState, zeros
+from armillary.nn.steps.span import attend_int8
 from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 _SITES = frozenset({"rotate", "bias", "relate"})
@@ -371,23 +372,47 @@ class Attention(Mixer):
 
     def recorded(self, tape: Tape, x: Buffer, state: State, back: int | None = None) -> Buffer:
         """The step of attention that looks at most `back` tokens back."""
-        if self.order != "causal" or self.cross or not self.diagonal or type(state) not in (SpanState, WindowState):
+        if (
+            self.order != "causal"
+            or self.cross
+            or not self.diagonal
+            or type(state)
+            not in (
+                SpanState,
+                Int8State,
+                WindowState,
+            )
+        ):
             raise NoStep("attention that is not causal, or with a memory, a driver or a cache of another kind")
         biased = isinstance(self.position, Alibi)
         if self.tracks and not biased:
             raise NoStep("scores that depend on positions otherwise than by slopes")
-        k, v = tape.hold(state, "k", "v")
         queries = self._headed_step(tape, x, self.q, self.heads, self.q_norm)
         keys = self._headed_step(tape, x, self.k, self.groups, self.k_norm)
         values = self._headed_step(tape, x, self.v, self.groups, None)
         if self.rotates:
             record(self.position, tape, queries, self.heads)
             record(self.position, tape, keys, self.groups)
-        tape.append(k, keys)
-        tape.append(v, values)
         if self.tracks:
             tape.append(tape.hold(state, "positions")[0], None)
         slopes = self.position.slopes if isinstance(self.position, Alibi) else None
+        if isinstance(state, Int8State):
+            mixed = attend_int8(
+                tape,
+                state,
+                queries,
+                keys,
+                values,
+                self.heads,
+                scale=self.scale,
+                softcap=self.softcap,
+                sinks=self.sinks,
+                slopes=slopes,
+            )
+            return record(self.o, tape, mixed)  # type: ignore[no-any-return]
+        k, v = tape.hold(state, "k", "v")
+        tape.append(k, keys)
+        tape.append(v, values)
         mixed = tape.attend(
             queries,
             k,

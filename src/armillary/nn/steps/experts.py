@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from armillary.native.tape import Code, Kind
+from armillary.native.tape import TILE, Code, Kind, prepared_bytes
 from armillary.nn.buffers import WHOLE, Buffer
 from armillary.nn.linear import ExpertLinear
 from armillary.nn.tape import NoStep, Tape, split
@@ -49,9 +49,9 @@ def experts_in(
     picks: Buffer,
     up: ExpertLinear,
     gate: ExpertLinear | None,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor] | None,
 ) -> Buffer:
-    """activation(gate x) · up x, or activation(up x), of every pick: [rows, top · hidden]."""
+    """activation(gate x) · up x, activation(up x), or without one up x, of every pick: [rows, top · hidden]."""
     top, hidden = picks.width // 2, up.outputs
     out = tape.buffer(top * hidden)
     kind, table = _table(tape, up)
@@ -63,7 +63,14 @@ def experts_in(
         reads=[(x, WHOLE), (picks, WHOLE)],
         writes=[(out, WHOLE)],
         kind=kind,
-        n=(up.inputs, hidden, split(hidden), up.experts, top, tape.activation(activation)),
+        n=(
+            up.inputs,
+            hidden,
+            split(hidden),
+            up.experts,
+            top,
+            -1 if activation is None else tape.activation(activation),
+        ),
         more=picks.at,
         rest=picks.stride,
         weight=table,
@@ -93,6 +100,14 @@ def experts_out(tape: Tape, hidden: Buffer, picks: Buffer, down: ExpertLinear) -
     return out
 
 
+def swap(tape: Tape, x: Buffer, a: int, b: int) -> Buffer:
+    """[rows, a, b, ·] → [rows, b, a, ·]."""
+    out, heads = tape.buffer(x.width), a * b
+    n = (heads, a, x.width // heads)
+    tape.write(Code.SWAP, into=x, out=out, reads=[(x, WHOLE)], writes=[(out, heads)], n=n)
+    return out
+
+
 def add_gated(tape: Tape, y: Buffer, x: Buffer, gate: Buffer) -> None:
     """y + σ(gate) · x, in place; gate [rows, 1]."""
     units = tape.units_of(y)
@@ -119,5 +134,6 @@ def _table(tape: Tape, product: ExpertLinear) -> tuple[Kind, int]:
 
 
 def _reserve(tape: Tape, product: ExpertLinear) -> None:
-    """Memory for the rows of one expert, of every thread: owners, inputs (in int8 with a header) and results."""
-    tape.scratch = max(tape.scratch, tape.rows * (2 + product.inputs + 16 + 2 * product.outputs))
+    """Memory for the rows of one expert, of every thread: owners, inputs as products take them, and results."""
+    taken = max(4 * product.inputs, *(prepared_bytes(product.inputs, kind) for kind in (Kind.INT8, Kind.INT4)))
+    tape.scratch = max(tape.scratch, tape.rows * (2 + 2 * product.outputs) + (tape.rows + TILE) * -(-taken // 4))

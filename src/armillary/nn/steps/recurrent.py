@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from armillary.native.tape import KINDS, Code
-from armillary.nn.buffers import WHOLE, Buffer
+from armillary.nn.buffers import WHOLE, Buffer, Use
 from armillary.nn.state import State
 from armillary.nn.tape import NoStep, Tape
 
@@ -152,7 +152,7 @@ def features(
     out = tape.buffer(heads * size)
     fades = None if so_far is None else tape.buffer(2 * heads)
     tape.scratch = max(tape.scratch, heads * (width + many))
-    moved = [] if so_far is None or fades is None else [(so_far.data_ptr(), heads), (fades, heads)]
+    moved: list[Use] = [] if so_far is None or fades is None else [(so_far.data_ptr(), heads), (fades, heads)]
     tape.write(
         Code.FEATURES,
         into=x,

@@ -1,4 +1,4 @@
-"""Native steps of recurrent mixers, against the same network in float64 without a tape.
+"""Native steps of mixers (nn/steps) but for attention, against the same network in float64 without a tape.
 
 The oracle is each mixer's own `extend`, whose equations its own tests compare with the papers'. Steps differ in
 kind: alone and together, one token and several, ragged, with plain chunks and snapshots in between.
@@ -37,6 +37,7 @@ NATIVE = {
     "lstm",
     "mamba",
     "mamba2",
+    "moa",
     "performer",
     "retention",
     "rnn",
@@ -61,6 +62,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "performer_pairs": {"kind": "performer", "heads": 2, "features": 22, "hyperbolic": True},
     "performer_relu": {"kind": "performer", "heads": 2, "features": 22, "kernel": "relu"},
     "taylor": {"kind": "taylor", "heads": 2},
+    "moa_groups": {"kind": "moa", "top": 3, "kv_heads": 2, "head_width": 12, "position": "rope"},
+    "moa_sticks": {"kind": "moa", "kv_heads": 3, "head_width": 8, "weights": "stick_breaking", "normalise": False},
     "stick": {"kind": "stick_breaking", "heads": 4, "kv_heads": 2, "head_width": 13},
     "retention": {"kind": "retention", "heads": 3, "expand": 1.25},
     "gru": {"kind": "gru", "hidden": 37},

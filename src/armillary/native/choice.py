@@ -1,0 +1,105 @@
+"""The choice of the next token of each row, by one call of the C library; its plain form is engine/sampling.py's."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from ctypes import Structure, addressof, c_double, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from armillary.native.library import function, library
+
+_SIZES = {torch.float32: 4, torch.bfloat16: 2}
+_ARGUMENTS = [c_void_p] * 4 + [c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32]
+TOP = 20  # alternatives, at the most
+SPLIT = 1 << 16  # scores from which a second thread brings more than it costs
+
+
+class Problem(IntEnum):
+    """What became of a row; the order is that of choice.c."""
+
+    FINE = 0
+    NOT_FINITE = 1
+    NOTHING_LEFT = 2
+
+
+class Ends(IntEnum):
+    """What happens to the scores of the tokens that end an answer; the order is that of choice.c."""
+
+    LEAVE = 0
+    FORBID = 1
+    FORBID_UNLESS_ALL = 2
+    ADD_TO = 3
+
+
+class Row(Structure):
+    """row_t of choice.c: what is asked, and the likeliest tokens."""
+
+    _fields_ = (
+        ("scores", c_void_p),
+        ("top_p", c_double),
+        ("temperature", c_float),
+        ("least", c_float),
+        ("repetition", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("end_amount", c_float),
+        ("end_rule", c_int32),
+        ("tops", c_int32),
+        ("top_k", c_int64),
+        ("biased", c_int64),
+        ("seen", c_int64),
+        ("counted", c_int64),
+        ("ends", c_int64),
+        ("biased_ids", c_void_p),
+        ("seen_ids", c_void_p),
+        ("counted_ids", c_void_p),
+        ("end_ids", c_void_p),
+        ("biases", c_void_p),
+        ("counts", c_void_p),
+        ("top_ids", c_int32 * TOP),
+        ("top_logprobs", c_float * TOP),
+    )
+
+
+class Sheet(NamedTuple):
+    """Where scores lie: address of the first row, bytes between rows, scores of a row, whether in bf16."""
+
+    address: int
+    step: int
+    width: int
+    bf16: bool
+
+
+def sheet(logits: Tensor) -> Sheet | None:
+    """Of logits [n, V] or [n, 1, V]; None where the C library cannot read them: it is not there, or they are not on
+    the CPU, in float32 or bf16, the numbers of a row side by side.
+
+    Right after a step nothing of PyTorch is in the processor's caches, and what takes a tenth of a microsecond in a
+    loop takes ten: so it is asked as little as can be.
+    """
+    size = _SIZES.get(logits.dtype)
+    strides = logits.stride()
+    if size is None or strides[-1] != 1 or not logits.is_cpu or library() is None:
+        return None
+    return Sheet(logits.data_ptr(), strides[0] * size, logits.shape[-1], size == 2)
+
+
+def choose_rows(
+    scores: Sheet, rows: Sequence[Row], places: Sequence[int], draws: Sequence[float]
+) -> list[tuple[int, int, float]]:
+    """Problem, token and log-probability for the rows at `places` of the scores. draws: uniform in [0, 1). What
+    pointers of the rows name has to be there until then, and every id that a row names has to lie in the vocabulary."""
+    count = len(rows)
+    threads = min(count, torch.get_num_threads()) if count * scores.width >= SPLIT else 1
+    given = array("q", map(addressof, rows)), array("q", places), array("d", draws), array("d", bytes(24 * count))
+    call = function("choose_rows", _ARGUMENTS, c_int32)
+    at = [one.buffer_info()[0] for one in given]
+    if call(*at, count, scores.address, scores.step, scores.width, scores.bf16, threads):
+        raise MemoryError("no memory for the choice of tokens")
+    found = iter(given[3].tolist())
+    return [(int(problem), int(token), logprob) for problem, token, logprob in zip(found, found, found, strict=True)]

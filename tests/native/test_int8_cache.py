@@ -1,0 +1,80 @@
+"""Native attention over keys and values in 8 bits, against plain steps over the same kind of state."""
+
+from __future__ import annotations
+
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+
+from armillary.base.settings import parse
+from armillary.engine import replay
+from armillary.engine.slots import Slots
+from armillary.native import available
+from armillary.native.tape import Program
+from armillary.nn.cache import Int8
+from armillary.nn.network import ModelSettings, Network, build
+from armillary.nn.state import State
+
+pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
+MIXERS: dict[str, dict[str, Any]] = {
+    "grouped": {"heads": 6, "kv_heads": 1, "head_width": 48, "position": "rope"},
+    "narrow": {"heads": 6, "kv_heads": 2, "head_width": 11},
+    "slopes": {"heads": 4, "position": "alibi", "softcap": 2.0, "sinks": True},
+}
+STEPS: list[tuple[list[int], list[list[int]]]] = [
+    ([0], [list(range(40))]),  # a plain chunk
+    ([2], [[1, 2, 3]]),
+    ([0, 2], [[4], [4]]),
+    ([0, 1, 2], [[3, 4], [2], [1, 9, 8, 7]]),
+    *[([0, 1, 2], [[at], [at + 1], [3]]) for at in range(3)],
+]
+
+
+def network(kind: str) -> Network:
+    block = {"mixer": {"kind": "attention", **MIXERS[kind]}, "channel": "gated"}
+    settings = {"width": 40, "depth": 1, "vocabulary": 40, "context": 64, "block": block}
+    return build(parse(ModelSettings, settings), seed=3).eval()
+
+
+def held(slots: Slots) -> State:
+    return slots.state.blocks[0]["mixer"]
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
+    made = network(kind)
+    slots, plain = (Slots(made, 3, 64, Int8(), weights=weights) for weights in ("float32", "plain"))  # type: ignore[arg-type]
+    assert slots.replay is not None and not slots.replay.tape.plain
+    for rows, chunks in STEPS:
+        found, expected = (each.extend(rows, chunks, last=False).clone() for each in (slots, plain))
+        for at, chunk in enumerate(chunks):
+            assert float((found[at, : len(chunk)] - expected[at, : len(chunk)]).abs().max()) < 1e-4
+    slots.settle()
+    assert held(slots).tensors["k"].dtype == torch.int8
+    for name, tensor in held(plain).tensors.items():
+        # a number between two steps may fall to either, where sums end otherwise
+        assert (held(slots).tensors[name].double() - tensor.double()).abs().max() <= 1
+        assert torch.equal(held(slots).tensors[name], tensor) or name in ("k", "v")
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_threads_and_neighbours_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(kind)
+    texts = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
+    alone = Slots(made, 3, 64, Int8(), weights="float32")
+    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(texts)]
+    monkeypatch.setattr(replay, "ALONE", 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for way in ("at once", "in turn", "back"):
+            if way != "at once":  # one thread after another between barriers
+                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
+            found = Slots(made, 3, 64, Int8(), weights="float32").extend([0, 1, 2], texts, last=False)
+            assert all(torch.equal(found[row], single[row]) for row in range(3)), way
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,116 @@
+"""What keeps a token from waiting on its way to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from server_parts import Served, hosted
+
+from armillary.server import Server
+from armillary.server.answering import Post
+
+
+@pytest.fixture
+def running():
+    one = Served(Server([hosted()]))
+    yield one
+    one.close()
+
+
+def test_no_token_waits_for_an_acknowledgement(running) -> None:
+    """On sockets that asyncio does not see to by itself: those of `Served` were made without the protocol's number."""
+    assert running.listening.proto == 0
+    with socket.create_connection(("127.0.0.1", running.port)):
+        time.sleep(0.2)
+        ours = [
+            one
+            for one in gc.get_objects()
+            if isinstance(one, socket.socket) and one.fileno() >= 0 and one is not running.listening
+        ]
+        accepted = [one for one in ours if one.getsockname()[:2] == ("127.0.0.1", running.port)]
+        assert accepted
+        assert all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in accepted)
+
+
+def test_threads_take_turns_often_while_there_is_a_server() -> None:
+    before = sys.getswitchinterval()
+    one = Served(Server([hosted()]))
+    during = sys.getswitchinterval()
+    one.close()
+    assert during < 0.001 <= before
+    assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_a_short_text_is_prepared_on_the_spot_and_others_by_workers(running, monkeypatch) -> None:
+    seen = []
+    model = running.server.models["tiny"]
+    plain = type(model).prompts
+    monkeypatch.setattr(type(model), "prompts", lambda *given: seen.append(threading.current_thread()) or plain(*given))
+    for more in ({}, {"prompt": "x" * 1000}, {"regex": "[ab]{3}"}, {"prompt": ["a", "b"]}):
+        body = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 4} | more).encode()
+        asked = urllib.request.Request(f"{running.url}/v1/completions", body, {"content-type": "application/json"})
+        assert json.load(urllib.request.urlopen(asked))["choices"]
+    assert [one is running.thread for one in seen] == [True, False, False, False]
+
+
+def test_the_post_loses_nothing_and_keeps_the_order() -> None:
+    """From several threads at once, each piece comes once, in the order of its thread."""
+    count, senders = 2000, 3
+
+    async def take() -> tuple[list[tuple[int, int]], int]:
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        post, calls = Post(loop), 0
+        inner = loop.call_soon_threadsafe
+
+        def counted(*given):
+            nonlocal calls
+            calls += 1
+            return inner(*given)
+
+        loop.call_soon_threadsafe = counted
+        for at in range(count):  # what comes while the loop does not look costs one call
+            post.put(queue, (senders, at))
+        assert calls == 1
+
+        def send(sender: int) -> None:
+            for at in range(count):
+                post.put(queue, (sender, at))
+
+        threads = [threading.Thread(target=send, args=(sender,)) for sender in range(senders)]
+        for thread in threads:
+            thread.start()
+        found = [await queue.get() for _ in range(count * (senders + 1))]
+        for thread in threads:
+            thread.join()
+        return found, calls
+
+    found, _ = asyncio.run(take())
+    for sender in range(senders + 1):
+        assert [at for one, at in found if one == sender] == list(range(count))
+
+
+def test_a_post_to_a_loop_that_has_closed_is_dropped() -> None:
+    loop = asyncio.new_event_loop()
+    post, queue = Post(loop), asyncio.Queue()
+    loop.close()
+    post.put(queue, 1)
+    post.put(queue, 2)
+    assert queue.empty()
+
+
+def test_a_server_prepares_constraints_and_leaves_no_process() -> None:
+    one = Served(Server([hosted()]))
+    grammars = one.server.models["tiny"].grammars
+    grammars._warming.join(30)
+    trial = grammars._trial
+    assert trial is not None and trial.poll() is None
+    one.close()
+    assert trial.poll() is not None

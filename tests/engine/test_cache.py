@@ -46,7 +46,7 @@ def test_what_is_dropped_does_not_depend_on_neighbours(network, policy) -> None:
         for found, expected in zip(scores(together), scores(alone), strict=True):
             assert found == pytest.approx(expected, abs=1e-4)
         assert all(one.reused == 0 for one in together)
-    assert engine.prefixes.nbytes == 0
+    assert engine.recall.prefixes.nbytes == 0
     hurried = Engine(network, TOKENIZER, slots=1, cache=policy)
     pieces = in_pieces(hurried)
     low = hurried.submit(REQUESTS[0])

@@ -1,6 +1,6 @@
 """The engine: many answers from one network at a time, whatever its mechanisms.
 
-One step plans (`scheduler`), puts sequences in and out of their places (`slots`, `prefix`), computes
+One step plans (`scheduler`), puts sequences in and out of their places (`slots`, `recall`), computes
 (`network.extend`), chooses (`sampling`) and hands out. It runs on a thread of its own after `start`;
 without, whoever waits for an answer drives it.
 """
@@ -11,20 +11,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError
-from armillary.engine.adapter import Adapter, Adapters
+from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
 from armillary.engine.pace import Pace
-from armillary.engine.prefix import Match, Prefixes, Snapshot
+from armillary.engine.prefix import Match, Snapshot
+from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
+from armillary.engine.running import Running
 from armillary.engine.sampling import Choice, Chooser, Mark, choose, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
@@ -36,37 +37,6 @@ from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
-
-APART = 1024  # tokens between snapshots in a long prompt
-BRANCH = 32  # tokens beyond a match from which a common beginning is worth a snapshot
-
-
-@dataclass(eq=False)
-class _Running:
-    """An answer under way."""
-
-    answer: Answer
-    progress: Progress
-    chooser: Chooser
-    writer: Writer | None
-    adapter: Adapter | None = None
-    match: Match = field(default_factory=Match)
-    drafts: list[int] = field(default_factory=list)
-    followers: list[_Running] = field(default_factory=list)
-
-    @property
-    def ids(self) -> list[int]:
-        return self.chooser.ids
-
-    @property
-    def network(self) -> Network | None:
-        """With the adapter that was asked for; None: the engine's own."""
-        return None if self.adapter is None else self.adapter.network
-
-    @property
-    def origin(self) -> tuple[object, ...]:
-        """Sequences that may go on from one another; an adapter goes by its numbers."""
-        return (*self.answer.request.origin, None if self.adapter is None else self.adapter.digest)
 
 
 class Engine:
@@ -118,21 +88,21 @@ class Engine:
             network, slots, self.capacity, cache, weights=weights if taps is None else "plain"
         )
         # a prefix that sees itself both ways cannot be gone on from in the middle, nor what was dropped from
-        self.keeps = keep and form == "decoder" and not self.lossy
+        keep = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
             self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2
-        self.prefixes = Prefixes(self.slots.divisible)
+        self.recall = Recall(self.slots, self.memory, keep)
         self.scheduler = Scheduler(
-            slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self._shrink
+            slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink
         )
         self.pace = Pace()
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
         self._side = {name: torch.full((slots,), -1) for name in network.side_names | network.takes}
-        self._runs: dict[Progress, _Running] = {}
-        self._new: list[_Running] = []
+        self._runs: dict[Progress, Running] = {}
+        self._new: list[Running] = []
         self._lock = threading.Lock()  # of what is in line and under way
         self._stepping = threading.RLock()  # one step at a time, whoever drives
         self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
@@ -157,7 +127,7 @@ class Engine:
         first = runs[0]
         if any((run.answer.request.ids, run.origin) != (first.answer.request.ids, first.origin) for run in runs):
             raise InputError("copies need one prompt")
-        if len(runs) > 1 and self.keeps:
+        if len(runs) > 1 and self.recall.keeps:
             first.followers = runs[1:]
             before = len(first.ids) - 1
             if before and not self.slots.divisible:  # where a copy can go on from
@@ -170,7 +140,7 @@ class Engine:
             self._work.notify()
         return [run.answer for run in runs]
 
-    def _prepared(self, request: Request, listener: Callable[[Piece], None] | None) -> _Running:
+    def _prepared(self, request: Request, listener: Callable[[Piece], None] | None) -> Running:
         check(request, self.network, self.capacity, self._side)
         adapter = self.adapters.get(request.adapter)
         answer = Answer(request, self._drive, listener)
@@ -182,7 +152,7 @@ class Engine:
             key=request.key,
             priority=request.priority,
             deadline=None if request.timeout is None else answer.submitted + request.timeout,
-            stops=self._stops(request),
+            stops=self.recall.stops(request),
             # what is dropped depends on where chunks end, and that must not depend on the machine's load
             whole=prompt if self.network.settings.form == "prefix" or self.lossy else 0,
         )
@@ -197,9 +167,9 @@ class Engine:
         chooser = Chooser(sampling, request.ids, ends=ends, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
-        return _Running(answer, progress, chooser, writer, adapter)
+        return Running(answer, progress, chooser, writer, adapter)
 
-    def _enter(self, run: _Running) -> None:
+    def _enter(self, run: Running) -> None:
         self.scheduler.submit(run.progress, run.answer.submitted)
         self._new.append(run)
 
@@ -305,7 +275,7 @@ class Engine:
             self._end(self._runs[progress], "deadline")
         for progress in plan.preempted:
             run = self._runs[progress]
-            self._remember(run, progress.slot)
+            self.recall.remember(run, progress.slot)
             progress.computed = progress.drafts = 0
             run.drafts = []
             if self.lossy:  # tokens that came one by one come back one by one
@@ -368,32 +338,32 @@ class Engine:
                         self._fail(run, error, told=True)
 
     def _choose(
-        self, works: list[Work], runs: list[_Running], logits: Tensor, before: list[Snapshot], asked: bool
+        self, works: list[Work], runs: list[Running], logits: Tensor, before: list[Snapshot], asked: bool
     ) -> None:
         if not asked:
             ready = [place for place, one in enumerate(works) if one.finishes]
             for place, one in enumerate(works):
                 one.sequence.computed += one.count
                 if place not in ready:
-                    self._keep(runs[place])
+                    self.recall.paused(runs[place])
             if ready:
                 self._pick([runs[place] for place in ready], logits if len(ready) == len(works) else logits[ready])
             return
         for place, (one, run) in enumerate(zip(works, runs, strict=True)):
             self._check_drafts(one, run, logits[place, : one.count], before[place])
 
-    def _pick(self, runs: list[_Running], logits: Tensor) -> None:
+    def _pick(self, runs: list[Running], logits: Tensor) -> None:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
         for run, found in zip(runs, choose(logits, [run.chooser for run in runs]), strict=True):
             if isinstance(found, Choice):
-                if self.keeps:
-                    self._keep(run)
+                if self.recall.keeps:
+                    self.recall.paused(run)
                 self._hand_out(run, [found])
             else:
                 with self._lock:
                     self._fail(run, found)
 
-    def _check_drafts(self, one: Work, run: _Running, logits: Tensor, before: Snapshot) -> None:
+    def _check_drafts(self, one: Work, run: Running, logits: Tensor, before: Snapshot) -> None:
         """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
         progress, start = one.sequence, one.sequence.computed
         prompt = run.answer.request.ids
@@ -402,7 +372,7 @@ class Engine:
         known, ready = one.count - one.drafts, one.finishes
         progress.computed += known
         if not ready:
-            self._keep(run)
+            self.recall.paused(run)
             return
         if bool(torch.isnan(logits).any()):
             self._end_now(run, "error", "the network gave no finite scores")
@@ -428,10 +398,10 @@ class Engine:
             self._forget(run, start + known + right, start, before)
         progress.computed = start + known + right
         progress.known += right
-        self._keep(run)
+        self.recall.paused(run)
         self._hand_out(run, given)
 
-    def _forget(self, run: _Running, length: int, start: int, before: Snapshot) -> None:
+    def _forget(self, run: Running, length: int, start: int, before: Snapshot) -> None:
         """Take back the guesses that were wrong: cut where that can be done, else go back and read again."""
         slot = run.progress.slot
         if self.slots.divisible:
@@ -440,7 +410,7 @@ class Engine:
         self.slots.go_back(slot, start, before)
         self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps, network=run.network)
 
-    def _score_prompt(self, run: _Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
+    def _score_prompt(self, run: Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
         known = len(run.answer.prompt_choices)  # of an answer that made way and reads its prompt again
         for place in range(max(0, known - start), min(len(logits), len(prompt) - 1 - start)):
             own = torch.log_softmax(logits[place].float(), -1)
@@ -450,7 +420,7 @@ class Engine:
 
     # -- answers
 
-    def _hand_out(self, run: _Running, choices: list[Choice]) -> None:
+    def _hand_out(self, run: Running, choices: list[Choice]) -> None:
         """Tokens that were chosen, the last of which is not computed yet."""
         chooser, writer, answer = run.chooser, run.writer, run.answer
         text, kept = "", list[Choice]()
@@ -477,17 +447,17 @@ class Engine:
         else:
             self._end_now(run, finish, piece=piece)
 
-    def _end_now(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
+    def _end_now(self, run: Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
         with self._lock:
             self._end(run, finish, error, piece)
 
-    def _end(self, run: _Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
+    def _end(self, run: Running, finish: Finish, error: str | None = None, piece: Piece | None = None) -> None:
         progress = run.progress
         for follower in run.followers:  # the first ended early: the others do without it
             self._enter(follower)
         run.followers = []
         if progress.stage == "running" and finish != "error":
-            self._remember(run, progress.slot)
+            self.recall.remember(run, progress.slot)
         if progress.stage != "done":
             self.scheduler.finish(progress)
         self._runs.pop(progress, None)
@@ -497,7 +467,7 @@ class Engine:
             piece = Piece(rest, (), finish)
         run.answer.give(piece)
 
-    def _fail(self, run: _Running, error: Exception, told: bool = False) -> None:
+    def _fail(self, run: Running, error: Exception, told: bool = False) -> None:
         """End an answer with what went wrong; what is not said for people (`what`) stays out of their sight, and is
         logged unless the log was told."""
         run.answer.inside = not isinstance(error, ArmillaryError)
@@ -510,7 +480,7 @@ class Engine:
         self.failures, self.failing = self.failures + 1, self.failing + 1
         log.exception(what)
 
-    def _follow(self, run: _Running) -> None:
+    def _follow(self, run: Running) -> None:
         """The prompt has been read: its copies may begin."""
         with self._lock:
             for follower in run.followers:
@@ -527,45 +497,8 @@ class Engine:
                     else:
                         self._fail(run, error, told=True)
 
-    # -- what is kept for later
-
-    def _stops(self, request: Request) -> tuple[int, ...]:
-        """Where a prompt has to pause, so that others can go on from there."""
-        if not self.keeps or self.slots.divisible:
-            return ()
-        prompt = len(request.ids)
-        wanted = {at for at in request.boundaries if 0 < at < prompt} | set(range(APART, prompt, APART))
-        return tuple(sorted(wanted))
-
     def _reuse(self, progress: Progress) -> int:
-        run = self._runs[progress]
-        if not self.keeps or run.answer.request.source is not None:
-            return 0
-        # prompt tokens whose own scores are asked for have to be computed
-        most = 0 if run.answer.request.prompt_logprobs else len(run.ids) - 1
-        run.match = self.prefixes.match(run.ids, most, run.origin)
-        common = min(run.match.common, most)
-        if not self.slots.divisible and common >= run.match.length + BRANCH:
-            progress.stops = tuple(sorted({*progress.stops, common}))
-        return run.match.length
-
-    def _keep(self, run: _Running) -> None:
-        """After a chunk: others may go on from the end of a prompt and from where it paused."""
-        at = run.progress.computed
-        if self.keeps and (at in run.progress.stops or at == run.chooser.begun):
-            self._remember(run, run.progress.slot)
-
-    def _remember(self, run: _Running, slot: int) -> None:
-        if not self.keeps or run.progress.computed == 0 or run.answer.request.source is not None:
-            return
-        ids = run.ids[: run.progress.computed]
-        snapshot = None if self.slots.divisible else self.slots.snapshot(slot)
-        self.prefixes.insert(ids, lambda start, stop: self.slots.entries(slot, start, stop), snapshot, run.origin)
-        self._shrink(max(0, self.memory.held + self.prefixes.nbytes - self.memory.total))
-
-    def _shrink(self, size: int) -> None:
-        self.prefixes.shrink(size)
-        self.memory.cached = self.prefixes.nbytes
+        return self.recall.match(self._runs[progress])
 
     # -- around
 

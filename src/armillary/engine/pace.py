@@ -1,7 +1,7 @@
 """How many prompt tokens a step takes: as many as the running answers' own time allows.
 
-A prompt may make a step of running answers up to SHARE longer than it is without, so that no gap between their
-tokens doubles. What that comes to is learnt from the steps. There are two ways to read a piece of a prompt: in
+A prompt may make a step of running answers up to SHARE longer than it is without: steps vary, and no gap between their
+tokens shall double. What that comes to is learnt from the steps. There are two ways to read a piece of a prompt: in
 one call with the answers' tokens, where a native step takes both, or by itself with PyTorch's products, which
 is quicker for many tokens and slow for a few, so that LEAST are read then, however long they take.
 """
@@ -19,7 +19,7 @@ FIRST = 256  # while it is not known how long a token takes
 LEAST = 48  # by themselves, however slow: fewer take nearly as long
 MANY = 4 * LEAST  # from here on the time of a token by itself says what others would take
 FEWEST = 2  # in one call with the answers, however slow
-SHARE = 0.6  # of the time of a step of running answers: what a prompt may add to it
+SHARE = 0.4  # of the time of a step of running answers: what a prompt may add to it
 SHORT = 0.03  # seconds that tokens read by themselves may add in any case: a gap that nobody notices
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
 RECENT = 0.3  # weight of the last time in what is learnt

@@ -19,6 +19,7 @@ from armillary.checkpoints import save as save_checkpoint
 from armillary.checkpoints.adapters import read_adapter
 from armillary.engine.beam import Beams
 from armillary.engine.core import Engine
+from armillary.engine.drafts import Drafter, DraftModel, check_draft
 from armillary.engine.embed import embed, padded, whole
 from armillary.engine.embed import texts as whole_texts
 from armillary.engine.generate import Completion, Completions, Piece, generate, generate_beams, stream
@@ -108,6 +109,7 @@ class Model(nn.Module):
         side: Mapping[str, Tensor] | None = None,
         watermark: Watermark | None = None,
         cache: Cache | None = None,
+        drafter: Drafter | None = None,
         weights: Held = "auto",
         **options: Any,
     ) -> Any:
@@ -117,7 +119,9 @@ class Model(nn.Module):
         (max_new_tokens, temperature, top_k, top_p, min_p, penalties, logit_bias, stop, seed, …); side:
         numbers that mechanisms take (`tasks`), [prompts] by name; watermark: marks the answers for whoever
         holds its key (see `detect`); cache: how keys and values are kept, to save memory (see `nn.cache`);
-        weights: how decoding on a CPU holds them (see `Engine`).
+        drafter: guesses tokens, which are then checked together, for speed (see `drafter`, `PromptLookup`);
+        weights: how decoding on a CPU holds them (see `Engine`). max_new_tokens is taken at its word, beyond the
+        context that a model is made for, too: `room` says what is left of that.
         Returns a Completion (.text .ids .logprobs .finish), or Completions for several prompts. With
         stream=True yields pieces of text (for several prompts: Piece, with its row).
 
@@ -131,6 +135,7 @@ class Model(nn.Module):
                 (stream, "be streamed"),
                 (watermark, "be watermarked"),
                 (cache, "take a cache"),
+                (drafter, "take a drafter"),
                 (held, "hold weights"),
             )
             for given, what in refused:
@@ -139,7 +144,7 @@ class Model(nn.Module):
             return self._searched(*self._prompts(prompt), Beams.of(options), side)
         sampling = Sampling.of({name: value for name, value in options.items() if name != "beams"})
         starts, single = self._prompts(prompt)
-        return self._complete(starts, single, sampling, stream, side, watermark, cache, weights)
+        return self._complete(starts, single, sampling, stream, side, watermark, cache, drafter, weights)
 
     def chat(
         self,
@@ -221,6 +226,26 @@ class Model(nn.Module):
     def engine(self, **options: Any) -> Engine:
         """An engine on this model, for many answers at a time (see `Engine`): options such as slots, memory."""
         return Engine(self.network, self._tokenizer, **options)
+
+    def room(self, prompt: Prompt | Sequence[Mapping[str, str]], capacity: int | None = None) -> int:
+        """Tokens that an answer may have after the longest of the prompts, or after a conversation, within `capacity`
+        tokens, by default the context that the model is made for; 0 or less: the prompt alone fills it."""
+        items = prompt if isinstance(prompt, (str, Tensor)) else list(prompt)
+        if isinstance(items, list) and items and isinstance(items[0], Mapping):
+            starts = [self.tokenizer.encode_chat([dict(one) for one in items if isinstance(one, Mapping)])]
+        else:
+            starts, _ = self._prompts(items)  # type: ignore[arg-type]  # no conversation
+            starts = self._begins(starts) if self.settings.form == "encoder_decoder" else starts
+        return (capacity or self.settings.context) - max(map(len, starts), default=0)
+
+    def drafter(
+        self, draft: Model, count: int = 4, sure: float = 0.3, *, rows: int = 16, weights: Held = "auto"
+    ) -> DraftModel:
+        """Guesses by a smaller model with the same vocabulary (see `DraftModel`), for `generate` and `engine`; they
+        change no answer. Raises InputError where the vocabularies differ."""
+        check_draft(draft.settings.form, self.tokenizer, draft._tokenizer)
+        vocabulary = self.settings.vocabulary
+        return DraftModel(draft.network, count, sure, rows=rows, weights=weights, vocabulary=vocabulary)
 
     def adapted(self, folder: str | Path) -> Model:
         """The model with an adapter from a folder (LoRA as `peft` saves it); it shares this one's weights.
@@ -315,13 +340,14 @@ class Model(nn.Module):
         side: Mapping[str, Tensor] | None = None,
         mark: Watermark | None = None,
         cache: Cache | None = None,
+        drafter: Drafter | None = None,
         weights: Held = "auto",
     ) -> Any:
         taps, sources = self._tapped({}).get("taps"), None
         if self.settings.form == "encoder_decoder":
             sources, starts = starts, self._begins(starts)
         more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
-        more |= {"mark": mark, "cache": cache, "weights": weights}
+        more |= {"mark": mark, "cache": cache, "drafter": drafter, "weights": weights}
         if streaming:
             pieces = stream(self.network, self.tokenizer, starts, sampling, **more)
             return (piece.text for piece in pieces) if single else pieces

@@ -221,3 +221,23 @@ def test_saving_never_removes_what_is_not_a_model(tmp_path: Path, layout: str) -
         save(tmp_path / "notes-txt" / "notes.txt", _network(), layout=layout)
     with pytest.raises(InputError, match="'gguf'"):
         save(tmp_path / "new", _network(), layout="gguf")
+
+
+@pytest.mark.parametrize("layout", ["native", "open"])
+def test_an_empty_one_is_checked_but_for_the_contents_of_its_weights(tmp_path: Path, layout: str) -> None:
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte"), [])
+    network = _network(vocabulary=tokenizer.size)
+    folder = tmp_path / "model"
+    save(folder, network, tokenizer, layout=layout)
+    weights = folder / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64] + bytes(64))  # not read
+    found = load(folder, empty=True)
+    assert found.tokenizer is not None and found.tokenizer.fingerprint == tokenizer.fingerprint
+    assert all(one.is_meta for one in found.network.parameters())
+    assert {name: tuple(one.shape) for name, one in found.network.named_parameters()} == {
+        name: tuple(one.shape) for name, one in network.named_parameters()
+    }
+    weights.write_bytes(whole[:-64])
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load(folder, empty=True)

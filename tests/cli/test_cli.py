@@ -274,6 +274,119 @@ def test_generate_repeats_itself_for_a_seed(armillary: Armillary, trained: Path)
     assert refused.status == 2 and "no argument 'temperature'" in refused.err
 
 
+def test_generate_guesses_and_keeps_as_asked(
+    armillary: Armillary, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses change nothing; caches say what the Python face says."""
+    import armillary as arm
+    from armillary.engine.drafts import DraftModel, PromptLookup
+    from armillary.nn.cache import Int8, Salient
+
+    words = ("generate", str(trained), "import", "--tokens", "20", "--temperature", "0", "--json")
+    plain = json.loads(armillary(*words).out)["ids"]
+    most = list[int]()
+    for kind in (DraftModel, PromptLookup):
+        proposed = kind.propose
+
+        def watched(self, ids, limit, proposed=proposed):
+            most.append(self.count)
+            return proposed(self, ids, limit)
+
+        monkeypatch.setattr(kind, "propose", watched)
+    for more, count in (
+        (("--draft", str(trained)), 4),
+        (("--draft", str(trained), "--guesses", "3"), 3),
+        (("--guess",), 6),
+        (("--guess", "--guesses", "2"), 2),
+        (("--guess", "--kv", "int8"), 6),
+    ):
+        most.clear()
+        found = json.loads(armillary(*words, *more).out)["ids"]
+        assert set(most) == {count}, more
+        assert found == plain or "--kv" in more
+    model = arm.load(trained)
+    kept = armillary(*words, "--cache", "salient:8,window=4")
+    assert (
+        json.loads(kept.out)["ids"]
+        == model.generate("import", max_new_tokens=20, temperature=0, cache=Salient(8, window=4)).ids
+    )
+    assert "salient:8,window=4 is lossy" in kept.err
+    eight = json.loads(armillary(*words, "--kv", "int8").out)
+    expected = model.generate("import", max_new_tokens=20, temperature=0, cache=Int8())
+    assert (eight["ids"], eight["logprobs"]) == (expected.ids, expected.logprobs)
+    assert eight["logprobs"] != json.loads(armillary(*words).out)["logprobs"]
+
+
+def test_a_draft_with_another_vocabulary_is_refused(armillary: Armillary, trained: Path, tmp_path: Path) -> None:
+    import armillary as arm
+    from armillary.model import Model
+    from armillary.text import TokenizerSettings, train_tokenizer
+
+    own = arm.load(trained)
+    longer = train_tokenizer(TokenizerSettings(kind="bpe", size=270), ["import this and that"] * 9)
+    other = arm.build(own.settings.derive(vocabulary=longer.size), seed=1).network
+    arm.save(Model(other, longer), tmp_path / "longer")
+    shown = armillary("generate", str(trained), "import", "--draft", str(tmp_path / "longer"))
+    assert shown.status == 2 and f"vocabulary of {longer.size} tokens" in shown.err and "--draft" in shown.err
+    # as many tokens, one of which is another
+    inner = json.loads((tmp_path / "longer" / "tokenizer.json").read_text())
+    a, b = inner["model"]["vocab"]["a"], inner["model"]["vocab"]["b"]
+    inner["model"]["vocab"] |= {"a": b, "b": a}
+    (tmp_path / "swapped.json").write_text(json.dumps(inner))
+    from armillary.engine.drafts import check_draft
+    from armillary.text import Tokenizer
+
+    with pytest.raises(
+        arm.base.errors.InputError, match=r"token \d+ is b'[ab]' in this draft and b'[ab]' in the model"
+    ):
+        check_draft("decoder", longer, Tokenizer.from_file(tmp_path / "swapped.json"))
+
+
+def test_generate_ends_with_the_context_and_says_so(
+    armillary: Armillary, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The context is 32, and `import` has 6 bytes after one token that begins texts."""
+    import io
+
+    words = ("generate", str(trained), "import", "--temperature", "0", "--json")
+    shown = armillary(*words, "--tokens", "60")
+    found = json.loads(shown.out)
+    begun = 32 - len(found["ids"])
+    assert begun in (6, 7) and found["finish"] == "length"
+    assert f"ended after {32 - begun} tokens: with the prompt they fill the context of 32" in shown.err
+    assert "fill the context" not in armillary(*words, "--tokens", str(32 - begun)).err
+    short = armillary("generate", str(trained), "import", "--temperature", "0", "--tokens", "60")
+    assert short.out == f"import{found['text']}\n" and "fill the context of 32" in short.err
+    searched = armillary(*words[:3], "--json", "--tokens", "60", "--beams", "2")
+    assert len(json.loads(searched.out)["ids"]) == 32 - begun
+    longer = armillary(*words, "--tokens", "60", "--capacity", "100")
+    assert len(json.loads(longer.out)["ids"]) == 60 and "fill the context" not in longer.err
+    full = armillary("generate", str(trained), "x" * 40)
+    assert full.status == 2 and "32 is the most, answer included" in full.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 40 + "\n\n"))
+    talk = armillary("chat", str(trained))
+    assert talk.status == 2 and "32 is the most" in talk.err
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("--guess", "--draft", "x"), "--guess and --draft"),
+        (("--guesses", "3"), "--guesses would do nothing"),
+        (("--cache", "salient:8", "--kv", "int8", "--guess"), "--cache salient:8 does not go with --kv, --guess"),
+        (("--cache", "salient:8", "--draft", "x"), "does not go with --draft"),
+        (("--cache", "slient:8"), "did you mean 'salient'"),
+        (("--kv", "int4"), "--kv is 'int4'"),
+        (("--beams", "2", "--guess", "--cache", "sinks:8"), "--guess, --cache would do nothing"),
+        (("--url", "http://x/v1", "--draft", "x", "--capacity", "9"), "--capacity, --draft would do nothing"),
+        (("--draft", "no/such/draft"), "there is no such folder"),
+    ],
+)
+def test_options_that_do_not_go_together(armillary: Armillary, trained: Path, words: tuple, named: str) -> None:
+    shown = armillary("generate", str(trained), "import", *words)
+    assert shown.status == 2 and named in shown.err
+
+
 def test_export_and_import(armillary: Armillary, trained: Path, tmp_path: Path) -> None:
     """The open folder and its way back write the same text as the run."""
     opened, native = str(tmp_path / "open"), str(tmp_path / "native")

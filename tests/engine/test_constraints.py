@@ -132,6 +132,14 @@ def test_patterns_that_explode_elsewhere_are_served_or_refused_in_time(engine, g
     assert time.monotonic() - started < 30
 
 
+def test_a_dead_end_is_an_error_of_the_request_and_names_its_constraint(engine, grammars) -> None:
+    """No character is both b and c, which shows only after the a."""
+    with pytest.raises(InputError, match="could not follow its 'grammar': nothing matches"):
+        engine.submit(asked(grammars.constraint("grammar", 'start: "a" A\nA: /b/ & /c/'), 0)).wait()
+    with pytest.raises(InputError, match="could not follow its 'tools'"):
+        engine.submit(asked(grammars.constraint("grammar", 'start: "a" A\nA: /b/ & /c/', "tools"), 0)).wait()
+
+
 def test_a_wrong_constraint_ends_its_own_answer_only(engine, grammars) -> None:
     class Broken:
         def apply(self, scores, ids):

@@ -120,3 +120,27 @@ def test_prompt_lookup_is_a_search() -> None:
         assert found == searched(ids, lookup, 2)
         some += bool(found)
     assert 100 < some < 300
+
+
+def padded(entries: int, seed: int) -> Network:
+    """Greedy choices of it fall anywhere in its vocabulary."""
+    block = {"mixer": LOOK, "channel": "gated"}
+    settings = ModelSettings(width=16, depth=1, vocabulary=entries, context=64, block=block)
+    return build(settings, seed=seed).eval()
+
+
+def test_a_draft_with_more_entries_than_the_model_guesses_none_of_them() -> None:
+    small, text = padded(4 * VOCABULARY, 5), [1, 2, 3]
+    guesses = [DraftModel(small, sure=0.0, vocabulary=most).propose(text, 4) for most in (None, VOCABULARY)]
+    assert max(guesses[0]) >= VOCABULARY, "or this test says nothing"
+    assert len(guesses[1]) == 4 and max(guesses[1]) < VOCABULARY
+    with torch.no_grad():
+        assert guesses[1][0] == int(small(torch.tensor([text]))[0, -1, :VOCABULARY].argmax())
+
+
+def test_a_draft_with_fewer_entries_guesses_nothing_after_one_that_it_lacks() -> None:
+    drafter = DraftModel(padded(VOCABULARY, 5), sure=0.0)
+    known = [1, 2, 3]
+    before = drafter.propose(known, 4)
+    assert drafter.propose([*known, VOCABULARY + 1], 4) == []
+    assert drafter.propose(known, 4) == before

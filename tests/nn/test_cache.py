@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from armillary.base.errors import InputError, UnsupportedError
-from armillary.nn.cache import HeavyHitters, Int8, Int8State, KeptState, Salient, Sinks, decode, encode
+from armillary.nn.cache import (
+    HeavyHitters,
+    Int8,
+    Int8State,
+    KeptState,
+    Salient,
+    Sinks,
+    decode,
+    encode,
+    read_policy,
+)
 from armillary.nn.context import Context
 from armillary.nn.mechanism import Place
 from armillary.nn.mixers.attention import AttentionSettings
@@ -219,3 +229,37 @@ def test_a_network_with_keys_and_values_in_eight_bits() -> None:
         network.extend(ids[:, :1], state)
     with pytest.raises(UnsupportedError, match="gradient"):
         network.extend(ids, network.init_state(2, cache=Int8()))
+
+
+@pytest.mark.parametrize(
+    "text, policy",
+    [
+        ("sinks:512", Sinks(512)),
+        ("sinks:512,sinks=8", Sinks(512, sinks=8)),
+        ("heavy_hitters:64,recent=16", HeavyHitters(64, recent=16)),
+        ("salient:64,window=4,recent=60", Salient(64, recent=60, window=4)),
+    ],
+)
+def test_a_policy_is_read_from_a_line(text, policy) -> None:
+    assert read_policy(text) == policy
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("salent:64", "no cache policy 'salent'"),
+        ("int8", "no cache policy 'int8'"),
+        ("", "no cache policy ''"),
+        ("salient", "'' in 'salient' is no number of tokens"),
+        ("salient:many", "'many' in 'salient:many' is no number"),
+        ("salient:64,window", "'' in 'salient:64,window' is no number"),
+        ("salient:64,width=4", "'width' in 'salient:64,width=4' is no setting of 'salient'"),
+        ("salient:64,budget=4", "'budget' in 'salient:64,budget=4'"),
+        ("salient:64,window=4,window=5", "or a second one"),
+        ("sinks:4,sinks=4", "4 sinks in a budget of 4"),
+        ("sinks:1", "a budget of 1"),
+    ],
+)
+def test_a_line_that_is_no_policy_is_refused(text, message) -> None:
+    with pytest.raises(InputError, match=message):
+        read_policy(text)

@@ -272,3 +272,17 @@ def test_keys(served) -> None:
         assert httpx.get(f"{served.url}{path}").status_code == 401
     for path in ("/live", "/ready"):
         assert httpx.get(f"{served.url}{path}").status_code == 200
+
+
+def test_a_dead_end_of_a_grammar_is_an_error_of_its_request(served) -> None:
+    """No character is both b and c, which shows only after the a: asked again, it would fail again."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 9, "grammar": 'start: "a" A\nA: /b/ & /c/'}
+    headers = {"authorization": "Bearer secret-of-a"}
+    found = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60)
+    error = found.json()["error"]
+    assert (found.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "grammar")
+    assert "could not follow its 'grammar'" in error["message"]
+    found = httpx.post(f"{served.url}/v1/completions", json=body | {"stream": True}, headers=headers, timeout=60)
+    events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+    assert [event["error"] for event in events if "error" in event] == [error]
+    assert served.client().completions.create(model="tiny", prompt="a", max_tokens=3).choices

@@ -141,6 +141,24 @@ def test_a_failure_in_a_stream_is_an_event() -> None:
         running.close()
 
 
+def test_a_dead_end_is_an_error_of_the_request() -> None:
+    """What the schema comes to is a grammar whose second character is b and c."""
+    one = hosted()
+    running = Served(Server([one]))
+    made, schema = one.grammars.constraint, {"type": "json_schema", "name": "x", "schema": {"type": "boolean"}}
+    one.grammars.constraint = lambda kind, text, name: made("grammar", 'start: "a" A\nA: /b/ & /c/', name)
+    try:
+        events = list(running.client().responses.create(**ASK, text={"format": schema}, stream=True))
+        assert events[-1].type == "response.failed"
+        assert events[-1].response.error.code == "invalid_prompt"
+        assert "its 'text.format'" in events[-1].response.error.message
+        with pytest.raises(openai.BadRequestError) as caught:
+            running.client().responses.create(**ASK, text={"format": schema})
+        assert caught.value.param == "text.format"
+    finally:
+        running.close()
+
+
 def test_the_store_is_bounded() -> None:
     kept = Kept(most=3, size=2000)
     talk = [Message(role="user", content="x" * 100)]

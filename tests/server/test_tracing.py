@@ -136,6 +136,11 @@ def test_what_goes_wrong(watched) -> None:
     assert (found.status_code, span.attributes["http.response.status_code"]) == (404, 404)
     assert span.status.status_code.name == "UNSET", "a client's mistake is no failure of a server"
     assert not answers and "gen_ai.request.model" not in span.attributes
+    dead = {"stream": True, "grammar": 'start: "a" A\nA: /b/ & /c/'}  # no character is both b and c
+    httpx.post(f"{watched.url}/v1/chat/completions", json=ASK | dead, headers=HEADERS, timeout=60)
+    span, _ = watched.spans("/v1/chat/completions")
+    assert span.attributes["gen_ai.response.finish_reasons"] == ("error",)
+    assert "error.type" not in span.attributes and span.status.status_code.name == "UNSET"
 
     def broken(*args, **kwargs):
         raise ValueError("PRIVATE words in an exception")

@@ -45,17 +45,20 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    *,
+    empty: bool = False,
 ) -> Loaded:
     """The model in a run (its newest checkpoint), a native or open folder, or under a hub name.
 
     device: auto, cpu, cuda, …; dtype: auto (as stored), float32, bf16, float16; revision: of a hub
-    name. Raises CheckpointError or UnsupportedError naming the file, tensor or key.
+    name; empty: check all but the contents of the weights, and give the network without storage. Raises
+    CheckpointError or UnsupportedError naming the file, tensor or key.
     """
     folder = resolve(path, revision)
     if detect(folder) != "native":
-        return load_open(folder, device, dtype)
+        return load_open(folder, device, dtype, empty=empty)
     try:
-        return load_native(folder, device, dtype)
+        return load_native(folder, device, dtype, empty=empty)
     except CheckpointError as error:
         if folder == Path(path).expanduser():
             raise

@@ -111,16 +111,18 @@ def load_native(
     dtype: str | torch.dtype = "auto",
     *,
     verify: bool = True,
+    empty: bool = False,
 ) -> Loaded:
     """Read the folder. dtype auto: as stored.
 
-    verify: compare every file with its recorded sha256. Raises CheckpointError that names every
+    verify: compare every file with its recorded sha256; empty: check all but the contents of the weights, and
+    give the network without storage. Raises CheckpointError that names every
     file or tensor that is damaged, missing, too many or wrongly shaped.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     root = Path(folder)
     manifest = _manifest(root)
-    fault = damage(root, manifest, contents=verify)
+    fault = damage(root, manifest, contents=verify and not empty)
     if fault is not None:
         raise CheckpointError(fault, where=str(root), hint="copy it again, or use an earlier checkpoint")
     settings = _settings(root, manifest)
@@ -130,7 +132,8 @@ def load_native(
     tokenizer = Tokenizer.load(root) if (root / "tokenizer.json").exists() else None
     check_vocabulary(settings, tokenizer, root)
     recipe = Recipe.load(root / RECIPE) if (root / RECIPE).exists() else None
-    fill(network, ((name, found[name].read()) for name in needed), place, kind)
+    if not empty:
+        fill(network, ((name, found[name].read()) for name in needed), place, kind)
     return Loaded(network, tokenizer, recipe)
 
 

@@ -74,8 +74,16 @@ def detect(folder: str | Path) -> str:
     )
 
 
-def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Loaded:
+def load_open(
+    folder: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    empty: bool = False,
+) -> Loaded:
     """Read an open folder. The recipe has its model; data and training are at their defaults.
+
+    empty: check all but the contents of the weights, and give the network without storage.
 
     Raises CheckpointError naming every tensor that is missing, too many, wrongly shaped or not a
     weight, and what in config.json is contradictory; UnsupportedError naming a key that changes the
@@ -105,6 +113,9 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
     )
     tokenizer = _tokenizer(root, settings)
     check_vocabulary(settings, tokenizer, root)
+    recipe = recipe_around(settings, tokenizer, root.resolve().name)
+    if empty:
+        return Loaded(network, tokenizer, recipe)
     fill(network, _imported(bound, found), place, kind)
     parameters = {one.theirs[0]: network.get_parameter(one.ours[0]) for one in bound if not one.steps}
     for name, first in second.items():
@@ -115,7 +126,7 @@ def load_open(folder: str | Path, device: str | torch.device = "auto", dtype: st
                 where=str(root),
                 hint=None if name in repeats else f"set tie_word_embeddings to false in {CONFIG} if both were trained",
             )
-    return Loaded(network, tokenizer, recipe_around(settings, tokenizer, root.resolve().name))
+    return Loaded(network, tokenizer, recipe)
 
 
 def save_open(

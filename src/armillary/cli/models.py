@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from armillary.base.words import amount
+from armillary.cli.engine import Guess, Guesses, Kv, Policy, checked, drafter, warn_lossy
 from armillary.cli.shared import (
     AsJson,
     Device,
@@ -158,6 +159,16 @@ def generate(
     watermark_kind: MarkKind = "gumbel",
     url: Url = None,
     adapter: Annotated[Path | None, typer.Option(help="A LoRA folder as peft saves it, on top of the model.")] = None,
+    capacity: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's context.", min=2)
+    ] = None,
+    guess: Guess = False,
+    draft: Annotated[
+        str | None, typer.Option(help="A small model with the same vocabulary, to guess tokens.", metavar="FOLDER")
+    ] = None,
+    guesses: Guesses = None,
+    kv: Kv = None,
+    cache: Policy = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -165,17 +176,19 @@ def generate(
 ) -> None:
     """Let a model write on from a prompt.
 
-    With --url a server does; its key comes from ARMILLARY_API_KEY.
+    The answer ends where the model's context does, unless --capacity says otherwise. With --url a server writes; its
+    key comes from ARMILLARY_API_KEY.
 
     Example: armillary generate runs/demo "def main(" --tokens 64
     """
     text = read_text(prompt)
     if beams is None and length_penalty != 1.0:
         refuse_unused({"--length-penalty": length_penalty}, "it goes with --beams")
+    ahead = {"--guess": guess, "--draft": draft, "--guesses": guesses, "--kv": kv, "--cache": cache}
     if url is not None:
         from armillary.cli.remote import generated
 
-        ours = {"--beams": beams, "--watermark": watermark, "--adapter": adapter}
+        ours = {"--beams": beams, "--watermark": watermark, "--adapter": adapter, "--capacity": capacity} | ahead
         refuse_unused(ours | _changed(weights=weights, device=device, dtype=dtype), THERE)
         asked: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
         given = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": stop}
@@ -187,10 +200,14 @@ def generate(
             return
         _shown(text, pieces)
         return
+    if beams is not None:
+        refuse_unused(ahead, "a search with --beams neither guesses nor takes a cache")
+    kept = checked(kv, cache, guess, draft is not None, guesses)
     opened = open_model(model, device, dtype)
     opened = opened if adapter is None else opened.adapted(adapter)
+    left = room(opened, text, capacity)
     options: dict[str, Any] = {
-        "max_new_tokens": tokens,
+        "max_new_tokens": min(tokens, left),
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -200,22 +217,53 @@ def generate(
         "seed": seed,
         "watermark": None if watermark is None else watermark_of(watermark, watermark_kind),
         "weights": weights,
+        "cache": kept,
+        "drafter": drafter(opened, guess, draft, guesses, 1, device, dtype, weights),
     }
+    warn_lossy(cache)
     if beams is not None:  # what only draws know is refused where it was given
         defaults = {"temperature": 0.8, "repetition_penalty": 1.0, "seed": 0, "stop": (), "weights": "auto"}
         options = {name: value for name, value in options.items() if value not in (None, defaults.get(name))}
         options |= {"beams": beams, "length_penalty": length_penalty}
     if json or beams is not None:
         done = opened.generate(text, **options)
-    if beams is not None and not json:
-        write(text + done.text)
-        print()
-        return
-    if json:
-        fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": done.finish}
-        emit({"prompt": text, **fields})
-        return
-    _shown(text, opened.generate(text, stream=True, **options))
+        finish = done.finish
+        if json:
+            fields = {"text": done.text, "ids": done.ids, "logprobs": done.logprobs, "finish": finish}
+            emit({"prompt": text, **fields})
+        else:
+            _shown(text, [done.text])
+    else:
+        finish = None
+
+        def told() -> Iterator[str]:
+            nonlocal finish
+            for piece in opened.generate([text], stream=True, **options):
+                finish = piece.finish
+                yield piece.text
+
+        _shown(text, told())
+    if finish == "length" and left < tokens:
+        note(cut(left, capacity or opened.settings.context))
+
+
+def room(model: Model, prompt: Any, capacity: int | None = None) -> int:
+    """Tokens that an answer may have. Raises InputError when the prompt (or conversation) alone fills the context."""
+    from armillary.base.errors import InputError
+
+    left = model.room(prompt, capacity)
+    if left < 1:
+        most = capacity or model.settings.context
+        raise InputError(
+            f"the prompt has {most - left} tokens, and {most} is the most, answer included",
+            hint="shorten it" if capacity is None else "shorten it, or raise --capacity",
+        )
+    return left
+
+
+def cut(left: int, most: int) -> str:
+    """What is said of an answer that ended at the end of the context."""
+    return f"ended after {left} tokens: with the prompt they fill the context of {most}"
 
 
 def _changed(**options: str) -> dict[str, str]:
@@ -277,6 +325,8 @@ def chat(
     """
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     answers: Callable[..., Iterable[str]]
+    opened: Model | None = None
+    limit: dict[str, Any] = {}  # with --url, the server's
     if url is not None:
         from armillary.cli.remote import said
 
@@ -286,7 +336,7 @@ def chat(
     else:
         opened = open_model(model, device, dtype)
         opened.tokenizer.chat([*messages, {"role": "user", "content": ""}])  # refuse now what has no template
-        answers = partial(opened.chat, stream=True, max_new_tokens=tokens, temperature=temperature, seed=seed)
+        answers = partial(opened.chat, stream=True, temperature=temperature, seed=seed)
     while True:
         try:
             words = input("> " if sys.stdin.isatty() else "")
@@ -296,7 +346,12 @@ def chat(
             return
         messages.append({"role": "user", "content": words})
         answer = ""
-        for piece in answers(messages):
+        if opened is not None:
+            left = room(opened, messages)
+            if left < tokens:
+                note(f"there is room for {left} more tokens in the context of {opened.settings.context}")
+            limit = {"max_new_tokens": min(tokens, left)}
+        for piece in answers(messages, **limit):
             answer += piece
             write(piece)
         print()

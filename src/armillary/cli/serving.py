@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from armillary.cli.engine import Guess, Guesses, Kv, Policy, checked, drafter, warn_lossy
 from armillary.cli.shared import Device, Dtype, KeyFile, MarkKind, Weights, note
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from armillary.nn.network import ModelSettings
     from armillary.server.hosted import Hosted
     from armillary.server.tracing import Tracing
 
@@ -33,10 +35,17 @@ def serve(
         int | None, typer.Option(help="Most tokens of a prompt and its answer; by default the model's context.", min=2)
     ] = None,
     memory: Annotated[float | None, typer.Option(help="GiB for states, running and kept.", min=0)] = None,
-    guess: Annotated[
-        bool, typer.Option(help="Guess tokens from what was said before, and check them together.")
-    ] = False,
-    kv: Annotated[str | None, typer.Option(help="int8: keys and values in 8 bits, for longer or more answers.")] = None,
+    guess: Guess = False,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A small model with the same vocabulary that guesses tokens; with several models MODEL=FOLDER.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    guesses: Guesses = None,
+    kv: Kv = None,
+    cache: Policy = None,
     watermark: KeyFile = None,
     watermark_kind: MarkKind = "gumbel",
     rpm: Annotated[float | None, typer.Option(help="Requests per minute of a key.", min=0)] = None,
@@ -84,7 +93,6 @@ def serve(
 
     from armillary.cli.shared import open_model, refuse_unused, watermark_of
     from armillary.engine.core import Engine
-    from armillary.engine.drafts import PromptLookup
     from armillary.server import Door, Hosted, Load, Server, check_address, leave, log_to, run
 
     keys = read_keys(os.environ.get(KEYS, ""))
@@ -103,7 +111,13 @@ def serve(
     behind = None
     if upstream is not None:
         ours = {"--watermark": watermark, "--kv": kv, "--guess": guess or None, "--memory": memory}
-        ours |= {"--capacity": capacity, "--adapter": bool(adapter) or None} | {
+        ours |= {
+            "--draft": bool(draft) or None,
+            "--guesses": guesses,
+            "--cache": cache,
+            "--capacity": capacity,
+            "--adapter": bool(adapter) or None,
+        } | {
             option: value
             for option, value in (("--weights", weights), ("--device", device), ("--dtype", dtype))
             if value != "auto"
@@ -114,35 +128,32 @@ def serve(
         except ImportError:
             raise InputError("a gateway needs an extra", hint="pip install 'armillary[server]'") from None
         behind = Upstream(upstream, os.environ[upstream_key_env] if upstream_key_env else None, most=4 * slots)
+    kept = checked(kv, cache, guess, bool(draft), guesses)
+    folders = named(models or ())
+    drafts = check_folders(folders, draft or (), adapter or ())
     tracing = traced(traces)
     mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
-    for given in models or ():
-        name, _, folder = given.rpartition("=")
+    for name, folder in folders.items():
         model = open_model(folder, device, dtype)
-        name = name or Path(folder).name or folder
-        if any(one.name == name for one in hosted):
-            raise InputError(f"two models are called '{name}'", hint=f"name one: other={folder}")
-        if model.settings.form == "encoder_decoder":
-            raise InputError(f"'{name}' is an encoder–decoder, which cannot be served yet", hint="armillary generate")
-        generates = model.settings.form != "encoder" and model.settings.head.kind == "language_model"
         engine = None
-        if generates:
+        if generates(name, model.settings):
             engine = Engine(
                 model.network,
                 model.tokenizer,
                 slots=slots,
                 capacity=capacity,
                 memory=None if memory is None else int(memory * 2**30),
-                drafter=PromptLookup() if guess else None,
+                drafter=drafter(model, guess, drafts.get(name), guesses, slots, device, dtype, weights),
                 mark=mark,
-                kv=kv,  # type: ignore[arg-type]  # the engine says what it takes
+                cache=kept,
                 weights=weights,  # type: ignore[arg-type]
             ).start()
         hosted.append(Hosted(name, model.network, model.tokenizer, engine, Load(4 * slots)))
     hosted += [adapted(one, hosted) for one in adapter or ()]
     if len({one.name for one in hosted}) < len(hosted):
         raise InputError("two adapters, or a model and an adapter, have one name")
+    warn_lossy(cache)
     log_to(sys.stderr)
 
     def started(port: int) -> None:
@@ -154,20 +165,86 @@ def serve(
     leave()
 
 
+def named(models: Sequence[str]) -> dict[str, str]:
+    """FOLDER or NAME=FOLDER → folders by name; raises InputError for two of one name."""
+    from armillary.base.errors import InputError
+
+    found: dict[str, str] = {}
+    for given in models:
+        name, _, folder = given.rpartition("=")
+        name = name or Path(folder).name or folder
+        if name in found:
+            raise InputError(f"two models are called '{name}'", hint=f"name one: other={folder}")
+        found[name] = folder
+    return found
+
+
+def generates(name: str, settings: ModelSettings) -> bool:
+    """Whether a model writes text; raises InputError for one that cannot be served."""
+    from armillary.base.errors import InputError
+
+    if settings.form == "encoder_decoder":
+        raise InputError(f"'{name}' is an encoder–decoder, which cannot be served yet", hint="armillary generate")
+    return settings.form != "encoder" and settings.head.kind == "language_model"
+
+
+def check_folders(folders: Mapping[str, str], drafts: Sequence[str], adapters: Sequence[str]) -> dict[str, str]:
+    """What the folders of several models, drafts and adapters say of themselves, before the weights of any are read:
+    loading the first may take minutes. Returns the draft of each model that has one; raises ArmillaryError."""
+    from armillary.base.errors import InputError
+    from armillary.checkpoints import load
+    from armillary.checkpoints.adapters import read_adapter
+    from armillary.engine.drafts import check_draft
+
+    if len(folders) + len(drafts) + len(adapters) < 2:
+        return {}  # the only one says it itself
+    models = {name: load(folder, device="cpu", empty=True) for name, folder in folders.items()}
+    writing = [name for name, model in models.items() if generates(name, model.network.settings)]
+    found: dict[str, str] = {}
+    if drafts and not writing:
+        raise InputError("no model here generates text, so there is nothing to guess", hint="leave out --draft")
+    for given in drafts:
+        name, _, folder = given.rpartition("=")
+        name = which(name, writing, f"--draft {given}", f"--draft {writing[0]}={folder}")
+        if name in found:
+            raise InputError(f"'{name}' has two drafts: {found[name]} and {folder}")
+        own, small = models[name].tokenizer, load(folder, device="cpu", empty=True)
+        if own is not None:  # else the model says that it needs one
+            check_draft(small.network.settings.form, own, small.tokenizer, f"--draft {folder}")
+        found[name] = folder
+    for given in adapters:
+        name, _, folder = adapter_of(given, list(folders))
+        if name in writing:
+            read_adapter(folder, models[name].network)
+    return found
+
+
+def which(name: str, known: Sequence[str], option: str, better: str) -> str:
+    """The model that an option speaks of: by its name, or the only one; raises InputError."""
+    from armillary.base.errors import InputError, nearest
+
+    if name and name not in known:
+        raise InputError(f"there is no model '{name}' for {option}", hint=nearest(name, known))
+    if not name and len(known) != 1:
+        raise InputError(f"{option} does not say of which model", hint=better)
+    return name or known[0]
+
+
+def adapter_of(given: str, models: Sequence[str]) -> tuple[str, str, str]:
+    """NAME=FOLDER or MODEL:NAME=FOLDER → model, name and folder of an adapter; raises InputError."""
+    title, _, folder = given.rpartition("=")
+    base, _, name = (title or Path(folder).name).rpartition(":")
+    return which(base, models, f"--adapter {given}", f"--adapter {models[0]}:{given}"), name, folder
+
+
 def adapted(given: str, hosted: Sequence[Hosted]) -> Hosted:
     """NAME=FOLDER or MODEL:NAME=FOLDER → that model with the adapter; raises ArmillaryError."""
-    from armillary.base.errors import InputError, nearest
+    from armillary.base.errors import InputError
     from armillary.checkpoints.adapters import read_adapter
 
-    named, _, folder = given.rpartition("=")
-    base, _, name = (named or Path(folder).name).rpartition(":")
     bases = {one.name: one for one in hosted if one.parent is None}
-    if not base and len(bases) > 1:
-        first = next(iter(bases))
-        raise InputError(f"--adapter {given} does not say of which model", hint=f"--adapter {first}:{given}")
-    if base and base not in bases:
-        raise InputError(f"there is no model '{base}' for --adapter {given}", hint=nearest(base, list(bases)))
-    model = bases[base or next(iter(bases))]
+    base, name, folder = adapter_of(given, list(bases))
+    model = bases[base]
     if not model.generates:
         raise InputError(f"'{model.name}' does not generate text, so it takes no --adapter {given}")
     return model.adapted(name, read_adapter(folder, model.network))

@@ -47,10 +47,11 @@ class Busy(InputError):
 
 
 class Constraint:
-    """A step of the choice (see `sampling.Step`): what the automaton forbids becomes impossible."""
+    """A step of the choice (see `sampling.Step`): what the automaton forbids becomes impossible. name: what errors
+    call it."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: Any, vocabulary: int, name: str = "constraint") -> None:
+        self._matcher, self._vocabulary, self.name = matcher, vocabulary, name
 
     def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
@@ -58,7 +59,7 @@ class Constraint:
         if len(allowed) != len(scores):
             allowed = torch.nn.functional.pad(allowed[: len(scores)], (0, max(0, len(scores) - len(allowed))))
         if not bool(allowed.any()):
-            raise InputError("the constraint allows no token here")
+            raise InputError(f"the answer came to where its '{self.name}' allows no token at all")
         return scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
 
     def accept(self, token: int) -> None:
@@ -67,7 +68,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the constraint failed: {_reason(self._matcher.get_error())}")
+            raise InputError(f"the answer could not follow its '{self.name}': {_reason(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -104,8 +105,9 @@ class Grammars:
             if not self._closed:
                 log.exception("constraints could not be prepared")
 
-    def constraint(self, kind: Kind, text: str | Mapping[str, Any]) -> Constraint:
-        """A fresh constraint. Raises InputError for one that is too large, wrong, or cannot be tried."""
+    def constraint(self, kind: Kind, text: str | Mapping[str, Any], name: str | None = None) -> Constraint:
+        """A fresh constraint; name: what errors call it, by default its kind. Raises InputError for one that is too
+        large, wrong, or cannot be tried."""
         grammar = _grammar(kind, text)
         key = hashlib.sha256(grammar.encode()).hexdigest()
         with self._turn(), self._lock:
@@ -117,7 +119,7 @@ class Grammars:
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
-            return Constraint(compiled.deep_copy(), self.vocabulary)
+            return Constraint(compiled.deep_copy(), self.vocabulary, name or kind)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

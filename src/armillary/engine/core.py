@@ -471,6 +471,7 @@ class Engine:
         """End an answer with what went wrong; what is not said for people (`what`) stays out of their sight, and is
         logged unless the log was told."""
         run.answer.inside = not isinstance(error, ArmillaryError)
+        run.answer.own = isinstance(error, InputError) and not told  # what was told failed for all of a step
         if run.answer.inside and not told:
             log.error("an answer failed", exc_info=error)
         self._end(run, "error", f"{type(error).__name__}: {error}" if run.answer.inside else str(error))

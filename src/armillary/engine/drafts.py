@@ -18,6 +18,7 @@ from armillary.engine.prefix import Match, Snapshot
 from armillary.engine.replay import Held
 from armillary.engine.slots import Slots
 from armillary.nn.network import Network
+from armillary.text import Tokenizer
 
 
 class Drafter(Protocol):
@@ -65,15 +66,23 @@ class DraftModel:
 
     count: most tokens guessed; sure: it stops guessing where its own likeliest token has less than this
     probability; rows: sequences whose states it keeps; weights: how they are held (`Engine`): no loss in them can
-    change an answer.
+    change an answer; vocabulary: entries that may be guessed, where the draft has more of them (padding).
     """
 
     def __init__(
-        self, network: Network, count: int = 4, sure: float = 0.3, *, rows: int = 16, weights: Held = "auto"
+        self,
+        network: Network,
+        count: int = 4,
+        sure: float = 0.3,
+        *,
+        rows: int = 16,
+        weights: Held = "auto",
+        vocabulary: int | None = None,
     ) -> None:
         if network.settings.form != "decoder":
             raise InputError(f"a network of form '{network.settings.form}' cannot guess", hint="take a decoder")
-        self.network, self.count, self.sure = network, count, sure
+        self.network, self.count, self.sure, self.vocabulary = network, count, sure, vocabulary
+        self._known = network.settings.vocabulary or 0
         self._slots = Slots(network, rows, network.settings.context, weights=weights)
         self._rows = {place: _Row() for place in range(rows)}  # the one used longest ago first
 
@@ -85,14 +94,18 @@ class DraftModel:
             return []
         place = self._resumed(text)
         row = self._rows[place]
-        logits = self._slots.extend([place], [text[len(row.ids) :]])[0, 0]
+        unread = text[len(row.ids) :]
+        if max(unread) >= self._known:  # an entry that no text has: the model's own padding
+            return []
+        logits = self._slots.extend([place], [unread])[0, 0]
         row.ids, row.sure = text, len(text)
         if not self._slots.divisible:
             row.before = self._slots.snapshot(place)
         found: list[int] = []
         while True:
-            best, token = logits.float().max(-1)
-            if float(torch.exp(best - torch.logsumexp(logits.float(), -1))) < self.sure:
+            scores = logits[: self.vocabulary].float()
+            best, token = scores.max(-1)
+            if float(torch.exp(best - torch.logsumexp(scores, -1))) < self.sure:
                 break
             found.append(int(token))
             if len(found) == most:
@@ -124,3 +137,23 @@ class DraftModel:
             self._slots.go_back(chosen, same, row.before)
             row.ids = row.ids[:same]
         return chosen
+
+
+def check_draft(form: str, own: Tokenizer, draft: Tokenizer | None, where: str | None = None) -> None:
+    """Raises InputError for a draft (its network's form, its tokenizer) that cannot guess for a model with the
+    tokenizer `own`: a guess is a number, which must mean the same in both. where: names the draft."""
+    if form != "decoder":
+        raise InputError(f"a network of form '{form}' cannot guess", where=where, hint="take a decoder")
+    if draft is None:
+        raise InputError("this model has no tokenizer, so it is not known what its guesses mean", where=where)
+    if own.fingerprint == draft.fingerprint:
+        return
+    hint = "a draft needs the vocabulary of the model that it guesses for"
+    if own.size != draft.size:
+        what = f"this draft has a vocabulary of {draft.size} tokens, and the model one of {own.size}"
+        raise InputError(what, where=where, hint=hint)
+    for id in range(own.size):
+        ours, theirs = own.token_bytes(id), draft.token_bytes(id)
+        if ours != theirs or own.is_special(id) != draft.is_special(id):
+            what = f"token {id} is {theirs!r} in this draft and {ours!r} in the model"
+            raise InputError(what, where=where, hint=hint)

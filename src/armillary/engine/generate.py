@@ -15,8 +15,9 @@ from torch import Tensor
 from armillary.base.errors import InputError
 from armillary.engine.beam import Beams, search
 from armillary.engine.core import Engine
+from armillary.engine.drafts import Drafter
 from armillary.engine.replay import Held
-from armillary.engine.request import Answer, GenerationError, Request
+from armillary.engine.request import Answer, Request
 from armillary.engine.request import Piece as Given
 from armillary.engine.sampling import Mark, Sampling
 from armillary.nn.cache import Cache
@@ -77,17 +78,18 @@ def generate(
     taps: Taps | None = None,
     mark: Mark | None = None,
     cache: Cache | None = None,
+    drafter: Drafter | None = None,
     weights: Held = "auto",
 ) -> Completions:
     """Complete every prompt (token ids).
 
     sources: what an encoder–decoder reads for each; side: numbers that mechanisms take, [prompts] by name;
-    mark: a watermark; cache: how keys and values are kept (see `nn.cache`); weights: how decoding on a CPU
-    holds them (see `Engine`).
+    mark: a watermark; cache: how keys and values are kept (see `nn.cache`); drafter: guesses tokens, which are
+    then checked together; weights: how decoding on a CPU holds them (see `Engine`).
     """
     done = Completions(Completion() for _ in prompts)
     more: dict[str, Any] = {"sources": sources, "side": side, "taps": taps}
-    more |= {"mark": mark, "cache": cache, "weights": weights}
+    more |= {"mark": mark, "cache": cache, "drafter": drafter, "weights": weights}
     for piece in stream(network, tokenizer, prompts, sampling, into=done, **more):
         done[piece.row].text += piece.text
     return done
@@ -105,6 +107,7 @@ def stream(
     taps: Taps | None = None,
     mark: Mark | None = None,
     cache: Cache | None = None,
+    drafter: Drafter | None = None,
     weights: Held = "auto",
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
@@ -118,7 +121,7 @@ def stream(
             raise InputError(f"prompt {row} has no tokens", hint="give at least one token")
     done = into if into is not None else Completions(Completion() for _ in prompts)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    more: dict[str, Any] = {"cache": cache, "taps": taps, "weights": weights}
+    more: dict[str, Any] = {"cache": cache, "drafter": drafter, "taps": taps, "weights": weights}
     engine = Engine(network, tokenizer, slots=min(MOST, len(prompts)), capacity=longest, keep=False, **more)
     given = _numbers(side or {}, len(prompts))
     answers = [
@@ -190,7 +193,7 @@ def generate_beams(
 def _new(answer: Answer) -> Iterator[Given]:
     for piece in answer.ready():
         if piece.finish == "error":
-            raise GenerationError(answer.error or "the engine failed")
+            raise answer.failure
         yield piece
 
 

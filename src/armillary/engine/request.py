@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from armillary.base.errors import ArmillaryError
+from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.sampling import Choice, Mark, Sampling, Step
 
 Finish = Literal["stop", "end", "length", "cancelled", "deadline", "error"]
@@ -78,7 +78,8 @@ class Answer:
         self.prompt_choices: list[Choice] = []
         self.finish: Finish | None = None
         self.error: str | None = None
-        self.inside = False  # whether the error speaks of our insides, not of the request
+        self.inside = False  # whether the error speaks of our insides
+        self.own = False  # whether the request itself is why: asked again, it would fail again
         self.reused = self.drafted = self.accepted = 0
         self.submitted = time.monotonic()
         self.begun_at = self.first_at = self.done_at = 0.0
@@ -86,6 +87,11 @@ class Answer:
         self._drive, self._listener = drive, listener
         self._texts = list[str]()
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+
+    @property
+    def failure(self) -> ArmillaryError:
+        """Of an answer that ended in an error."""
+        return (InputError if self.own else GenerationError)(self.error or "the engine failed")
 
     @property
     def text(self) -> str:
@@ -96,13 +102,14 @@ class Answer:
         self.cancelled = True
 
     def __iter__(self) -> Iterator[Piece]:
-        """Pieces as they come; the last one has `finish`. Raises GenerationError when the engine failed."""
+        """Pieces as they come; the last one has `finish`. Raises GenerationError when the engine failed, InputError
+        when what was asked cannot be done."""
         while True:
             while self._pieces.empty() and self.finish is None and self._drive(self):
                 pass
             piece = self._pieces.get()
             if piece.finish == "error":
-                raise GenerationError(self.error or "the engine failed")
+                raise self.failure
             yield piece
             if piece.finish is not None:
                 return
@@ -113,7 +120,7 @@ class Answer:
             yield self._pieces.get()
 
     def wait(self) -> Answer:
-        """Until it is over; returns itself. Raises GenerationError when the engine failed."""
+        """Until it is over; returns itself. Raises as iterating does."""
         for _ in self:
             pass
         return self

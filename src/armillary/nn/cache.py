@@ -19,13 +19,13 @@ whose every token sees what it would have seen alone).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from armillary.base.errors import InputError, UnsupportedError
+from armillary.base.errors import InputError, UnsupportedError, nearest
 from armillary.nn.mask import Mask
 from armillary.nn.state import CountedState, SpanState, State, zeros
 
@@ -62,7 +62,7 @@ class Policy(Cache):
             raise UnsupportedError(
                 "this mixer's past grows with its tokens, and they cannot be dropped one by one",
                 where=path,
-                hint="keep all of it: cache=None",
+                hint="keep all of it: give no cache",
             )
         return KeptState(state, self)
 
@@ -150,6 +150,31 @@ class Salient(HeavyHitters):
 
     def faded(self, mass: Tensor, tokens: Tensor) -> Tensor:
         return mass * (1 - 1 / self.window) ** tokens
+
+
+POLICIES: dict[str, type[Policy]] = {"sinks": Sinks, "heavy_hitters": HeavyHitters, "salient": Salient}
+
+
+def read_policy(text: str) -> Policy:
+    """`KIND:BUDGET`, perhaps with settings behind it (`sinks:512,sinks=8`) → that policy. Raises InputError."""
+    kind, _, rest = text.partition(":")
+    if kind not in POLICIES:
+        raise InputError(f"there is no cache policy '{kind}'", hint=nearest(kind, POLICIES))
+    made, (budget, *more) = POLICIES[kind], rest.split(",")
+    known = [one.name for one in fields(made) if one.name != "budget"]
+    given: dict[str, int] = {}
+    for name, value in (("budget", budget), *((one.partition("=")[::2]) for one in more)):
+        if (name != "budget" and name not in known) or name in given:
+            raise InputError(
+                f"'{name}' in '{text}' is no setting of '{kind}', or a second one", hint=nearest(name, known)
+            )
+        if not (value.isascii() and value.isdecimal() and len(value) < 10):
+            raise InputError(
+                f"'{value}' in '{text}' is no number of tokens",
+                hint=f"for example {kind}:512, or {kind}:512,{known[0]}=8",
+            )
+        given[name] = int(value)
+    return made(**given)
 
 
 class KeptState(CountedState):
@@ -352,5 +377,5 @@ def cached(cache: Cache, blocks: Iterable[Block], states: Sequence[BlockState]) 
                     held[branch.name], found = state, True
     if not found:
         raise UnsupportedError(
-            "no mixer here keeps keys and values of all its tokens, so no cache is needed", hint="cache=None"
+            "no mixer here keeps keys and values of all its tokens, so no cache is needed", hint="give none"
         )

@@ -19,6 +19,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from armillary.engine.constraints import Constraint
 from armillary.engine.request import Answer, Piece, Request
 from armillary.server.errors import HTTPError, explained, shutting_down
 from armillary.server.hosted import Hosted
@@ -265,6 +266,9 @@ async def gone(receive: Receive) -> None:
 
 def problem_of(answer: Answer) -> HTTPError | None:
     """Why an answer is none, whole or in a stream."""
+    if answer.finish == "error" and answer.own:
+        named = next((step.name for step in answer.request.steps if isinstance(step, Constraint)), None)
+        return HTTPError(400, answer.error or "what was asked cannot be done", param=named, code="invalid_constraint")
     if answer.finish == "error":
         said = None if answer.inside else answer.error
         return HTTPError(500, said or "the engine failed", code="generation_failed")

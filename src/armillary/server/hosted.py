@@ -278,7 +278,7 @@ class Hosted:
         if constraint is None:
             return ()
         try:
-            return (self.grammars.constraint(constraint.kind, constraint.text),)
+            return (self.grammars.constraint(constraint.kind, constraint.text, constraint.param),)
         except Busy as error:
             raise HTTPError(429, error.what, code="overloaded", retry=error.seconds) from None
         except ArmillaryError as error:

@@ -142,7 +142,8 @@ class Output:
 
     def fail(self, problem: HTTPError) -> list[Event]:
         self.response["status"] = "failed"
-        self.response["error"] = {"code": "server_error", "message": problem.what}
+        code = "invalid_prompt" if problem.status == 400 else "server_error"  # of the words that clients know
+        self.response["error"] = {"code": code, "message": problem.what}
         return [self._told("failed")]
 
     # -- events

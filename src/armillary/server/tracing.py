@@ -122,7 +122,7 @@ class Request:
             for place, answer in enumerate(answers):
                 self._answer(place, answer, now)
             failed = str(status) if status is not None and status >= 500 else None
-            if failed is None and any(answer.finish == "error" for answer in answers):
+            if failed is None and any(answer.finish == "error" and not answer.own for answer in answers):
                 failed = "generation_failed"  # in a stream, which began well
             self.span.update_name(self.method if route is None else f"{self.method} {route}")
             found = {

@@ -57,7 +57,8 @@ class Replay:
     def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
         self.network, self.state, self.capacity = network, state, capacity
         packed = _packed.setdefault(network, {})
-        self.weights = chosen_weights(network, packed) if weights == "auto" else weights
+        assert weights != "plain"
+        self.weights: Weights = chosen_weights(network, packed) if weights == "auto" else weights
         # weights that plain steps do not see
         self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not halves(network))
         self.most = PIECE if self.other else most_tokens(network, self.weights, packed)

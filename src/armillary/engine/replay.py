@@ -18,6 +18,7 @@ from torch import Tensor
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.engine.calibrate import PIECE, chosen_threads, chosen_weights, halves, most_tokens
 from armillary.native import available
+from armillary.native.tape import Weights
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape

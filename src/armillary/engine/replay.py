@@ -57,6 +57,8 @@ class Replay:
 
     def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
         self.network, self.state, self.capacity = network, state, capacity
+        if any(type(parameter.data) is not Tensor for parameter in network.parameters()):
+            raise NoStep("its parameters are not plain tensors, or lie in several processes")
         packed = _packed.setdefault(network, {})
         assert weights != "plain"
         self.weights: Weights = chosen_weights(network, packed) if weights == "auto" else weights

@@ -210,8 +210,9 @@ def schemas(tokenizer) -> dict[str, float]:
         laters.append(time.perf_counter() - start)
         scores = torch.zeros(tokenizer.size)
         for token in tokenizer.encode('{"name":"'):
+            free = scores.clone()  # which are changed in place
             start = time.perf_counter()
-            allowed = constraint.apply(scores, [])
+            allowed = constraint.apply(free, [])
             masks.append(time.perf_counter() - start)
             assert allowed[token] == 0
             constraint.accept(token)

@@ -170,6 +170,8 @@ def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, mon
 def test_steps_of_many_tokens_are_taken_where_their_products_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(**NETWORKS["grouped"])
     monkeypatch.setattr(calibrate, "ALONE", 0)
+    for module in (calibrate, replay):
+        monkeypatch.setattr(module, "tiles", lambda: False)
     for seconds, most in ((0.0, calibrate.PIECE), (1e9, calibrate.MOST)):
         monkeypatch.setattr(calibrate, "seconds", lambda *given, seconds=seconds, **more: seconds)
         taped, plain = both(made)
@@ -178,6 +180,19 @@ def test_steps_of_many_tokens_are_taken_where_their_products_are_quick(monkeypat
         assert [taped.replay.takes([[1]] * count) for count in (most, most + 1)] == [True, False]
         found, expected = (slots.extend([0, 1], [[5] * (most - 20), [6] * 20]) for slots in (taped, plain))
         assert (found - expected).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("name", ["grouped", "everything"])
+@torch.no_grad()
+def test_with_tiles_every_step_that_is_all_native_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "tiles", lambda: True)
+    taped, plain = both(network(**NETWORKS[name]))
+    assert taped.replay is not None
+    many = [[5 + place % 20 for place in range(50)], [7] * 45]
+    assert taped.replay.takes(many) is not bool(taped.replay.tape.plain)
+    found, expected = (slots.extend([0, 1], many, last=False) for slots in (taped, plain))
+    for row, chunk in enumerate(many):
+        assert (found[row, : len(chunk)] - expected[row, : len(chunk)]).abs().max() < CLOSE
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.engine.calibrate import PIECE, chosen_threads, chosen_weights, halves, most_tokens
 from armillary.native import available
-from armillary.native.tape import Weights
+from armillary.native.tape import Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
@@ -67,6 +67,9 @@ class Replay:
         self.most = PIECE if self.other else most_tokens(network, self.weights, packed)
         self.threads = chosen_threads(network, self.weights, packed)
         self.tape = self._recorded()
+        # weights that lost something make every step here, so that an answer does not depend on which of its tokens
+        # were read together
+        self.always = self.other or (tiles() and not self.tape.plain and not self.tape.single)
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
 
     def _recorded(self) -> Tape:
@@ -92,9 +95,8 @@ class Replay:
         return 0 if self.tape.plain or self.tape.single else self.tape.rows
 
     def takes(self, chunks: Sequence[Sequence[int]]) -> bool:
-        """Whether a step of these chunks is better made here. Weights that lost something make every step here,
-        so that an answer does not depend on which of its tokens were read together."""
-        if self.other:
+        """Whether a step of these chunks is better made here."""
+        if self.always:
             return True
         longest = max(len(chunk) for chunk in chunks)
         return sum(len(chunk) for chunk in chunks) <= self.tape.rows and not (self.tape.single and longest > 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.settings import parse
-from armillary.engine import calibrate, replay
+from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.native import available
 from armillary.native import tape as native
@@ -167,19 +167,14 @@ def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, mon
 
 
 @torch.no_grad()
-def test_steps_of_many_tokens_are_taken_where_their_products_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = network(**NETWORKS["grouped"])
-    monkeypatch.setattr(calibrate, "ALONE", 0)
-    for module in (calibrate, replay):
-        monkeypatch.setattr(module, "tiles", lambda: False)
-    for seconds, most in ((0.0, calibrate.PIECE), (1e9, calibrate.MOST)):
-        monkeypatch.setattr(calibrate, "seconds", lambda *given, seconds=seconds, **more: seconds)
-        taped, plain = both(made)
-        assert taped.replay is not None
-        assert taped.replay.tape.rows == taped.replay.beside == most
-        assert [taped.replay.takes([[1]] * count) for count in (most, most + 1)] == [True, False]
-        found, expected = (slots.extend([0, 1], [[5] * (most - 20), [6] * 20]) for slots in (taped, plain))
-        assert (found - expected).abs().max() < CLOSE
+def test_without_tiles_steps_of_many_tokens_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "tiles", lambda: False)
+    taped, plain = both(network(**NETWORKS["grouped"]))
+    most = replay.MOST
+    assert taped.replay is not None and taped.replay.tape.rows == taped.replay.beside == most
+    assert [taped.replay.takes([[1]] * count) for count in (most, most + 1)] == [True, False]
+    found, expected = (slots.extend([0, 1], [[5] * (most - 20), [6] * 20]) for slots in (taped, plain))
+    assert (found - expected).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("name", ["grouped", "everything"])

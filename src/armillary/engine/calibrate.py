@@ -1,4 +1,4 @@
-"""What this machine is quickest with: how weights are held, how many tokens a native step takes, how many threads.
+"""What this machine is quickest with: how weights are held, and how many threads take a step.
 
 Measured once for a network, with products by its largest weight; what no measurement could tell apart is not measured.
 """
@@ -15,13 +15,6 @@ from armillary.native.tape import Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.tape import Packed, Tape
 
-# Tokens of a step up to which the tape is taken. Where the processor has tiles (AMX) there is no bound: at 33 million
-# weights in bf16 40 tokens took 6 ms where plain steps took 45, 512 took 64 and 158, 2,048 took 362 and 857; at 388
-# million 1,000 took 1.9 s and 2.7. Elsewhere plain steps win in the end, since PyTorch's products gain with the number
-# of rows: with AVX2 64 tokens cost 32 and 34 ms, 128 cost 64 and 46. So many only if the tape's product of so many rows
-# is as quick, else MOST.
-MOST = 32
-PIECE = 64  # tokens at a time, too, where the weights leave no other way to read a prompt
 ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
 CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
 
@@ -39,17 +32,6 @@ def chosen_weights(network: Network, packed: Packed) -> Weights:
     for key in [key for key in packed if key[-1] in times and key[-1] != quicker]:
         del packed[key]
     return quicker
-
-
-def most_tokens(network: Network, weights: Weights, packed: Packed) -> int:
-    """Tokens of a step that are better computed by the tape."""
-    largest = _largest(network)
-    if largest is None or largest.numel() * 4 < ALONE or tiles():
-        return PIECE
-    x, weight = torch.ones(PIECE, largest.shape[1], dtype=network.dtype), largest.detach().to(network.dtype)
-    with torch.no_grad():
-        theirs = _best(lambda: torch.nn.functional.linear(x, weight))
-    return PIECE if seconds(largest, weights, packed, PIECE) <= theirs else MOST
 
 
 def chosen_threads(network: Network, weights: Weights, packed: Packed) -> int:

@@ -1,4 +1,5 @@
-"""Writes docs/reliability.md: what the server went through, and the latest figures out of benchmarks/results.jsonl.
+"""Writes docs/reliability.md: what the server went through, the latest figures out of benchmarks/results.jsonl, and the
+remarks of tools/reliability.md.
 
 python tools/reliability.py
 """
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from performance import remarks
 from results import RELIABILITY, ROOT, latest, measured
 
+REMARKS = ROOT / "tools" / "reliability.md"
 PAGE = ROOT / "docs" / "reliability.md"
 
 HEAD = """# Reliability of the server
@@ -80,10 +83,12 @@ installed, measures the same load once; what it calls ITL is TPOT here.""",
 
 def page(records: list[dict[str, Any]]) -> str:
     found = {record["benchmark"]: record for record in records}
-    lines = HEAD.splitlines()
+    lines, said = HEAD.splitlines(), remarks(REMARKS)
     for name, text in PARTS.items():
         record = found.get(f"{RELIABILITY}{name}")
         lines += ["", f"## {text}", "", *(["Not run yet."] if record is None else measured(record))]
+        if record is not None and name in said:
+            lines += ["", said[name]]
     return "\n".join([*lines, ""])
 
 

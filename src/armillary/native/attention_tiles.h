@@ -5,47 +5,27 @@
 #ifndef ARMILLARY_ATTENTION_TILES_H
 #define ARMILLARY_ATTENTION_TILES_H
 
+#include "amx.h"
 #include "broad.h"
 #include "record.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
-    defined(__linux__)
+#if AMX && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define LOOK_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 
 enum { SIDE = 16, LOOKED = 4 * SIDE, CHUNK = 2 * SIDE }; /* of a tile; keys of a block; bf16 in a line of a tile */
 
-/* Whether this process may use tiles, which a system may refuse. */
-static int tiles_allowed(void) {
-    static int allowed = -1;
-    if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed;
-}
-
-/* How a thread's tiles are set up: all of them whole; what they were before is kept. */
-typedef struct {
-    uint8_t palette, start, none[14];
-    uint16_t bytes[16];
-    uint8_t lines[16];
-} setup_t;
-
+/* All of a thread's tiles are whole; what they were before is kept. */
 static void whole_tiles(setup_t *before) {
     setup_t t = {.palette = 1};
     for (int i = 0; i < 8; i++) t.bytes[i] = 4 * SIDE, t.lines[i] = SIDE;
     _tile_storeconfig(before);
-    __asm__ volatile("" ::"r"(&t) : "memory"); /* the compiler takes only its first bytes for read */
-    _tile_loadconfig(&t);
+    set_up(&t);
 }
 
 static void tiles_back(const setup_t *before) {
-    __asm__ volatile("" ::"r"(before) : "memory");
-    if (before->palette) _tile_loadconfig(before);
+    if (before->palette) set_up(before);
     else _tile_release();
 }
-
-/* The compiler's own tile operations do not tell it that they read and write memory. */
-#define IN_MEMORY __asm__ volatile("" ::: "memory")
 
 /* Sixteen lines of sixteen words, turned round: to[j] gets word j of each. */
 static void turn_round(__m512i *x, uint32_t *to, int64_t stride) {

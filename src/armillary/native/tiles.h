@@ -7,39 +7,26 @@
 #ifndef ARMILLARY_TILES_H
 #define ARMILLARY_TILES_H
 
+#include "amx.h"
 #include "prepared.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512F__) && \
-    defined(__AVX512VNNI__) && defined(__linux__)
+#if AMX && defined(__AMX_INT8__) && defined(__AVX512VNNI__)
 #define TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 
-/* Whether this process may use tiles, which a system may refuse. */
-int tape_tiles(void) {
-    static int allowed = -1;
-    if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed;
-}
-
-typedef struct {
-    uint8_t palette, start, none[14];
-    uint16_t bytes[16];
-    uint8_t lines[16];
-} tiles_t;
+/* Whether products go through tiles. */
+int tape_tiles(void) { return tiles_allowed(); }
 
 /* Tiles 0-3: sums of two times two tiles, 4 and 5: lines, 6 and 7: weights. `set` is what the thread has. */
 static void set_tiles(int64_t lines, int *set) {
     int first = lines < TILE ? (int)lines : TILE;
     int second = lines <= TILE || lines >= 2 * TILE ? TILE : (int)lines - TILE;
     if (*set == first * 32 + second) return;
-    tiles_t t = {.palette = 1};
+    setup_t t = {.palette = 1};
     for (int i = 0; i < 8; i++) t.bytes[i] = STEP;
     t.lines[0] = t.lines[1] = t.lines[4] = (uint8_t)first;
     t.lines[2] = t.lines[3] = t.lines[5] = (uint8_t)second;
     t.lines[6] = t.lines[7] = TILE;
-    __asm__ volatile("" ::"r"(&t) : "memory"); /* the compiler takes only its first bytes for read */
-    _tile_loadconfig(&t);
+    set_up(&t);
     *set = first * 32 + second;
 }
 
@@ -89,7 +76,7 @@ INLINE void tiles_product(const int bf16, const op_t *op, void *x, float *y, int
     int32_t sums[2 * TILE][2 * BLOCK] __attribute__((aligned(64)));
     float whole[2 * 2 * TILE][BLOCK] __attribute__((aligned(64)));
     set_tiles(p.lines, set);
-    __asm__ volatile("" ::: "memory"); /* what tiles read is written by now, which loading does not say */
+    IN_MEMORY; /* what tiles read is written by now */
     for (int64_t block = columns.first / BLOCK; block < stop; block += 2) {
         const char *w = (const char *)op->weight + block * size;
         int two_blocks = block + 1 < stop;

@@ -32,7 +32,7 @@ from armillary.native import tape as native
 from armillary.native.rows import read_all
 from armillary.nn.linear import Linear
 from common import SMALL, Shape, interleaved, ours, ratio, report, slow, theirs, write_gguf
-from peers import Llama, Transformers, missing
+from rivals import Llama, Transformers, missing
 
 LARGE = Shape(width=1024, depth=30, heads=16, kv_heads=8, hidden=2816, vocabulary=32768)
 PROMPT, TOKENS, STREAMS = 256, 16, 16

@@ -1,7 +1,7 @@
 """`llama.cpp` in a process of its own: a peer that is asked through pipes, one line of JSON for each question.
 
 It lives apart because it may crash, and because its products with AMX take for granted that nobody else uses the
-tiles of their threads. `peers.Llama` is who asks.
+tiles of their threads. `rivals.Llama` is who asks.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from armillary.engine.core import Engine
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from common import VOCABULARY, interleaved, ours, ratio, report, write_gguf
-from peers import Llama, missing
+from rivals import Llama, missing
 
 PROMPT = 512
 

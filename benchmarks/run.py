@@ -12,7 +12,7 @@ from pathlib import Path
 NAMES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("common", "llama", "peers", "run", "campaign")
+    if path.stem not in ("common", "llama", "rivals", "run", "campaign")
 )
 
 

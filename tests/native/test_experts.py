@@ -5,17 +5,16 @@ The oracle is the channel's own `extend`, which its own tests compare with trans
 
 from __future__ import annotations
 
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
+from native_parts import check_bits
 
 from armillary.base.settings import parse
-from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import Program, pack_int4, pack_int8, unpack_int4, unpack_int8
+from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.linear import ExpertLinear, Linear
 from armillary.nn.network import ModelSettings, Network, build
@@ -92,22 +91,7 @@ def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
 @torch.no_grad()
 def test_threads_and_neighbours_change_no_bit(weights: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network({"kind": "moe", **CHANNELS[kind]}, width=72)
-    chunks = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
-    alone = taped(made, weights)
-    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(chunks)]
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        for way in ("at once", "in turn", "back"):
-            if way != "at once":  # one thread after another between barriers
-                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
-            together = taped(made, weights)
-            assert together.replay is not None and together.replay.tape.threads == 3
-            found = together.extend([0, 1, 2], chunks, last=False)
-            assert all(torch.equal(found[row], single[row]) for row in range(3)), way
-    finally:
-        torch.set_num_threads(threads)
+    check_bits(lambda: taped(made, weights), monkeypatch)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])

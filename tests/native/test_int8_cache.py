@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
+from native_parts import check_bits
 
 from armillary.base.settings import parse
-from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import Program
 from armillary.nn.cache import Int8
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.state import State
@@ -64,17 +62,4 @@ def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
 @torch.no_grad()
 def test_threads_and_neighbours_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(kind)
-    texts = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
-    alone = Slots(made, 3, 64, Int8(), weights="float32")
-    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(texts)]
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        for way in ("at once", "in turn", "back"):
-            if way != "at once":  # one thread after another between barriers
-                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
-            found = Slots(made, 3, 64, Int8(), weights="float32").extend([0, 1, 2], texts, last=False)
-            assert all(torch.equal(found[row], single[row]) for row in range(3)), way
-    finally:
-        torch.set_num_threads(threads)
+    check_bits(lambda: Slots(made, 3, 64, Int8(), weights="float32"), monkeypatch)

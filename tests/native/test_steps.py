@@ -6,19 +6,16 @@ kind: alone and together, one token and several, ragged, with plain chunks and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
+from native_parts import TEXTS, Beside, one_by_one, three_threads, ways
 
 from armillary.base.settings import parse
-from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import Program, pack_int4, pack_int8, unpack_int4, unpack_int8
+from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.example import Example
 from armillary.nn.linear import Linear
@@ -100,17 +97,6 @@ CASES = [
 ]
 
 
-@contextmanager
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
     slots = Slots(made, rows, 64, weights=weights)  # type: ignore[arg-type]
     assert slots.replay is not None and not slots.replay.tape.plain
@@ -119,20 +105,12 @@ def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
 
 def follow(slots: Slots, other: Slots) -> float:
     """The largest difference of scores."""
-    worst = 0.0
-
-    def step(rows: list[int], chunks: list[list[int]], last: bool = True) -> None:
-        nonlocal worst
-        found = slots.extend(rows, chunks, last=last).clone()
-        expected = other.extend(rows, chunks, last=last)
-        for at, chunk in enumerate(chunks):
-            count = 1 if last else len(chunk)
-            worst = max(worst, float((found[at, :count] - expected[at, :count]).abs().max()))
-
+    beside = Beside(slots, other)
+    step = beside.step
     step([0], [list(range(20))])  # within a tape's rows
     step([2], [[1, 2, 3]])
     kept = [each.snapshot(2) for each in (slots, other)]
-    step([1], [[5] * 40])  # more than those: a plain chunk, but for other weights
+    step([1], [[5] * 40], plain=True)
     for token in range(3):
         step([0, 2], [[token], [token + 5]])
     step([0, 2], [[1, 4, 5], [2]], last=False)  # ragged, with a row between that takes no part
@@ -143,7 +121,7 @@ def follow(slots: Slots, other: Slots) -> float:
         each.clear(1)
     step([1], [[7]])
     step([0, 1, 2], [[3], [2], [1]])
-    return worst
+    return beside.worst
 
 
 @pytest.mark.parametrize("mixer", CASES)
@@ -160,13 +138,10 @@ def test_the_tape_gives_what_plain_steps_give(mixer: Any) -> None:
 @torch.no_grad()
 def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(mixer)
-    chunks = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
-    alone = taped(made)
-    single = [torch.cat([alone.extend([row], [[id_]]).clone()[:, 0] for id_ in ids]) for row, ids in enumerate(chunks)]
+    chunks = TEXTS
+    single = one_by_one(taped(made))
     with three_threads(monkeypatch):
-        for way in ("at once", "in turn", "back"):
-            if way != "at once":
-                monkeypatch.setattr(Program, "run", partialmethod(Program.run_in_turn, back=way == "back"))
+        for way in ways(monkeypatch):
             together = taped(made)
             assert together.replay is not None and together.replay.tape.threads == 3
             if together.replay.tape.single:  # a chunk of several tokens is a plain one

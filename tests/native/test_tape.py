@@ -7,11 +7,11 @@ hold: what is left is the rounding of one float32 sum.
 
 from __future__ import annotations
 
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
+from native_parts import TEXTS, Beside, three_threads, ways
 from torch import Tensor
 
 from armillary.base.settings import parse
@@ -93,21 +93,13 @@ def both(made: Network, weights: str = "float32") -> tuple[Slots, Slots]:
 
 def follow(taped: Slots, plain: Slots) -> float:
     """The largest difference of scores over steps of every kind, with plain chunks in between."""
-    worst = 0.0
-
-    def step(rows: list[int], chunks: list[list[int]], last: bool = True) -> None:
-        nonlocal worst
-        found = taped.extend(rows, chunks, last=last).clone()
-        expected = plain.extend(rows, chunks, last=last)
-        for at, chunk in enumerate(chunks):
-            count = 1 if last else len(chunk)
-            worst = max(worst, float((found[at, :count] - expected[at, :count]).abs().max()))
-
+    beside = Beside(taped, plain)
+    step = beside.step
     step([0], [list(range(20))])
     step([2], [[1, 2, 3]])
     for token in range(3):
         step([0, 2], [[token], [token + 5]])
-    step([1], [[5] * 30])
+    step([1], [[5] * 30], plain=True)
     step([0, 2], [[1, 4, 5], [2]], last=False)
     for token in range(3):
         step([0, 1, 2], [[token], [token + 1], [token + 2]])
@@ -116,7 +108,7 @@ def follow(taped: Slots, plain: Slots) -> float:
     step([0, 1, 2], [[3], [2], [1]])
     taped.settle(), plain.settle()
     assert taped.state.lengths.tolist() == plain.state.lengths.tolist() and taped.state.lengths[1] == 2
-    return worst
+    return beside.worst
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -132,38 +124,24 @@ def test_the_tape_gives_what_plain_steps_give(name: str) -> None:
 @torch.no_grad()
 def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(**NETWORKS["everything"])
-    threads = torch.get_num_threads()
     plain = Slots(made, 3, 64, weights="float32")
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
-    try:
-        torch.set_num_threads(3)
+    with three_threads(monkeypatch):
         taped = Slots(made, 3, 64, weights="float32")
         assert taped.replay is not None and taped.replay.tape.threads == 3
         assert follow(taped, plain) == 0
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore:the weights of")
-@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_no_thread_takes_from_another_without_waiting(name: str, back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between barriers one thread runs after another, in either order; that a wait is missing shows without fail."""
+def test_no_thread_takes_from_another_without_waiting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(**NETWORKS[name])
-    alone = Slots(made, 3, 64, weights="int8")
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
-    texts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]]
-    expected = alone.extend([0, 1, 2], texts, last=False).clone()
-    try:
-        torch.set_num_threads(3)
-        turns = Slots(made, 3, 64, weights="int8")
-        monkeypatch.setattr(native.Program, "run", partialmethod(native.Program.run_in_turn, back=back))
-        assert turns.replay is not None and turns.replay.tape.threads == 3
-        assert torch.equal(turns.extend([0, 1, 2], texts, last=False), expected)
-    finally:
-        torch.set_num_threads(threads)
+    expected = Slots(made, 3, 64, weights="int8").extend([0, 1, 2], TEXTS, last=False).clone()
+    with three_threads(monkeypatch):
+        for way in ways(monkeypatch):
+            turns = Slots(made, 3, 64, weights="int8")
+            assert turns.replay is not None and turns.replay.tape.threads == 3
+            assert torch.equal(turns.extend([0, 1, 2], TEXTS, last=False), expected), way
 
 
 @torch.no_grad()

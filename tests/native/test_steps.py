@@ -145,6 +145,7 @@ def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.Mo
             together = taped(made)
             assert together.replay is not None and together.replay.tape.threads == 3
             if together.replay.tape.single:  # a chunk of several tokens is a plain one
+                assert not together.replay.takes(chunks)
                 for step in range(5):
                     found = together.extend([0, 1, 2], [ids[step : step + 1] for ids in chunks])[:, 0]
                     assert all(torch.equal(found[row], single[row][step]) for row in range(3)), way

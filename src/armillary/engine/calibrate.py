@@ -1,6 +1,6 @@
 """What this machine is quickest with: how weights are held, and how many threads take a step.
 
-Measured once for a network, with products by its largest weight; what no measurement could tell apart is not measured.
+Measured once for a network, by products with its largest weight. Neither changes what a step gives but for rounding.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Stream:
         held = [
             tensor[0, :, :length].contiguous() for _, _, s in self.slots.state.each() for tensor in s.tensors.values()
         ]
-        return self.slots.replay.tape.packed + held
+        return self.slots.replay.tape.pieces + held
 
     def floor(self) -> Call:
         """Tokens/s if reading were all."""

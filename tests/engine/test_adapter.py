@@ -10,12 +10,13 @@ import copy
 
 import pytest
 import torch
-from engine_parts import ASKED, PROMPTS, alike, causal, network_of
+from engine_parts import ASKED, PROMPTS, alike, causal, in_pieces, network_of
 
 from armillary.base.errors import ArmillaryError, InputError, UnsupportedError
 from armillary.engine import Request, Sampling
 from armillary.engine.core import Engine
 from armillary.engine.drafts import PromptLookup
+from armillary.native import available
 from armillary.nn.adapted import LowRankChange, adapted
 from armillary.nn.driver import drivers
 from armillary.nn.linear import Linear
@@ -215,3 +216,46 @@ def test_where_adapters_cannot_be() -> None:
         Engine(network, slots=1, weights="int8").adapters.load("one", changes_of(network, 1))
     with pytest.raises(InputError, match="no name of an adapter"):
         Engine(network, slots=1).adapters.load("a:b", {})
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_a_prompt_that_waits_with_an_adapter_changes_no_piece() -> None:
+    network = network_of(block=BLOCK)
+    engine = Engine(network, slots=2, keep=False)
+    engine.adapters.load("one", changes_of(network, 1))
+    pieces = in_pieces(engine)
+    most, inner = [], pieces.budget
+    pieces.budget = lambda answers, context=0, taken=0: (most.append(taken), inner(answers, context, taken))[1]
+    first = engine.submit(Request(PROMPTS[0], LONG))
+    while not first.choices:
+        engine.step()
+    second = engine.submit(Request(PROMPTS[2], LONG))
+    engine.step()
+    del most[:]
+    engine.submit(Request(PROMPTS[1], LONG, adapter="one"))
+    while not second.choices:
+        engine.step()
+    assert most and min(most) > 0
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_prompts_beside_answers_with_adapters_only_fail_alone() -> None:
+    network = network_of(block=BLOCK)
+    engine = Engine(network, slots=3, keep=False)
+    engine.adapters.load("one", changes_of(network, 1))
+    in_pieces(engine)
+    first = engine.submit(Request(PROMPTS[0], LONG, adapter="one"))
+    while not first.choices:
+        engine.step()
+    bad, inner = PROMPTS[2], engine.slots.extend
+
+    def extend(rows, chunks, **how):
+        if any(list(chunk) == list(bad[-len(chunk) :]) for chunk in chunks):  # its last piece
+            raise RuntimeError("not this one")
+        return inner(rows, chunks, **how)
+
+    engine.slots.extend = extend
+    good, poor = (engine.submit(Request(prompt, ASKED)) for prompt in (PROMPTS[1], bad))
+    while engine.step():
+        pass
+    assert [one.finish for one in (first, good, poor)] == ["length", "length", "error"]

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from armillary.engine import calibrate
+from armillary.engine import calibrate, replay
+from armillary.engine.slots import Slots
 from armillary.nn.network import ModelSettings, Network, build
+
+WEIGHT = torch.ones(8, 8)
 
 
 def network() -> Network:
@@ -29,11 +32,13 @@ def test_fewer_threads_are_taken_where_they_are_quicker(
     monkeypatch.setattr(calibrate, "ALONE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(calibrate, "seconds", lambda *given, threads, **more: times[threads])
-    assert calibrate.chosen_threads(network(), "float32", {}) == expected
+    assert calibrate.chosen_threads(network(), WEIGHT, "float32", {}) == expected
 
 
-def test_small_networks_run_alone() -> None:
-    assert calibrate.chosen_threads(network(), "float32", {}) == 1
+def test_small_networks_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.delattr(calibrate, "seconds")
+    assert calibrate.chosen_threads(network(), WEIGHT, "float32", {}) == 1
 
 
 @pytest.mark.parametrize("quicker", ["float32", "bf16"])
@@ -47,7 +52,7 @@ def test_the_quicker_weights_are_taken_and_the_others_not_kept(quicker: str, mon
 
     monkeypatch.setattr(calibrate, "seconds", seconds)
     packed: calibrate.Packed = {}
-    assert calibrate.chosen_weights(network(), packed) == quicker
+    assert calibrate.chosen_weights(network(), WEIGHT, packed) == quicker
     assert {key[-1] for key in packed} == {quicker}
 
 
@@ -55,4 +60,25 @@ def test_what_bf16_would_lose_is_kept() -> None:
     made = network()
     with torch.no_grad():
         next(made.parameters()).add_(1e-4)
-    assert calibrate.chosen_weights(made, {}) == "float32"
+    assert calibrate.chosen_weights(made, WEIGHT, {}) == "float32"
+
+
+def test_only_weights_that_steps_multiply_with_are_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding of its own is looked up, however large it is."""
+    monkeypatch.setattr(replay, "chosen_threads", lambda network, largest, *given: seen.append(largest) or 1)
+    seen: list[torch.Tensor] = []
+    block = {"mixer": {"kind": "attention", "heads": 2}, "channel": {"kind": "gated", "hidden": 32}}
+    settings = ModelSettings(width=32, depth=1, vocabulary=500, context=64, block=block, head={"tied": False})
+    made = build(settings, seed=0)
+    Slots(made, 1, 64)
+    assert [weight.data_ptr() for weight in seen] == [made.head.product.weight.data_ptr()]
+
+
+def test_what_can_have_no_tape_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.delattr(calibrate, "seconds")
+    look = {"kind": "attention", "heads": 2}
+    block = {"mixer": look, "channel": "gated"}
+    model = ModelSettings(width=32, depth=1, vocabulary=64, context=64, block=block, driver="feedback")
+    assert Slots(build(model, seed=0).eval(), 1, 64).replay is None

@@ -243,3 +243,30 @@ def test_a_fault_after_the_call_is_not_computed_twice(network) -> None:
     assert len(calls) == 1
     assert [first.finish, second.finish] == ["error", "error"]
     assert not engine.busy
+
+
+def budgets(engine: Engine) -> list[tuple[int, int]]:
+    """Of every step from now on: answers under way, and how many tokens one call may take, as the pace is told."""
+    asked, inner = list[tuple[int, int]](), engine.pace.budget
+
+    def budget(answers: int, context: int = 0, most: int = 0) -> int:
+        asked.append((answers, most))
+        return inner(answers, context, most)
+
+    engine.pace.budget = budget
+    return asked
+
+
+@pytest.mark.parametrize("waiter", [(1,), (1, 2)])
+def test_who_waits_does_not_slow_who_reads(network, waiter) -> None:
+    """A prompt of one token is as good as an answer, but not before it has a place."""
+    engine = Engine(network, slots=1, keep=False)
+    in_pieces(engine)
+    first = engine.submit(Request(LONG, Sampling(max_new_tokens=2, temperature=0)))
+    engine.step()
+    asked = budgets(engine)
+    engine.submit(Request(waiter, Sampling(max_new_tokens=2, temperature=0)))
+    while not first.choices:
+        engine.step()
+    *reading, _ = asked  # its own last token comes as an answer's do
+    assert reading and all(answers == 0 for answers, _ in reading)

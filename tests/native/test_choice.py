@@ -200,3 +200,36 @@ def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
     for form in (choose, choose_plain):
         (found,) = form(torch.zeros(1, 8), [Chooser(Sampling(logit_bias={8: 1.0}), [1])])
         assert "logit_bias names the token 8" in str(found)
+
+
+@pytest.mark.parametrize("form", [choose, choose_plain])
+def test_an_end_outside_the_vocabulary_is_never_reached(form) -> None:
+    """A tokenizer may know more than the network scores."""
+    for more in ({"min_new_tokens": 2}, {"target_new_tokens": 2}):
+        given = torch.linspace(0, 1, 24)[None]
+        asked = Sampling(max_new_tokens=4, temperature=0, **more)
+        (beyond,), (none,) = (form(given, [Chooser(asked, [1], ends=ends)]) for ends in ([24, 40_000_000], []))
+        assert beyond == none and beyond.token == 23
+
+
+@pytest.mark.parametrize("form", [choose, choose_plain])
+def test_what_a_step_makes_of_scores_is_read_as_what_it_is(form) -> None:
+    class Made:
+        def __init__(self, make) -> None:
+            self.make = make
+
+        def apply(self, scores, ids):
+            return self.make(scores)
+
+        def accept(self, token) -> None:
+            pass
+
+    given = torch.linspace(0, 1, 24).flip(0)[None]
+
+    def chosen(make):
+        return form(given, [Chooser(Sampling(max_new_tokens=4, temperature=0), [1], steps=[Made(make)])])[0]
+
+    for make in (torch.Tensor.double, torch.Tensor.half, lambda scores: torch.stack([scores, scores], 1)[:, 0]):
+        assert chosen(make).token == 0
+    for make in (lambda scores: scores[:12], lambda scores: scores[None]):
+        assert isinstance(chosen(make), ValueError)

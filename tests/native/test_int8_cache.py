@@ -14,6 +14,7 @@ from armillary.native import available
 from armillary.nn.cache import Int8
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.state import State
+from armillary.nn.tape import NoStep, Tape
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 MIXERS: dict[str, dict[str, Any]] = {
@@ -63,3 +64,26 @@ def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
 def test_threads_and_neighbours_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(kind)
     check_bits(lambda: Slots(made, 3, 64, Int8(), weights="float32"), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("product", ["k", "v"])
+@torch.no_grad()
+def test_what_is_no_number_is_not_hidden(product: str, kind: str) -> None:
+    made = network(kind)
+    made.get_parameter(f"blocks.0.mixer.inner.{product}.weight")[0, 0] = torch.nan
+    slots, plain = (Slots(made, 1, 64, Int8(), weights=how) for how in ("float32", "plain"))  # type: ignore[arg-type]
+    for ids in ([1, 2, 3], [4]):
+        found, expected = (each.extend([0], [ids], last=False)[0].isnan().any(-1) for each in (slots, plain))
+        assert found.any() and torch.equal(found, expected)
+
+
+def test_numbers_in_8_bits_are_no_others() -> None:
+    """They take operations of their own: those of wider numbers would write beyond them."""
+    tape = Tape(2, 8)
+    x = tape.embed(torch.ones(3, 16))
+    held = torch.zeros(1, 1, 8, 16, dtype=torch.int8)
+    with pytest.raises(NoStep, match="int8"):
+        tape.append(held, x)
+    with pytest.raises(NoStep, match="int8"):
+        tape.attend(x, held, held, 1, scale=1.0)

@@ -209,6 +209,33 @@ def test_poisoned_rows_stay_alone() -> None:
     assert found[1].isnan().all() and torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("mixer", [*CASES, *examples({"attention", "window"})])
+@torch.no_grad()
+def test_what_is_no_number_is_not_hidden(mixer: Any) -> None:
+    """NaN in the first number of each of a mixer's weights shows in the scores where plain steps show it, too.
+
+    Not always at every token: plain steps multiply it by weights of zero as well.
+    """
+    made = network(mixer)
+    for name, weight in made.get_submodule("blocks.0.mixer").named_parameters():
+        first = weight.view(-1)[:1]
+        kept = first.clone()
+        first.fill_(torch.nan)
+        slots, plain = (Slots(made, 1, 64, weights=how) for how in ("float32", "plain"))  # type: ignore[arg-type]
+        for ids in ([1, 2, 3], [4]):
+            found, expected = (each.extend([0], [ids], last=False)[0].isnan().any(-1) for each in (slots, plain))
+            assert found.any() == expected.any() and (expected | ~found).all(), name
+        first.copy_(kept)
+
+
+@torch.no_grad()
+def test_of_a_branch_that_turns_out_to_be_plain_no_weight_is_held() -> None:
+    """Its products come before what has no native step."""
+    made, none = network("lln"), network("additive")
+    kept = [sum(len(each) for each in Slots(one, 1, 64).replay.tape.pieces) for one in (made, none)]  # type: ignore[union-attr]
+    assert "blocks.0.mixer" in plain_steps(made) and kept[0] == kept[1] > 0
+
+
 def test_which_mechanisms_step_natively() -> None:
     """So that one that falls back to plain steps does not go unnoticed."""
 

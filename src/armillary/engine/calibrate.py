@@ -1,6 +1,7 @@
 """What this machine is quickest with: how weights are held, and how many threads take a step.
 
-Measured once for a network, by products with its largest weight. Neither changes what a step gives but for rounding.
+Measured once for a network, by products with the largest weight that its steps multiply with. Neither changes what
+a step gives but for rounding.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ ALONE = 1 << 20  # bytes of weights below which a second thread costs more than 
 CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
 
 
-def chosen_weights(network: Network, packed: Packed) -> Weights:
+def chosen_weights(network: Network, largest: Tensor, packed: Packed) -> Weights:
     """The quicker of float32 and bf16, where bf16 loses nothing."""
-    largest = _largest(network)
-    if largest is None or not halves(network):
+    if not halves(network):
         return "float32"
     if largest.numel() * 4 < ALONE or tiles():
         return "bf16"
@@ -34,13 +34,11 @@ def chosen_weights(network: Network, packed: Packed) -> Weights:
     return quicker
 
 
-def chosen_threads(network: Network, weights: Weights, packed: Packed) -> int:
+def chosen_threads(network: Network, largest: Tensor, weights: Weights, packed: Packed) -> int:
     """Threads of a step: PyTorch's, half of them or one, whichever is quickest; two of one core, or cores that others
     use, can be in each other's way."""
-    largest, most = _largest(network), torch.get_num_threads()
-    if most == 1 or largest is None:
-        return 1
-    if sum(p.numel() * p.element_size() for p in network.parameters()) < ALONE:
+    most = torch.get_num_threads()
+    if most == 1 or sum(p.numel() * p.element_size() for p in network.parameters()) < ALONE:
         return 1
     best, least = most, float("inf")
     for threads in sorted({most, max(1, most // 2), 1}, reverse=True):
@@ -66,10 +64,6 @@ def halves(network: Network) -> bool:
         return True
     wide = (p.detach() for p in network.parameters() if p.dtype != torch.bfloat16)
     return all(torch.equal(part, part.bfloat16().to(part.dtype)) for p in wide for part in p.view(-1).split(1 << 16))
-
-
-def _largest(network: Network) -> Tensor | None:
-    return max((p for p in network.parameters() if p.dim() == 2), key=Tensor.numel, default=None)
 
 
 def _best(call: Callable[[], object]) -> float:

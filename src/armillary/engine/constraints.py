@@ -35,6 +35,7 @@ PATTERN = 1024  # characters
 VALUES = 2000  # of an enumeration
 KEPT = 64  # compiled grammars
 WAITING = 8  # callers at a time
+CLOSED = "constraints are no longer compiled: what served them is closed"
 WAIT = 10.0  # seconds for the trial: its own limit is on time of the processor
 
 
@@ -159,7 +160,7 @@ class Grammars:
     def _try(self, grammar: str) -> None:
         """In the helper process; it is started again when a grammar broke it."""
         if self._closed:
-            raise InputError("constraints are no longer compiled: what served them is closed")
+            raise InputError(CLOSED)
         if self._trial is None or self._trial.poll() is not None:
             script = Path(__file__).with_name("trial.py")
             pipe = subprocess.PIPE
@@ -181,6 +182,8 @@ class Grammars:
         asking.join(WAIT)
         if not answer or not answer[0]:
             self._stop()
+            if self._closed:  # which is what ended it
+                raise InputError(CLOSED)
             raise InputError("the constraint takes too much time, memory or depth to compile")
         error = json.loads(answer[0])
         if error:

@@ -231,8 +231,6 @@ class Engine:
             groups.setdefault(self._runs[one.sequence].network, []).append(one)
         prompts = [one for one in plan.work if one not in answers]
         joined = self._joined(answers, prompts)
-        if joined:
-            groups.setdefault(None, [])
         pieces = [(one.count, one.sequence.computed) for one in joined]
         failures, started = self.failures, time.monotonic()
         for network, works in groups.items():
@@ -250,17 +248,16 @@ class Engine:
 
     def _budget(self) -> int:
         """How many prompt tokens the next step may take."""
-        runs = list(self._runs.values())
-        answers = [run.progress for run in runs if run.progress.decoding]
-        prompts = [run for run in runs if not run.progress.decoding]
+        running = [run for run in self._runs.values() if run.progress.stage == "running"]
+        answers = [run for run in running if run.progress.decoding]
+        prompts = [run for run in running if not run.progress.decoding]
         context = max((run.progress.computed for run in prompts), default=0)
-        taken = sum(1 + progress.drafts for progress in answers)
-        own = all(run.network is None for run in prompts)
-        return self.pace.budget(len(answers), context, max(0, self.slots.beside - taken) if own else 0)
+        left = self.slots.beside - sum(1 + run.progress.drafts for run in answers)
+        return self.pace.budget(len(answers), context, max(0, left) if _join(answers, prompts) else 0)
 
     def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
         """The pieces of prompts that one call takes together with the answers' tokens; all or none."""
-        if not answers or any(self._runs[one.sequence].network is not None for one in prompts):
+        if not _join([self._runs[one.sequence] for one in answers], [self._runs[one.sequence] for one in prompts]):
             return []
         fits = sum(one.count for one in [*answers, *prompts]) <= self.slots.beside
         return prompts if fits else []
@@ -542,6 +539,11 @@ class Engine:
             if not worked:
                 time.sleep(0.001)
         self._end_all()
+
+
+def _join(answers: Sequence[Running], prompts: Sequence[Running]) -> bool:
+    """Whether there is a call of the engine's own network that pieces of the prompts can go along with."""
+    return any(run.network is None for run in answers) and all(run.network is None for run in prompts)
 
 
 def _no_adapters(slots: Slots, form: str) -> str:

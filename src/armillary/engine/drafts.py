@@ -6,6 +6,7 @@ a step. So no guess can change an answer, whatever its temperature.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,15 +80,18 @@ class DraftModel:
         weights: Held = "auto",
         vocabulary: int | None = None,
     ) -> None:
-        if network.settings.form != "decoder":
-            raise InputError(f"a network of form '{network.settings.form}' cannot guess", hint="take a decoder")
+        _check_form(network.settings.form)
         self.network, self.count, self.sure, self.vocabulary = network, count, sure, vocabulary
         self._known = network.settings.vocabulary or 0
         self._slots = Slots(network, rows, network.settings.context, weights=weights)
         self._rows = {place: _Row() for place in range(rows)}  # the one used longest ago first
+        self._lock = threading.Lock()  # several engines may ask
 
-    @torch.no_grad()
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        with self._lock, torch.no_grad():
+            return self._propose(ids, most)
+
+    def _propose(self, ids: Sequence[int], most: int) -> list[int]:
         text, most = list(ids), min(most, self.count)
         # the last guess is not read before it is known to be right
         if most < 1 or len(text) + most - 1 > self._slots.capacity:
@@ -139,11 +143,15 @@ class DraftModel:
         return chosen
 
 
+def _check_form(form: str, where: str | None = None) -> None:
+    if form != "decoder":
+        raise InputError(f"a network of form '{form}' cannot guess", where=where, hint="take a decoder")
+
+
 def check_draft(form: str, own: Tokenizer, draft: Tokenizer | None, where: str | None = None) -> None:
     """Raises InputError for a draft (its network's form, its tokenizer) that cannot guess for a model with the
     tokenizer `own`: a guess is a number, which must mean the same in both. where: names the draft."""
-    if form != "decoder":
-        raise InputError(f"a network of form '{form}' cannot guess", where=where, hint="take a decoder")
+    _check_form(form, where)
     if draft is None:
         raise InputError("this model has no tokenizer, so it is not known what its guesses mean", where=where)
     if own.fingerprint == draft.fingerprint:

@@ -3,7 +3,8 @@
 A prompt may make a step of running answers up to SHARE longer than it is without: steps vary, and no gap between their
 tokens shall double. What that comes to is learnt from the steps. There are two ways to read a piece of a prompt: in
 one call with the answers' tokens, where a native step takes both, or by itself with PyTorch's products, which
-is quicker for many tokens and slow for a few, so that LEAST are read then, however long they take.
+is quicker for many tokens and slow for a few: then LEAST are read, however long they take, or as many as take SHORT, so
+that next to short steps the bound of SHARE does not hold.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEAST = 48  # by themselves, however slow: fewer take nearly as long
 MANY = 4 * LEAST  # from here on the time of a token by itself says what others would take
 FEWEST = 2  # in one call with the answers, however slow
 SHARE = 0.4  # of the time of a step of running answers: what a prompt may add to it
-SHORT = 0.03  # seconds that tokens read by themselves may add in any case: a gap that nobody notices
+SHORT = 0.03  # seconds that tokens read by themselves may add in any case
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
 RECENT = 0.3  # weight of the last time in what is learnt
 FRESH = 32  # steps with pieces after which one goes without, so that its own time stays known

@@ -68,11 +68,12 @@ class Replay:
             raise NoStep("its parameters are not plain tensors, or lie in several processes")
         packed = _packed.setdefault(network, {})
         assert weights != "plain"
-        self.weights: Weights = chosen_weights(network, packed) if weights == "auto" else weights
+        largest = _largest(network, state, capacity)
+        self.weights: Weights = chosen_weights(network, largest, packed) if weights == "auto" else weights
         # weights that plain steps do not see
-        self.other = self.weights in ("int8", "int4") or (self.weights == "bf16" and not halves(network))
+        self.other = self.weights in ("int8", "int4") or (weights == "bf16" and not halves(network))
         self.most = PIECE if self.other or tiles() else MOST
-        self.threads = chosen_threads(network, self.weights, packed)
+        self.threads = chosen_threads(network, largest, self.weights, packed)
         self.tape = self._recorded()
         # weights that lost something make every step here, so that an answer does not depend on which of its tokens
         # were read together
@@ -162,3 +163,11 @@ class Replay:
         for state in self.tape.counted():
             state.resume(lengths)
         self._seen = None
+
+
+@torch.no_grad()
+def _largest(network: Network, state: NetworkState, capacity: int) -> Tensor:
+    """The largest weight that native products would take; raises NoStep where there is no tape at all."""
+    tape = Tape(MOST, capacity, dtype=network.dtype, threads=1, dry=True)
+    network.record(tape, state)
+    return max(tape.wanted, key=Tensor.numel, default=torch.zeros(1, 1))

@@ -167,8 +167,15 @@ class Chooser:
     def stepped(self, scores: Tensor) -> Tensor:
         """Scores [V] float32, which may be changed, with constraints applied."""
         for step in self.steps:
-            scores = step.apply(scores, self.ids)
+            given = step.apply(scores, self.ids)
+            if given.shape != scores.shape or given.device != scores.device:
+                raise ValueError(f"{type(step).__name__} made {list(given.shape)} scores of {list(scores.shape)}")
+            scores = given.float()
         return scores
+
+    def ends_within(self, vocabulary: int) -> list[int]:
+        """The ends that can be chosen at all."""
+        return [end for end in self.ends if 0 <= end < vocabulary]
 
     def end_rule(self) -> tuple[Ends, float]:
         """What happens to the scores of the ends now, and what is added to them."""
@@ -202,13 +209,14 @@ class Chooser:
             counts = torch.tensor(self.counted.counts, dtype=scores.dtype)
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         rule, amount = self.end_rule() if self.bounded else (Ends.LEAVE, 0.0)
+        ends = self.ends_within(len(scores))
         if rule is Ends.ADD_TO:
-            scores[self.ends] += amount
+            scores[ends] += amount
         elif rule is not Ends.LEAVE:
-            kept = scores[self.ends].clone()
-            scores[self.ends] = -torch.inf
+            kept = scores[ends].clone()
+            scores[ends] = -torch.inf
             if rule is Ends.FORBID_UNLESS_ALL and bool((scores == -torch.inf).all()):
-                scores[self.ends] = kept  # a constraint that allows nothing but the end stands above a bound
+                scores[ends] = kept  # a constraint that allows nothing but the end stands above a bound
         return scores
 
     def accept(self, token: int) -> None:
@@ -256,7 +264,7 @@ class _Row:
         asked = chooser.sampling
         chooser.check_bias(vocabulary)
         self._bias_ids, self._biases = array("q", asked.logit_bias), array("f", asked.logit_bias.values())
-        self._ends = array("q", chooser.ends)
+        self._ends = array("q", chooser.ends_within(vocabulary))
         self._scores: Tensor | None = None  # there until the choice is made
         self.row = Row(
             temperature=asked.temperature,

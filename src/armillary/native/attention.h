@@ -225,6 +225,16 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
     }
 }
 
+/* Floats that a thread needs for itself, whichever way it goes. */
+int64_t tape_attend_floats(int64_t width) {
+    int64_t most = 2 * (ASKED + KEYS) * padded_to(width) + ASKED * KEYS;
+#if defined(LOOK_TILES)
+    int64_t tiles = LOOK_FLOATS(ASKED, width);
+    most = tiles > most ? tiles : most;
+#endif
+    return most;
+}
+
 /* n: heads, groups, width, room, tokens back; more, weight: keys and values [slots, groups, room, width];
  * bias: sinks; rest: slopes; f: scale, cap. Threads share the work by what it costs: queries times their keys. */
 static void attend(const op_t *op, const call_t *call, const float *q, float *out, int64_t rows, float *scratch,

@@ -14,12 +14,13 @@ static void append_int8(const op_t *op, const call_t *call, const float *x, int6
             int64_t at = (call->slots[r] * units + u) * room + call->places[r];
             const float *from = x + (r * units + u) * width;
             int8_t *to = (int8_t *)op->out + at * width;
-            float most = 0.0f;
-            for (int64_t i = 0; i < width; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
-            uint16_t stored = to_bf16(most / 127.0f);
+            float most = largest_size(from, width);
+            int fine = most < INFINITY; /* not NaN either: the scale says so of the whole line */
+            uint16_t stored = to_bf16(fine ? most / 127.0f : NAN);
             float scale = from_bf16(stored) > FLT_MIN ? from_bf16(stored) : FLT_MIN;
             ((uint16_t *)op->more)[at] = stored;
-            for (int64_t i = 0; i < width; i++) {
+            if (!fine) memset(to, 0, (size_t)width);
+            for (int64_t i = 0; fine && i < width; i++) {
                 float each = __builtin_rintf(from[i] / scale);
                 each = each > 127.0f ? 127.0f : each;
                 to[i] = (int8_t)(int32_t)(each < -127.0f ? -127.0f : each);

@@ -150,6 +150,11 @@ INLINE broad weigh_lanes(const int all, lane_t *l, float *scores, int64_t key, b
     return fade;
 }
 
+/* Floats in `scratch` below: sums and what is asked of every query; scores, weights; pairs of values, and what lies
+ * round the end of the room; and up to a line of the cache. */
+#define LOOK_FLOATS(QUERIES, WIDTH) \
+    (2 * (QUERIES) * (WIDTH) + LOOKED * SIDE + LOOKED * SIDE / 2 + (LOOKED / 2 + LOOKED) * (WIDTH) + 16)
+
 /* As attend_together; width: a multiple of CHUNK. */
 static void attend_tiles(const op_t *op, const call_t *call, const float *q, float *out, int64_t row, int64_t rows,
                          int64_t head, int64_t heads, float *scratch) {

@@ -22,6 +22,20 @@ static inline uint16_t to_bf16(float x) {
     return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
+/* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above infinity. */
+static inline float largest_size(const float *x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t size;
+        memcpy(&size, x + i, 4);
+        size &= 0x7fffffffu;
+        most = size > most ? size : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    return largest;
+}
+
 /* e^x for x <= 0, about 1e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Written out so that
  * the compiler vectorises it. */
 static inline float exp_down(float x) {

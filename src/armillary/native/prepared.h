@@ -40,16 +40,8 @@ INLINE char *line_of(const prepared_t *p, int64_t step, int64_t line) {
 
 /* Row r in int8 with one scale; rows that hold NaN or infinity get a scale of NaN. */
 static void quantise(const float *x, const prepared_t *p, int64_t r, int64_t k, const int offset, const int sums) {
-    uint32_t most = 0; /* sizes compare as the integers that they are stored as; NaN lies above infinity */
-    for (int64_t i = 0; i < k; i++) {
-        uint32_t size;
-        memcpy(&size, x + i, 4);
-        size &= 0x7fffffffu;
-        most = size > most ? size : most;
-    }
-    float largest;
-    memcpy(&largest, &most, 4);
-    int fine = most < 0x7f800000u;
+    float largest = largest_size(x, k);
+    int fine = largest < INFINITY;
     float each = fine && largest > 1e-30f ? 127.0f / largest : 0.0f;
     p->scales[r] = fine ? largest / 127.0f : NAN;
     for (int64_t s = 0; s < p->steps; s++) {

@@ -10,7 +10,7 @@ enum code { EMBED, NORM, ANGLES, QUANTISE, PRODUCT, HEAD_NORM, ROTATE, APPEND, A
 enum kind { F32, BF16, INT8, INT4, INT64 };
 enum { GROUP = 32 }; /* numbers of int4 that share a scale */
 
-/* in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread
+/* What a code does is said where it is done: tape.c's `step` names the function. in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread
  * that has its own; wait: a barrier comes first; picked: only the rows of which scores are asked for. */
 typedef struct {
     int32_t code, kind, wait, picked;
@@ -21,7 +21,8 @@ typedef struct {
 } op_t;
 
 typedef struct {
-    int64_t rows, picks, scratch;                      /* scratch: floats that a thread needs for itself */
+    int64_t rows, picks, scratch;                      /* scratch: floats that a thread needs for itself, */
+    float *room;                                       /* which it finds here */
     const int64_t *ids, *slots, *places, *picked;      /* of each row: token, row of the states, position */
 } call_t;
 

@@ -11,7 +11,7 @@
 
 enum fading { STILL, BY_HEAD, BY_KEY };
 enum cell { RNN_TANH, RNN_RELU, LSTM, GRU };
-enum map { FADE, ELU_ONE, SIGMOID };
+enum map { FADE, ELU_ONE };
 
 INLINE float softplus_of(float x) { return (x > 0.0f ? x : 0.0f) + log1p_unit(exp_down(-fabsf(x))); }
 
@@ -142,17 +142,15 @@ static void gates(const op_t *op, int64_t rows, range_t mine) {
         }
 }
 
-/* x in place: sigmoid(x)^f, elu(x) + 1 or sigmoid(x). */
+/* x in place: sigmoid(x)^f or elu(x) + 1. */
 static void map(float *x, int64_t n, int kind, float factor) {
     if (kind == FADE)
         for (int64_t i = 0; i < n; i++) {
             float down = x[i] < 0.0f ? x[i] : 0.0f;
             x[i] = exp2_down((down - log1p_unit(exp_down(-fabsf(x[i])))) * factor * PER_LOG2);
         }
-    else if (kind == ELU_ONE)
-        for (int64_t i = 0; i < n; i++) x[i] = (x[i] > 0.0f ? x[i] : 0.0f) + exp_down(x[i] < 0.0f ? x[i] : 0.0f);
     else
-        for (int64_t i = 0; i < n; i++) x[i] = sigmoid_of(x[i]);
+        for (int64_t i = 0; i < n; i++) x[i] = (x[i] < 0.0f ? 0.0f : x[i]) + exp_down(x[i] < 0.0f ? x[i] : 0.0f); /* NaN stays */
 }
 
 /* y * weight, or y + x * weight, a weight for each column. n: width */
@@ -205,7 +203,7 @@ static void features(const op_t *op, const call_t *call, const float *x, float *
                 for (int64_t i = 0; i < width; i++) line[i] = each[i] * length;
                 line[width] = 1.0f;
             } else if (op->n[4] == RELU_FEATURES) {
-                for (int64_t i = 0; i < directions; i++) line[i] = (by[i] > 0.0f ? by[i] : 0.0f) + op->f[1];
+                for (int64_t i = 0; i < directions; i++) line[i] = (by[i] < 0.0f ? 0.0f : by[i]) + op->f[1]; /* NaN stays */
             } else {
                 for (int64_t i = 0; i < directions; i++) line[i] = by[i] - 0.5f * squares;
                 if (op->n[5])

@@ -181,7 +181,7 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
 void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t threads) {
     _Pragma("omp parallel num_threads((int)threads)") {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
-        float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
+        float *scratch = call->room + thread * call->scratch;
         int tiles = 0; /* how the thread's are set up */
         for (int64_t i = 0; i < count; i++) {
             if (ops[i].wait) {
@@ -190,21 +190,18 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
             step(ops + i, call, thread, all, scratch, &tiles);
         }
         free_tiles(&tiles);
-        free(scratch);
     }
 }
 
 /* As `tape_run`, but what threads do between two barriers is done by one after another, by the last one first if
  * `back`: what a thread takes from another one without waiting for it is not there yet, or is gone. For tests. */
 void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_t threads, int64_t back) {
-    float *scratch = malloc(sizeof(float) * (size_t)call->scratch);
     int tiles = 0;
     for (int64_t first = 0, stop; first < count; first = stop) {
         for (stop = first + 1; stop < count && !ops[stop].wait; stop++);
         for (int64_t turn = 0; turn < threads; turn++)
             for (int64_t i = first; i < stop; i++)
-                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, scratch, &tiles);
+                step(ops + i, call, (int)(back ? threads - 1 - turn : turn), (int)threads, call->room, &tiles);
     }
     free_tiles(&tiles);
-    free(scratch);
 }

@@ -1,6 +1,7 @@
 """The tape of native calls: its records as they lie in memory, weights as it takes them, and its run.
 
-What a record means is said in tape.c; which records a network needs is its modules' business (nn/tape.py).
+Records and calls are those of record.h; what each does, tape.c and the headers beside it say. Which records a network
+needs is its modules' business (nn/tape.py).
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ GROUP = 32  # numbers of int4 that share a scale
 BLOCK = 16  # columns of a product that lie together
 TILE = 16  # lines of a tile
 STEP = 64  # bytes of a row that products with int8, int4 and, in tiles, bf16 take at once
-KEYS, ASKED = 64, 32  # keys and queries that attention takes at a time
 
 
 class Code(IntEnum):
-    """What a record does; the order is that of tape.c."""
+    """What a record does; the order is that of record.h."""
 
     EMBED = 0
     NORM = 1
@@ -65,7 +65,7 @@ class Code(IntEnum):
 
 
 class Kind(IntEnum):
-    """In what numbers are kept; the order is that of tape.c."""
+    """In what numbers are kept; the order is that of record.h."""
 
     F32 = 0
     BF16 = 1
@@ -74,12 +74,12 @@ class Kind(IntEnum):
     INT64 = 4
 
 
-KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.int8: Kind.INT8, torch.int64: Kind.INT64}
+KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}  # of numbers that operations read and write
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
 class Record(Structure):
-    """op_t of tape.c."""
+    """op_t of record.h."""
 
     _fields_ = (
         ("code", c_int32),
@@ -100,12 +100,13 @@ class Record(Structure):
 
 
 class Call(Structure):
-    """call_t of tape.c."""
+    """call_t of record.h."""
 
     _fields_ = (
         ("rows", c_int64),
         ("picks", c_int64),
         ("scratch", c_int64),
+        ("room", c_void_p),
         ("ids", c_void_p),
         ("slots", c_void_p),
         ("places", c_void_p),
@@ -130,9 +131,8 @@ class Program:
 
 
 def attend_floats(width: int) -> int:
-    """Floats that a thread needs for itself to attend with heads of such a width (asked_t of attention.h)."""
-    padded = -(-width // 16) * 16
-    return 2 * (ASKED + KEYS) * padded + ASKED * KEYS
+    """Floats that a thread needs for itself to attend with heads of such a width, whichever way it goes."""
+    return int(function("tape_attend_floats", [c_int64], c_int64)(width))
 
 
 def tiles() -> bool:

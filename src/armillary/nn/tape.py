@@ -35,6 +35,7 @@ from armillary.nn.buffers import ROWS, WHOLE, Buffer, Buffers, Use
 from armillary.nn.context import Context
 from armillary.nn.state import CountedState, State
 
+HELD = (*KINDS, torch.int8, torch.int64)  # of states
 UNIT = 16  # columns that are not shared between threads, where the width allows it
 
 
@@ -90,6 +91,7 @@ class Tape(Buffers):
         self.branches = self.scratch = 0
         self._steps: list[Record | Callable[[Turn], None]] = []
         self._program: list[Program | Callable[[Turn], None]] = []
+        self.wanted: list[Tensor] = []  # weights that products would take, of a dry tape
         self._tables: list[Tensor] = []
         self._held: list[tuple[State, str, int]] = []
         self._packed: Packed = {} if packed is None else packed
@@ -228,6 +230,7 @@ class Tape(Buffers):
         if weight.dtype not in (torch.float32, torch.bfloat16) or type(weight.data) is not Tensor:
             raise NoStep(f"weights of {weight.dtype}")
         if self.dry:
+            self.wanted.append(weight.detach())
             return Kind.F32, 0, 0
         kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
         key, version = (weight.data_ptr(), *weight.shape, weights), weight._version
@@ -239,13 +242,8 @@ class Tape(Buffers):
         return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of weights, scales and gains: what a step reads once."""
-        return sum(t.numel() * t.element_size() for t in self.packed)
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The memory that a step reads, each piece once."""
+    def pieces(self) -> list[Tensor]:
+        """The memory that steps read (of experts, those that are picked), each piece once."""
         return list({t.data_ptr(): t for t in self._kept}.values())
 
     def activate(self, x: Buffer, function: Callable[[Tensor], Tensor], times: Buffer | None = None) -> Buffer:
@@ -316,7 +314,7 @@ class Tape(Buffers):
         """Tensors of a state that the tape reads and writes itself."""
         for name in names:
             tensor = state.tensors[name]
-            if tensor.dtype not in KINDS or not (tensor.is_contiguous() or self.dry):
+            if tensor.dtype not in HELD or not (tensor.is_contiguous() or self.dry):
                 raise NoStep(f"a state of {tensor.dtype}")
             self._held.append((state, name, tensor.data_ptr()))
         return [state.tensors[name] for name in names]
@@ -327,7 +325,7 @@ class Tape(Buffers):
         width = 1 if x is None else x.width // units
         reads = [] if x is None else [(x, units)]
         at = held.data_ptr()
-        kind = KINDS[held.dtype]
+        kind = Kind.INT64 if x is None else kind_of(held)
         self._add(Code.APPEND, into=x, reads=reads, writes=[(at, units)], kind=kind, n=(units, width, room), target=at)
 
     def attend(
@@ -346,14 +344,15 @@ class Tape(Buffers):
         """Attention of every token over the keys and values so far, [slots, groups, room, width]."""
         groups, room, width = k.shape[1:]
         out = self.buffer(q.width)
-        self.scratch = max(self.scratch, attend_floats(width))
+        if not self.dry:
+            self.scratch = max(self.scratch, attend_floats(width))
         self._add(
             Code.ATTEND,
             into=q,
             out=out,
             reads=[(q, WHOLE), (k.data_ptr(), WHOLE), (v.data_ptr(), WHOLE)],
             writes=[(out, WHOLE)],
-            kind=KINDS[k.dtype],
+            kind=kind_of(k),
             n=(heads, groups, width, room, 2**40 if back is None else back),
             f=(scale, softcap or 0.0),
             more=k.data_ptr(),
@@ -388,6 +387,7 @@ class Tape(Buffers):
         """What `native` writes down, or else what `plain` does; and whether it was native."""
         touched = {place: set(uses) for place, uses in self.touched.items()}
         mark = _Mark(len(self._steps), dict(self._angles), touched, len(self._held), self.single)
+        packed, kept, tables, wanted = set(self._packed), len(self._kept), len(self._tables), len(self.wanted)
         lent = self.scratched()
         self.branches += 1
         try:
@@ -396,6 +396,9 @@ class Tape(Buffers):
             self.plain[name] = str(why)
             self.release(lent)
             del self._steps[mark.steps :], self._held[mark.held :]
+            del self._kept[kept:], self._tables[tables:], self.wanted[wanted:]
+            for key in self._packed.keys() - packed:
+                del self._packed[key]
             self._angles, self.touched, self.single = mark.angles, mark.touched, mark.single
             return plain(), False
 
@@ -448,6 +451,8 @@ class Tape(Buffers):
         self._logits = logits
         if self.dry:
             return
+        self.scratch = -(-self.scratch // 16) * 16  # whole lines of the cache
+        self._room = torch.empty(self.threads * self.scratch)
         stretch: list[Record] = []
         for step in [*self._steps, None]:
             if isinstance(step, Record):
@@ -488,7 +493,8 @@ class Tape(Buffers):
         for line, values in enumerate((slots, places, ids, picked)):
             self._into[line, : len(values)] = values
         base, line_ = self._into.ctypes.data, self._into.strides[0]
-        call = Call(count, len(picked), self.scratch, base + 2 * line_, base, base + line_, base + 3 * line_)
+        room = self._room.data_ptr()
+        call = Call(count, len(picked), self.scratch, room, base + 2 * line_, base, base + line_, base + 3 * line_)
         turn: Turn | None = None
         for part in self._program:
             if isinstance(part, Program):
@@ -500,6 +506,13 @@ class Tape(Buffers):
                 part(turn)
         width = self._logits.width
         return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
+
+
+def kind_of(held: Tensor) -> Kind:
+    """In what a state keeps its numbers; raises NoStep for what operations do not read."""
+    if held.dtype not in KINDS:
+        raise NoStep(f"a state of {held.dtype}")
+    return KINDS[held.dtype]
 
 
 def split(width: int) -> int:
@@ -515,4 +528,4 @@ def record(module: Any, tape: Tape, *given: Any, **options: Any) -> Any:
     return write(tape, *given, **options)
 
 
-__all__ = ["Buffer", "NoStep", "Tape", "Turn", "record", "split"]
+__all__ = ["Buffer", "NoStep", "Tape", "Turn", "kind_of", "record", "split"]

@@ -11,10 +11,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from armillary.native.tape import KINDS, Code
+from armillary.native.tape import Code
 from armillary.nn.buffers import WHOLE, Buffer, Use
 from armillary.nn.state import State
-from armillary.nn.tape import NoStep, Tape
+from armillary.nn.tape import NoStep, Tape, kind_of
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # in the order of recurrence.h
 
@@ -40,7 +40,6 @@ class Map(IntEnum):
 
     FADE = 0
     ELU_ONE = 1
-    SIGMOID = 2
 
 
 def sums(tape: Tape, state: State, *names: str) -> list[Tensor]:
@@ -69,7 +68,7 @@ def convolve(
         Code.CONVOLVE,
         out=x,
         writes=[(x, units), (tail.data_ptr() + first * tail.element_size(), units)],
-        kind=KINDS[tail.dtype],
+        kind=kind_of(tail),
         n=(x.width, units, taps, first, tail.shape[2], int(silu)),
         weight=tape.keep(weight.detach().float().t().contiguous()),
         bias=tape.vector(bias),
@@ -122,7 +121,7 @@ def scaled(tape: Tape, y: Buffer, weight: Tensor, x: Buffer | None = None) -> No
 
 
 def mapped(tape: Tape, x: Buffer, kind: Map, factor: float = 1.0) -> Buffer:
-    """σ(x)^factor, elu(x) + 1 or σ(x), in place."""
+    """σ(x)^factor or elu(x) + 1, in place."""
     units = tape.units_of(x)
     tape.write(Code.MAP, out=x, writes=[(x, units)], kind=kind, n=(x.width, units), f=(factor,))
     return x

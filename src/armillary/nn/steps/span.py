@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from armillary.native.tape import KINDS, Code
+from armillary.native.tape import Code
 from armillary.nn.buffers import WHOLE, Buffer
 from armillary.nn.cache import Int8State
-from armillary.nn.tape import Tape
+from armillary.nn.tape import Tape, kind_of
 
 
 def break_stick(tape: Tape, q: Buffer, k: Tensor, v: Tensor, heads: int, scale: float) -> Buffer:
@@ -24,7 +24,7 @@ def break_stick(tape: Tape, q: Buffer, k: Tensor, v: Tensor, heads: int, scale: 
         out=out,
         reads=[(q, WHOLE), (k.data_ptr(), WHOLE), (v.data_ptr(), WHOLE)],
         writes=[(out, WHOLE)],
-        kind=KINDS[k.dtype],
+        kind=kind_of(k),
         n=(heads, groups, width, room),
         f=(scale,),
         more=k.data_ptr(),

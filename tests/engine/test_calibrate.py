@@ -56,11 +56,17 @@ def test_the_quicker_weights_are_taken_and_the_others_not_kept(quicker: str, mon
     assert {key[-1] for key in packed} == {quicker}
 
 
-def test_what_bf16_would_lose_is_kept() -> None:
+@pytest.mark.parametrize(("last", "expected"), [(2.0**-7, "bf16"), (2.0**-10, "float16"), (2.0**-11, "float32")])
+def test_what_16_bits_would_lose_is_kept(last: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 holds 7 places behind the first, fp16 10."""
+    costs = {"float32": 3.0, "float16": 2.0, "bf16": 1.0}
+    monkeypatch.setattr(calibrate, "seconds", lambda weight, kind, packed, rows: costs[kind])
     made = network()
     with torch.no_grad():
-        next(made.parameters()).add_(1e-4)
-    assert calibrate.chosen_weights(made, WEIGHT, {}) == "float32"
+        for parameter in made.parameters():
+            parameter.fill_(1.0)
+        next(made.parameters()).add_(last)
+    assert calibrate.chosen_weights(made, WEIGHT, {}) == expected
 
 
 def test_only_weights_that_steps_multiply_with_are_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def hybrid() -> Network:
     return build(settings, seed=2).eval()
 
 
-@pytest.mark.parametrize("weights", ["auto", "plain", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["auto", "plain", "bf16", "float16", "int8", "int4"])
 def test_hybrid(weights: Held) -> None:
     laws(hybrid(), weights)
 

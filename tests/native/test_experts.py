@@ -87,14 +87,14 @@ def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen", "deepseek"])
-@pytest.mark.parametrize("weights", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["float32", "bf16", "float16", "int8", "int4"])
 @torch.no_grad()
 def test_threads_and_neighbours_change_no_bit(weights: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network({"kind": "moe", **CHANNELS[kind]}, width=72)
     check_bits(lambda: taped(made, weights), monkeypatch)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "float16", "int8", "int4"])
 @torch.no_grad()
 def test_other_weights(weights: str) -> None:
     """A network of exactly the numbers that products hold, with the router in float32 beside them."""
@@ -103,6 +103,7 @@ def test_other_weights(weights: str) -> None:
     found = taped(made, weights).extend([0], [text], last=False)
     unpack: Any = {
         "bf16": lambda w: w.bfloat16(),
+        "float16": lambda w: w.half(),
         "int8": lambda w: unpack_int8(pack_int8(w), w.shape[1]),
         "int4": lambda w: unpack_int4(pack_int4(w), w.shape[1]),
     }[weights]
@@ -114,7 +115,7 @@ def test_other_weights(weights: str) -> None:
                 weight.copy_(unpack(weight.detach().clone()))
     plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)[0]
     apart = (found[0] - plain).norm(dim=-1) / plain.norm(dim=-1)
-    if weights == "bf16":
+    if weights in ("bf16", "float16"):
         assert float(apart.max()) < CLOSE
     else:
         # 0.7 % in each of 13 products; a token of which that moves a pick is further off, and stands in the tail

@@ -28,7 +28,7 @@ from armillary.nn.tape import Tape
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 library = importlib.import_module("armillary.native.library")
-KINDS = ("float32", "bf16", "int8", "int4")
+KINDS = ("float32", "bf16", "float16", "int8", "int4")
 NO_TILES = ("-mno-amx-tile",)
 NARROW = (*NO_TILES, "-mno-avx512f")
 FORMS: dict[str, tuple[str, ...]] = {"own": ()}
@@ -101,7 +101,7 @@ def held(weights: str, weight: Tensor) -> Tensor:
         return native.unpack_int8(native.pack_int8(weight), width)
     if weights == "int4":
         return native.unpack_int4(native.pack_int4(weight), width)
-    return (weight.bfloat16() if weights == "bf16" else weight).double()
+    return weight.to({"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}[weights]).double()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -160,6 +160,32 @@ def test_poisoned_rows_stay_alone(form: str, weights: Any) -> None:
     others = [row for row in range(20) if row not in (1, 17)]
     assert not poisoned[1].isfinite().any() and not poisoned[17].isfinite().any()
     assert torch.equal(poisoned[others], clean[others])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_every_number_of_16_bits(form: str) -> None:
+    """All that there are, read as weights; and float32 numbers between them, written as states: as PyTorch has them."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    finite, width = torch.where(numbers.isfinite(), numbers, 0).view(-1, 16), 16
+    between = (
+        numbers.float().repeat(3) * torch.tensor([1 + 2.0**-11, 1 + 2.0**-12, 1 - 2.0**-11]).repeat_interleave(2**16)
+    ).view(-1, width)
+    written = torch.zeros(1, 1, len(between), width, dtype=torch.float16)
+    with built(form):
+        tape = Tape(width, 1, weights="float16", threads=1)
+        tape.close(tape.product(tape.pick(tape.embed(torch.eye(width))), finite))
+        read = tape.run([0] * width, [0] * width, list(range(width)), list(range(width))).clone()
+        tape = Tape(len(between), len(between), threads=1)
+        x = tape.embed(between)
+        tape.append(written, x)
+        tape.close(tape.pick(x))
+        every = list(range(len(between)))
+        tape.run([0] * len(between), every, every, [0])
+    assert torch.equal(read, finite.float().T)
+    expected = between.half()
+    assert torch.equal(written[0, 0].isnan(), expected.isnan())
+    assert torch.equal(written[0, 0].nan_to_num(0), expected.nan_to_num(0))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.Mo
             assert torch.equal(rest[0], single[0][3:]) and torch.equal(rest[1, :1], single[2][3:4]), way
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba", "gla", "gated_delta", "linear", "lstm", "gated_conv"])
 @torch.no_grad()
 def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
@@ -170,7 +170,7 @@ def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
     for product in made.modules():
         if type(product) is Linear:
             w = product.weight.detach()
-            held = {"bf16": w.bfloat16(), "int8": None, "int4": None}[weights]
+            held = {"bf16": w.bfloat16(), "float16": w.half(), "int8": None, "int4": None}[weights]
             if held is None:
                 packed = pack_int8(w) if weights == "int8" else pack_int4(w)
                 held = (unpack_int8 if weights == "int8" else unpack_int4)(packed, w.shape[1])  # type: ignore[operator]
@@ -178,15 +178,16 @@ def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
     plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)
     apart = float((whole[0] - plain[0]).norm() / plain[0].norm())
     # what is multiplied is rounded to 127 steps of its largest, some 3 deviations: 0.7 % in each of 11 products
-    assert apart < (CLOSE if weights == "bf16" else 0.007 * 11**0.5)
+    assert apart < (CLOSE if weights in ("bf16", "float16") else 0.007 * 11**0.5)
 
 
 @torch.no_grad()
-def test_convolutions_whose_tails_are_kept_in_bf16() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolutions_whose_tails_are_kept_in_16_bits(dtype: torch.dtype) -> None:
     mixer = {"kind": "mamba2", "head_width": 16}
-    made = network(mixer).to(torch.bfloat16).compute(torch.bfloat16)
+    made = network(mixer).to(dtype).compute(dtype)
     slots = taped(made, "auto")
-    assert slots.state.blocks[0]["mixer"].tensors["conv_v"].dtype == torch.bfloat16
+    assert slots.state.blocks[0]["mixer"].tensors["conv_v"].dtype == dtype
     assert follow(slots, Slots(made, 3, 64, weights="plain")) < 0.1
 
 

@@ -7,6 +7,7 @@ hold: what is left is the rounding of one float32 sum.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from armillary.nn.tape import Tape
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 CLOSE = 1e-4
-KINDS = ("float32", "bf16", "int8", "int4")
+KINDS = ("float32", "bf16", "float16", "int8", "int4")
 
 
 def network(**settings: Any) -> Network:
@@ -186,6 +187,31 @@ def test_auto_takes_bf16_only_where_nothing_is_lost() -> None:
     assert follow(taped, plain) < CLOSE
 
 
+@pytest.mark.parametrize("masters", [torch.float16, torch.float32])
+@torch.no_grad()
+def test_networks_in_fp16_go_through_the_tape(masters: torch.dtype) -> None:
+    """However many tokens a step has: PyTorch's products in fp16 are slow on a CPU. Scores against float32's."""
+    made = network(**NETWORKS["grouped"]).to(torch.float16)
+    wide = copy.deepcopy(made).to(torch.float32).compute(torch.float32)
+    taped = Slots(made.to(masters).compute(torch.float16), 1, 64)
+    assert taped.replay is not None and taped.replay.weights == "float16"
+    assert taped.replay.takes([[7] * 60])
+    assert {t.dtype for _, _, s in taped.state.each() for t in s.tensors.values()} == {torch.float16}
+    text, plain = [[5 + place % 20 for place in range(40)]], Slots(wide, 1, 64, weights="plain")
+    found, expected = (slots.extend([0], text, last=False) for slots in (taped, plain))
+    # keys and values are rounded to within 2^-11 of their size, all else is float32
+    assert 0 < (found - expected).abs().max() < 2.0**-10 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_auto_takes_fp16_where_nothing_is_lost() -> None:
+    made = network(**NETWORKS["grouped"])
+    made.to(torch.float16).to(torch.float32)
+    taped, plain = both(made, "auto")
+    assert taped.replay is not None and taped.replay.weights in ("float16", "float32")
+    assert not taped.replay.other and follow(taped, plain) < CLOSE
+
+
 @pytest.mark.parametrize("weights", KINDS)
 @torch.no_grad()
 def test_a_row_does_not_depend_on_its_neighbours(weights: str) -> None:
@@ -246,7 +272,7 @@ CALLS: list[list[tuple[int, int, int]]] = [
 
 @pytest.mark.parametrize(("groups", "threads"), [(1, 1), (1, 3), (2, 3), (6, 1)])
 @pytest.mark.parametrize("width", [64, 32, 48, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_attention_against_its_definition(way: str, dtype: torch.dtype, width: int, groups: int, threads: int) -> None:
@@ -273,7 +299,7 @@ def test_attention_against_its_definition(way: str, dtype: torch.dtype, width: i
             for place in range(first, first + count):
                 expected = looked(q[row].view(heads, width), k[slot], v[slot], place, how)
                 # float32 sums; tiles round weights to bf16, each to within 2^-9 of its size
-                close = 1e-5 if dtype == torch.float32 else 2.0**-8 * float(v.abs().max())
+                close = 1e-5 if dtype != torch.bfloat16 else 2.0**-8 * float(v.abs().max())
                 assert (found[row].double() - expected).abs().max() < close
                 assert torch.equal(run([(slot, place, 1)], [row])[0], found[row]), "alone against together"
                 row += 1
@@ -282,7 +308,7 @@ def test_attention_against_its_definition(way: str, dtype: torch.dtype, width: i
 @torch.no_grad()
 def test_attention_leaves_alone_what_nobody_looks_at() -> None:
     """What lies in a slot beyond a sequence, and before its window, may be anything."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         k, v = (torch.randn(1, 2, 200, 64).to(dtype) for _ in range(2))
         k[:, :, :60], v[:, :, :60], k[:, :, 111:], v[:, :, 111:] = torch.nan, torch.inf, torch.inf, torch.nan
         tape = Tape(10, 200, threads=1)

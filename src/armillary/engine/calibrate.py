@@ -17,21 +17,23 @@ from armillary.nn.network import Network
 from armillary.nn.tape import Packed, Tape
 
 ALONE = 1 << 20  # bytes of weights below which a second thread costs more than it brings
+EXACT: dict[Weights, torch.dtype] = {"bf16": torch.bfloat16, "float16": torch.float16}  # what may lose nothing
 CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
 
 
 def chosen_weights(network: Network, largest: Tensor, packed: Packed) -> Weights:
-    """The quicker of float32 and bf16, where bf16 loses nothing."""
-    if not halves(network):
+    """The quickest of those that lose nothing."""
+    able: list[Weights] = ["float32", *(kind for kind, dtype in EXACT.items() if loses_nothing(network, dtype))]
+    if len(able) == 1:
         return "float32"
-    if largest.numel() * 4 < ALONE or tiles():
+    if "bf16" in able and (largest.numel() * 4 < ALONE or tiles()):
         return "bf16"
     # of one token and of sixteen: a step of few is not all that there is
-    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in ("float32", "bf16")}
-    quicker: Weights = "bf16" if times["bf16"] <= times["float32"] else "float32"
-    for key in [key for key in packed if key[-1] in times and key[-1] != quicker]:
+    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in able}
+    quickest = min(reversed(able), key=lambda kind: times[kind])
+    for key in [key for key in packed if key[-1] in times and key[-1] != quickest]:
         del packed[key]
-    return quicker
+    return quickest
 
 
 def chosen_threads(network: Network, largest: Tensor, weights: Weights, packed: Packed) -> int:
@@ -58,12 +60,12 @@ def seconds(weight: Tensor, kind: Weights, packed: Packed, rows: int = 1, thread
     return _best(lambda: tape.run(zeros, zeros, each, each))
 
 
-def halves(network: Network) -> bool:
-    """Whether plain steps see the weights in bf16 anyway."""
-    if network.dtype == torch.bfloat16:
+def loses_nothing(network: Network, dtype: torch.dtype) -> bool:
+    """Whether weights in `dtype` are those that plain steps see."""
+    if network.dtype == dtype:
         return True
-    wide = (p.detach() for p in network.parameters() if p.dtype != torch.bfloat16)
-    return all(torch.equal(part, part.bfloat16().to(part.dtype)) for p in wide for part in p.view(-1).split(1 << 16))
+    others = (p.detach() for p in network.parameters() if p.dtype != dtype)
+    return all(torch.equal(part, part.to(dtype).to(part.dtype)) for p in others for part in p.view(-1).split(1 << 16))
 
 
 def _best(call: Callable[[], object]) -> float:

@@ -49,8 +49,8 @@ class Engine:
     are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
     through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
     drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`; weights: how the
-    native decoding step on a CPU holds them: auto (float32, or bf16 where that loses nothing), float32, bf16,
-    int8, int4, or plain (no such step); steps of answers with an adapter (`adapters`) are plain.
+    native decoding step on a CPU holds them: auto (float32, or bf16 or float16 where that loses nothing), float32,
+    bf16, float16, int8, int4, or plain (no such step); steps of answers with an adapter (`adapters`) are plain.
     """
 
     def __init__(

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError, UnsupportedError
-from armillary.engine.calibrate import chosen_threads, chosen_weights, halves
+from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing
 from armillary.native import available
 from armillary.native.tape import Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
 
-Held = Literal["auto", "plain", "float32", "bf16", "int8", "int4"]
+Held = Literal["auto", "plain", "float32", "bf16", "float16", "int8", "int4"]
 # Tokens of a step up to which the tape is taken. Where the processor has tiles (AMX) there is no bound: at 33 million
 # weights in bf16 40 tokens took 6 ms where plain steps took 45, 512 took 64 and 158, 2,048 took 362 and 857; at 388
 # million 1,000 took 1.9 s and 2.7. Elsewhere plain steps win in the end, since PyTorch's products gain with the number
@@ -71,13 +71,17 @@ class Replay:
         largest = _largest(network, state, capacity)
         self.weights: Weights = chosen_weights(network, largest, packed) if weights == "auto" else weights
         # weights that plain steps do not see
-        self.other = self.weights in ("int8", "int4") or (weights == "bf16" and not halves(network))
-        self.most = PIECE if self.other or tiles() else MOST
+        self.other = self.weights in ("int8", "int4") or (
+            weights in EXACT and not loses_nothing(network, EXACT[weights])
+        )
+        # PyTorch multiplies with fp16 on a CPU by far more slowly than with anything else
+        quick = tiles() or torch.float16 in {network.dtype, *(p.dtype for p in network.parameters())}
+        self.most = PIECE if self.other or quick else MOST
         self.threads = chosen_threads(network, largest, self.weights, packed)
         self.tape = self._recorded()
         # weights that lost something make every step here, so that an answer does not depend on which of its tokens
         # were read together
-        self.always = self.other or (tiles() and not self.tape.plain and not self.tape.single)
+        self.always = self.other or (quick and not self.tape.plain and not self.tape.single)
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
 
     def _recorded(self) -> Tape:

@@ -16,7 +16,7 @@ static void append(const op_t *op, const call_t *call, const float *x, int64_t r
             if (op->kind == INT64) ((int64_t *)op->out)[at] = call->places[r];
             else if (op->kind == F32) memcpy((float *)op->out + at, from, sizeof(float) * (size_t)width);
             else
-                for (int64_t i = 0; i < width; i++) ((uint16_t *)op->out)[at + i] = to_bf16(from[i]);
+                for (int64_t i = 0; i < width; i++) ((uint16_t *)op->out)[at + i] = to_half(from[i], op->kind);
         }
 }
 
@@ -37,14 +37,14 @@ typedef struct {
 INLINE int64_t padded_to(int64_t width) { return (width + BROAD - 1) / BROAD * BROAD; }
 
 /* Scores of a tile of queries against BROAD / queries keys. */
-INLINE void score_tile(const int bf16, const int queries, const void *keys, const int64_t *at, const float *ask,
+INLINE void score_tile(const int kind, const int queries, const void *keys, const int64_t *at, const float *ask,
                        int64_t padded, float *to) {
     const int each = BROAD / queries;
     broad sums[BROAD];
     UNROLLED for (int i = 0; i < BROAD; i++) sums[i] = (broad){0};
     for (int64_t c = 0; c < padded; c += BROAD) {
         broad key[BROAD];
-        UNROLLED for (int k = 0; k < each; k++) key[k] = broad_get(keys, at[k] + c, bf16);
+        UNROLLED for (int k = 0; k < each; k++) key[k] = broad_get(keys, at[k] + c, kind);
         UNROLLED for (int q = 0; q < queries; q++) {
             broad one = *(const broad *)(ask + q * padded + c);
             UNROLLED for (int k = 0; k < each; k++) {
@@ -58,7 +58,7 @@ INLINE void score_tile(const int bf16, const int queries, const void *keys, cons
 }
 
 /* Adds the weighted values of keys `from` to before `to` to what is left of the past, for a tile of queries. */
-INLINE void gather_tile(const int bf16, const int queries, const void *values, const int64_t *at, int64_t from,
+INLINE void gather_tile(const int kind, const int queries, const void *values, const int64_t *at, int64_t from,
                         int64_t to, const float *weights, const float *fade, float *out, int64_t padded) {
     int64_t c = 0;
 #define STRIPES(N)                                                                                      \
@@ -69,7 +69,7 @@ INLINE void gather_tile(const int bf16, const int queries, const void *values, c
                 sums[q][s] = *(const broad *)(out + q * padded + c + s * BROAD) * fade[q];              \
         for (int64_t i = from; i < to; i++) {                                                           \
             broad each[N];                                                                              \
-            for (int s = 0; s < (N); s++) each[s] = broad_get(values, at[i] + c + s * BROAD, bf16);     \
+            for (int s = 0; s < (N); s++) each[s] = broad_get(values, at[i] + c + s * BROAD, kind);     \
             for (int q = 0; q < queries; q++)                                                           \
                 for (int s = 0; s < (N); s++)                                                           \
                     sums[q][s] = broad_fuse(each[s], broad_of(weights[q * KEYS + i]), sums[q][s]);     \
@@ -90,13 +90,13 @@ INLINE void gather_tile(const int bf16, const int queries, const void *values, c
     else if ((LEFT) >= 2) CALL(2) \
     else CALL(1)
 
-INLINE void score_block(const int bf16, asked_t *a, const void *keys, int64_t queries, int64_t padded, int64_t from,
+INLINE void score_block(const int kind, asked_t *a, const void *keys, int64_t queries, int64_t padded, int64_t from,
                         int64_t to) {
     for (int64_t q = 0; q < queries;) {
 #define SCORE(N)                                                                                                \
     {                                                                                                           \
         for (int64_t i = from; i < to; i += BROAD / N)                                                          \
-            score_tile(bf16, N, keys, a->key_at + i, a->ask + q * padded, padded, a->weights + q * KEYS + i);  \
+            score_tile(kind, N, keys, a->key_at + i, a->ask + q * padded, padded, a->weights + q * KEYS + i);  \
         q += N;                                                                                                 \
     }
         TILED(queries - q, SCORE)
@@ -104,7 +104,7 @@ INLINE void score_block(const int bf16, asked_t *a, const void *keys, int64_t qu
     }
 }
 
-INLINE void gather_block(const int bf16, asked_t *a, const void *values, int64_t queries, int64_t padded) {
+INLINE void gather_block(const int kind, asked_t *a, const void *values, int64_t queries, int64_t padded) {
     for (int64_t q = 0; q < queries;) {
         int64_t from = a->from[q], to = a->to[q], alike = 1;
         while (q + alike < queries && a->from[q + alike] == from && a->to[q + alike] == to) alike++;
@@ -114,7 +114,7 @@ INLINE void gather_block(const int bf16, asked_t *a, const void *values, int64_t
         }
 #define GATHER(N)                                                                                               \
     {                                                                                                           \
-        gather_tile(bf16, N, values, a->value_at, from, to, a->weights + q * KEYS, a->fade + q,                \
+        gather_tile(kind, N, values, a->value_at, from, to, a->weights + q * KEYS, a->fade + q,                \
                     a->out + q * padded, padded);                                                               \
         q += N;                                                                                                 \
     }
@@ -157,15 +157,15 @@ static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope
 }
 
 /* Of one block's keys or values, float32 lines. */
-static void widened(const void *from, const int64_t *at, int64_t first, int64_t stop, int bf16, int64_t width,
+static void widened(const void *from, const int64_t *at, int64_t first, int64_t stop, int kind, int64_t width,
                    int64_t padded, float *to) {
     for (int64_t i = first; i < stop; i++) {
         int64_t c = 0;
-        if (bf16)
-            for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, 1);
-        else
-            for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, 0);
-        for (; c < width; c++) to[i * padded + c] = get_one(from, at[i] + c, bf16);
+#define WIDENED(KIND) \
+    for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, KIND)
+        OF_KIND(kind, WIDENED);
+#undef WIDENED
+        for (; c < width; c++) to[i * padded + c] = get_one(from, at[i] + c, kind);
         for (; c < padded; c++) to[i * padded + c] = 0.0f;
     }
 }
@@ -183,7 +183,7 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
     int64_t base = (call->slots[row] * op->n[1] + head / (op->n[0] / op->n[1])) * room * width;
     int64_t place = call->places[row], earliest = place > back ? place - back : 0, end = place + rows;
     const float *sinks = op->bias, *slopes = op->rest;
-    int bf16 = op->kind == BF16, apart = width != padded || queries > 4;
+    int kind = op->kind, apart = width != padded || queries > 4;
     asked_t a;
     a.ask = taken(&scratch, ASKED * padded), a.out = taken(&scratch, ASKED * padded);
     a.keys = taken(&scratch, KEYS * padded), a.values = taken(&scratch, KEYS * padded);
@@ -204,20 +204,26 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
             slot = slot + 1 == room ? 0 : slot + 1;
         }
         if (apart) {
-            widened(op->more, a.key_at, from, to, bf16, width, padded, a.keys);
-            widened(op->weight, a.value_at, from, to, bf16, width, padded, a.values);
+            widened(op->more, a.key_at, from, to, kind, width, padded, a.keys);
+            widened(op->weight, a.value_at, from, to, kind, width, padded, a.values);
             for (int64_t i = from; i < to; i++) a.key_at[i] = a.value_at[i] = i * padded;
-            score_block(0, &a, a.keys, queries, padded, from, to);
-        } else if (bf16) score_block(1, &a, op->more, queries, padded, from, to);
-        else score_block(0, &a, op->more, queries, padded, from, to);
+            score_block(F32, &a, a.keys, queries, padded, from, to);
+        } else {
+#define SCORED(KIND) score_block(KIND, &a, op->more, queries, padded, from, to)
+            OF_KIND(kind, SCORED);
+#undef SCORED
+        }
         for (int64_t i = 0; i < queries; i++) {
             int64_t own = place + i / heads, first = own > back ? own - back - key : -key;
             a.from[i] = first > 0 ? first : 0, a.to[i] = own + 1 - key < KEYS ? own + 1 - key : KEYS;
             weigh(&a, i, key, own, slopes ? slopes[head + i % heads] : 0.0f, op->f[1]);
         }
-        if (apart) gather_block(0, &a, a.values, queries, padded);
-        else if (bf16) gather_block(1, &a, op->weight, queries, padded);
-        else gather_block(0, &a, op->weight, queries, padded);
+        if (apart) gather_block(F32, &a, a.values, queries, padded);
+        else {
+#define GATHERED(KIND) gather_block(KIND, &a, op->weight, queries, padded)
+            OF_KIND(kind, GATHERED);
+#undef GATHERED
+        }
     }
     for (int64_t i = 0; i < queries; i++) {
         float *to = out + ((row + i / heads) * op->n[0] + head + i % heads) * width, whole = 1.0f / a.sum[i];

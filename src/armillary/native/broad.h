@@ -33,8 +33,13 @@ INLINE broad broad_fuse(broad a, broad b, broad c) {
 #endif
 }
 
-INLINE broad broad_get(const void *p, int64_t at, const int bf16) {
-    if (!bf16) return *(const broad *)((const float *)p + at);
+INLINE broad broad_get(const void *p, int64_t at, const int kind) {
+    if (kind == F32) return *(const broad *)((const float *)p + at);
+#if BROAD == 16
+    if (kind == F16) return (broad)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)p + at)));
+#else
+    if (kind == F16) return get(p, at, kind);
+#endif
     return (broad)(__builtin_convertvector(*(const half_broad *)((const uint16_t *)p + at), broad_bits) << 16);
 }
 

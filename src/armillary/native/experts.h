@@ -57,7 +57,7 @@ INLINE int64_t picked_by(const float *picks, int64_t rows, int64_t top, int64_t 
  * them. */
 INLINE float *gather_rows(int kind, const float *x, const int64_t *owners, int64_t divisor, int64_t count,
                           int64_t inputs, void *to) {
-    if (kind == F32 || kind == BF16) {
+    if (kind == F32 || kind == BF16 || kind == F16) {
         for (int64_t i = 0; i < count; i++)
             memcpy((float *)to + i * inputs, x + owners[i] / divisor * inputs, sizeof(float) * (size_t)inputs);
         return (float *)to + count * inputs;
@@ -74,6 +74,7 @@ INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t input
     one.n[0] = inputs, one.n[1] = outputs, one.f[0] = 1.0f;
     if (op->kind == F32) f32_product(&one, x, y, rows, columns);
     else if (op->kind == BF16) bf16_product(&one, x, y, rows, columns);
+    else if (op->kind == F16) f16_product(&one, x, y, rows, columns);
     else if (op->kind == INT8) int8_product(&one, x, y, rows, columns);
     else int4_product(&one, x, y, rows, columns);
 }

@@ -25,6 +25,7 @@ INLINE lanes seconds(const void *p) {
 INLINE lanes lanes_of_bf16(const void *p) {
     return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
 }
+INLINE lanes lanes_of_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 #else
 typedef struct { wide half[2]; } lanes;
 #define BOTH(...) ((lanes){{ __VA_ARGS__ }})
@@ -45,7 +46,8 @@ INLINE lanes seconds(const void *p) {
     const wide_words *x = p;
     return BOTH((wide)(x[0] & 0xffff0000u), (wide)(x[1] & 0xffff0000u));
 }
-INLINE lanes lanes_of_bf16(const void *p) { return BOTH(get(p, 0, 1), get(p, WIDE, 1)); }
+INLINE lanes lanes_of_bf16(const void *p) { return BOTH(get(p, 0, BF16), get(p, WIDE, BF16)); }
+INLINE lanes lanes_of_f16(const void *p) { return BOTH(get(p, 0, F16), get(p, WIDE, F16)); }
 #endif
 
 /* Whole numbers: `ints` one in each lane, `bytes` four in each. x are four numbers of a row, the same for all

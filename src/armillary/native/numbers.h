@@ -1,4 +1,4 @@
-/* What the kernels share: bf16, and functions written out so that the compiler vectorises them. */
+/* What the kernels share: numbers in 16 bits, and functions written out so that the compiler vectorises them. */
 #ifndef ARMILLARY_NUMBERS_H
 #define ARMILLARY_NUMBERS_H
 
@@ -6,6 +6,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+enum kind { F32, BF16, INT8, INT4, INT64, F16 }; /* how numbers are kept */
 
 static inline float from_bf16(uint16_t x) {
     union { uint32_t u; float f; } v;
@@ -21,6 +27,41 @@ static inline uint16_t to_bf16(float x) {
     uint32_t nan = (v.u >> 16) | 0x40u;
     return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
+
+static inline float from_f16(uint16_t x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x);
+#else
+    union { uint32_t u; float f; } v, shift = {(127 + 127 - 15) << 23};
+    v.u = (uint32_t)(x & 0x7fff) << 13;
+    v.f *= shift.f; /* exact, of subnormal numbers, too */
+    if ((x & 0x7c00) == 0x7c00) v.u |= 0x7f800000u;
+    v.u |= (uint32_t)(x & 0x8000) << 16;
+    return v.f;
+#endif
+}
+
+/* Round to nearest, ties to even; what is too large becomes infinity, NaN stays NaN. */
+static inline uint16_t to_f16(float x) {
+#if defined(__F16C__)
+    return (uint16_t)_cvtss_sh(x, 0);
+#else
+    union { float f; uint32_t u; } v;
+    v.f = x;
+    uint32_t sign = v.u >> 16 & 0x8000u;
+    v.u &= 0x7fffffffu;
+    if (v.u > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (v.u >> 13 & 0x1ffu));
+    if (v.u >= 0x47800000u) return (uint16_t)(sign | 0x7c00u);
+    if (v.u < 0x38800000u) { /* below 2^-14: as many 2^-24 as fit, rounded where 1/2 has its last place */
+        v.f += 0.5f;
+        return (uint16_t)(sign | (v.u - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((v.u - 0x38000000u + 0xfffu + (v.u >> 13 & 1u)) >> 13));
+#endif
+}
+
+static inline float from_half(uint16_t x, int kind) { return kind == BF16 ? from_bf16(x) : from_f16(x); }
+static inline uint16_t to_half(float x, int kind) { return kind == BF16 ? to_bf16(x) : to_f16(x); }
 
 /* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above infinity. */
 static inline float largest_size(const float *x, int64_t n) {

@@ -1,8 +1,8 @@
-/* Products of a few rows with weights in float32, bf16, int8 and int4.
+/* Products of a few rows with weights in float32, bf16, fp16, int8 and int4.
  *
  * Weights lie in blocks of 16 columns, the last one filled up with zeros, so that a vector holds as many
  * columns and a sum is never spread over lanes: float32 [blocks, k, 16]; bf16 in pairs [blocks, k/2, 16, 2],
- * k up to whole steps of 32; int8 in fours [blocks, k/4, 16, 4], steps of 64; int4 by steps of 64: 2 x 16 scales in
+ * k up to whole steps of 32; fp16 [blocks, k, 16], steps of 32; int8 in fours [blocks, k/4, 16, 4], steps of 64; int4 by steps of 64: 2 x 16 scales in
  * bf16, then four lines for each of its groups of 32, whose byte [column, j] of line i holds numbers
  * 4 i + j and, in its upper half, 16 + 4 i + j, each moved up by 8.
  */
@@ -11,10 +11,17 @@
 
 #include "tiles.h"
 
-INLINE void float_tile(const int bf16, const int blocks, const int rows, const op_t *op, const float *x, float *y,
+/* Of two numbers of each column the first or the second: pairs in bf16, two lines in fp16. */
+INLINE lanes first_of(const int kind, const void *at) { return kind == BF16 ? firsts(at) : lanes_of_f16(at); }
+INLINE lanes second_of(const int kind, const char *at) {
+    return kind == BF16 ? seconds(at) : lanes_of_f16(at + STEP / 2);
+}
+
+INLINE void float_tile(const int kind, const int blocks, const int rows, const op_t *op, const float *x, float *y,
                        int64_t block, range_t columns) {
-    int64_t k = op->n[0], count = bf16 ? k / 2 : k;
-    int64_t size = (bf16 ? (k + STEP / 2 - 1) / (STEP / 2) * (STEP / 4) : k) * STEP;
+    const int half = kind != F32;
+    int64_t k = op->n[0], count = half ? k / 2 : k;
+    int64_t size = (half ? (k + STEP / 2 - 1) / (STEP / 2) * (STEP / 4) : k) * STEP;
     const char *w = (const char *)op->weight + block * size;
     lanes sums[4][8];
     for (int b = 0; b < blocks; b++)
@@ -24,13 +31,13 @@ INLINE void float_tile(const int bf16, const int blocks, const int rows, const o
         for (int b = 0; b < blocks; b++) {
             const char *at = w + b * size + i * STEP;
             SOON(at);
-            first[b] = bf16 ? firsts(at) : lanes_at(at);
-            if (bf16) second[b] = seconds(at);
+            first[b] = half ? first_of(kind, at) : lanes_at(at);
+            if (half) second[b] = second_of(kind, at);
         }
         for (int r = 0; r < rows; r++) {
-            lanes each = spread(x[r * k + (bf16 ? 2 * i : i)]);
+            lanes each = spread(x[r * k + (half ? 2 * i : i)]);
             for (int b = 0; b < blocks; b++) sums[b][r] = fuse_lanes(first[b], each, sums[b][r]);
-            if (!bf16) continue;
+            if (!half) continue;
             each = spread(x[r * k + 2 * i + 1]);
             for (int b = 0; b < blocks; b++) sums[b][r] = fuse_lanes(second[b], each, sums[b][r]);
         }
@@ -38,8 +45,8 @@ INLINE void float_tile(const int bf16, const int blocks, const int rows, const o
     float whole[4 * 8][BLOCK];
     for (int b = 0; b < blocks; b++)
         for (int r = 0; r < rows; r++) {
-            if (bf16 && k % 2)
-                sums[b][r] = fuse_lanes(firsts(w + b * size + count * STEP), spread(x[r * k + k - 1]), sums[b][r]);
+            if (half && k % 2)
+                sums[b][r] = fuse_lanes(first_of(kind, w + b * size + count * STEP), spread(x[r * k + k - 1]), sums[b][r]);
             put(sums[b][r], whole[b * rows + r]);
         }
     finish(op, whole[0], blocks, rows, NULL, y, block, columns);
@@ -134,13 +141,19 @@ enum { SIDE_BY_SIDE = 1 };
     }
 
 static void f32_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
-#define CALL(B, R) float_tile(0, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
+#define CALL(B, R) float_tile(F32, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
     BLOCKS(CALL)
 #undef CALL
 }
 
 static void bf16_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
-#define CALL(B, R) float_tile(1, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
+#define CALL(B, R) float_tile(BF16, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
+    BLOCKS(CALL)
+#undef CALL
+}
+
+static void f16_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
+#define CALL(B, R) float_tile(F16, B, R, op, x + r * op->n[0], y + r * op->n[1], block, columns)
     BLOCKS(CALL)
 #undef CALL
 }
@@ -175,6 +188,7 @@ static void product(const op_t *op, void *x, float *y, int64_t rows, range_t col
     (void)set;
     if (op->kind == F32) f32_product(op, x, y, rows, columns);
     else if (op->kind == BF16) bf16_product(op, x, y, rows, columns);
+    else if (op->kind == F16) f16_product(op, x, y, rows, columns);
     else if (op->kind == INT8) int8_product(op, x, y, rows, columns);
     else int4_product(op, x, y, rows, columns);
 }

@@ -7,7 +7,6 @@
 enum code { EMBED, NORM, ANGLES, QUANTISE, PRODUCT, HEAD_NORM, ROTATE, APPEND, ATTEND, ACTIVATE, ADD, COPY, CAP, RETAIN, CLIP, PICK,
             CONVOLVE, GATES, MAP, MATRIX, SELECT, CUT, TAKE, CELL, SCALED,
             ROUTE, EXPERTS_IN, EXPERTS_OUT, ADD_GATED, FEATURES, STICK, APPEND_INT8, ATTEND_INT8, SWAP };
-enum kind { F32, BF16, INT8, INT4, INT64 };
 enum { GROUP = 32 }; /* numbers of int4 that share a scale */
 
 /* What a code does is said where it is done: tape.c's `step` names the function. in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread

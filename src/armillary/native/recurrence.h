@@ -221,7 +221,7 @@ static void features(const op_t *op, const call_t *call, const float *x, float *
 static void convolve(const op_t *op, const call_t *call, float *x, int64_t rows, int64_t from, int64_t to) {
     int64_t channels = op->n[0], before = op->n[2] - 1, all = op->n[4];
     const float *weight = op->weight, *bias = op->bias;
-    int bf16 = op->kind == BF16;
+    int kind = op->kind;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = from; c < to; c += CHANNELS) {
             int64_t count = to - c < CHANNELS ? to - c : CHANNELS, at = call->slots[r] * before * all + op->n[3] + c;
@@ -230,12 +230,12 @@ static void convolve(const op_t *op, const call_t *call, float *x, int64_t rows,
             for (int64_t i = 0; i < count; i++) sums[i] = own[i] * line[i] + (bias ? bias[c + i] : 0.0f);
             for (int64_t j = 0; j < before; j++) {
                 const float *w = weight + j * channels + c;
-                if (bf16) {
+                if (kind != F32) {
                     uint16_t *held = (uint16_t *)op->rest + at + j * all;
-                    for (int64_t i = 0; i < count; i++) sums[i] += w[i] * from_bf16(held[i]);
+                    for (int64_t i = 0; i < count; i++) sums[i] += w[i] * from_half(held[i], kind);
                     if (j + 1 < before) memcpy(held, held + all, sizeof(uint16_t) * (size_t)count);
                     else
-                        for (int64_t i = 0; i < count; i++) held[i] = to_bf16(line[i]);
+                        for (int64_t i = 0; i < count; i++) held[i] = to_half(line[i], kind);
                 } else {
                     float *held = (float *)op->rest + at + j * all;
                     for (int64_t i = 0; i < count; i++) sums[i] += w[i] * held[i];

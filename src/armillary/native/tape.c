@@ -34,7 +34,7 @@ static void step(const op_t *op, const call_t *call, int thread, int threads, fl
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = (n[2] ? call->places : call->ids)[r] * n[0];
             for (int64_t i = from; i < to; i++) {
-                float value = get_one(op->weight, at + i, op->kind == BF16) * op->f[0];
+                float value = get_one(op->weight, at + i, op->kind) * op->f[0];
                 out[r * n[0] + i] = n[3] ? out[r * n[0] + i] + value : value;
             }
         }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from armillary.native.library import function
 
-Weights = Literal["float32", "bf16", "int8", "int4"]
+Weights = Literal["float32", "bf16", "float16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
 BLOCK = 16  # columns of a product that lie together
 TILE = 16  # lines of a tile
@@ -65,16 +65,21 @@ class Code(IntEnum):
 
 
 class Kind(IntEnum):
-    """In what numbers are kept; the order is that of record.h."""
+    """In what numbers are kept; the order is that of numbers.h."""
 
     F32 = 0
     BF16 = 1
     INT8 = 2
     INT4 = 3
     INT64 = 4
+    F16 = 5
 
 
-KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}  # of numbers that operations read and write
+KINDS = {
+    torch.float32: Kind.F32,
+    torch.bfloat16: Kind.BF16,
+    torch.float16: Kind.F16,
+}  # of numbers that operations read and write
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
@@ -186,19 +191,22 @@ def lay_out(weight: Tensor, kind: Kind, memory: Memory) -> tuple[Tensor, ...]:
         return _blocks(numbers, memory), beside
     if kind == Kind.INT4:
         return (_blocks_int4(pack_int4(weight), memory),)
-    return (_blocks(weight.detach().to(torch.float32 if kind == Kind.F32 else torch.bfloat16), memory),)
+    dtype = next(dtype for dtype, known in KINDS.items() if known == kind)
+    return (_blocks(weight.detach().to(dtype), memory),)
 
 
 def _blocks(numbers: Tensor, memory: Memory) -> Tensor:
-    """[N, K] → [blocks, words, 16 columns, numbers of a word of 32 bits]; bf16 and int8 up to whole steps."""
-    each = 4 // numbers.element_size()
-    step = 1 if each == 1 else STEP // numbers.element_size()
+    """[N, K] → [blocks, words, 16 columns, numbers of a word]: words of 32 bits, in fp16 of 16; all but float32 up to
+    whole steps."""
+    word = torch.int16 if numbers.dtype == torch.float16 else torch.int32
+    each = word.itemsize // numbers.element_size()
+    step = 1 if numbers.dtype == torch.float32 else STEP // numbers.element_size()
     rows, width = numbers.shape
     blocks, words = -(-rows // BLOCK), -(-width // step) * step // each
-    out = memory.take(64 * blocks * words).view(torch.int32).view(blocks, words, BLOCK)
+    out = memory.take(BLOCK * word.itemsize * blocks * words).view(word).view(blocks, words, BLOCK)
     if width % step:
         numbers = torch.nn.functional.pad(numbers, (0, -width % step))
-    flat = numbers.contiguous().view(torch.int32).view(rows, words)
+    flat = numbers.contiguous().view(word).view(rows, words)
     whole = rows // BLOCK
     out[:whole].copy_(flat[: whole * BLOCK].view(whole, BLOCK, words).transpose(1, 2))
     if whole < blocks:

@@ -64,14 +64,32 @@ INLINE float most_of(const float *x, int64_t n, float most) {
     return most;
 }
 
-INLINE wide get(const void *p, int64_t at, int bf16) {
-    if (!bf16) return *(const wide *)((const float *)p + at);
+/* CALL with what the numbers are kept in as a constant, so that each form is built for itself. */
+#define OF_KIND(KIND, CALL)                \
+    {                                      \
+        if ((KIND) == BF16) CALL(BF16);    \
+        else if ((KIND) == F16) CALL(F16); \
+        else CALL(F32);                    \
+    }
+
+/* Numbers in float32, bf16 or fp16. */
+INLINE wide get(const void *p, int64_t at, int kind) {
+    if (kind == F32) return *(const wide *)((const float *)p + at);
+    if (kind == F16) {
+#if defined(__F16C__)
+        return (wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + at)));
+#else
+        wide each;
+        for (int i = 0; i < WIDE; i++) each[i] = from_f16(((const uint16_t *)p)[at + i]);
+        return each;
+#endif
+    }
     wide_bits bits = __builtin_convertvector(*(const half_wide *)((const uint16_t *)p + at), wide_bits) << 16;
     return (wide)bits;
 }
 
-INLINE float get_one(const void *p, int64_t at, int bf16) {
-    return bf16 ? from_bf16(((const uint16_t *)p)[at]) : ((const float *)p)[at];
+INLINE float get_one(const void *p, int64_t at, int kind) {
+    return kind == F32 ? ((const float *)p)[at] : from_half(((const uint16_t *)p)[at], kind);
 }
 
 #endif

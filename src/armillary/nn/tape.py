@@ -35,6 +35,13 @@ from armillary.nn.buffers import ROWS, WHOLE, Buffer, Buffers, Use
 from armillary.nn.context import Context
 from armillary.nn.state import CountedState, State
 
+HOW = {
+    "float32": Kind.F32,
+    "bf16": Kind.BF16,
+    "float16": Kind.F16,
+    "int8": Kind.INT8,
+    "int4": Kind.INT4,
+}  # weights
 HELD = (*KINDS, torch.int8, torch.int64)  # of states
 UNIT = 16  # columns that are not shared between threads, where the width allows it
 
@@ -138,7 +145,7 @@ class Tape(Buffers):
     def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
         """Rows of a table [entries, D], by id or by position."""
         table = table.detach().contiguous()
-        if table.dtype not in (torch.float32, torch.bfloat16):
+        if table.dtype not in KINDS:
             raise NoStep(f"a table of {table.dtype}")
         width = table.shape[1]
         out = onto or self.buffer(width)
@@ -227,12 +234,12 @@ class Tape(Buffers):
     def pack(self, weight: Tensor, weights: Weights | None = None) -> tuple[Kind, int, int]:
         """How a weight is held, where it lies and where its scales do."""
         weights = weights or self.weights
-        if weight.dtype not in (torch.float32, torch.bfloat16) or type(weight.data) is not Tensor:
+        if weight.dtype not in KINDS or type(weight.data) is not Tensor:
             raise NoStep(f"weights of {weight.dtype}")
         if self.dry:
             self.wanted.append(weight.detach())
             return Kind.F32, 0, 0
-        kind = {"float32": Kind.F32, "bf16": Kind.BF16, "int8": Kind.INT8, "int4": Kind.INT4}[weights]
+        kind = HOW[weights]
         key, version = (weight.data_ptr(), *weight.shape, weights), weight._version
         if key not in self._packed or self._packed[key][0] != version:
             held = weight.detach()

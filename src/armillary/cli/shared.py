@@ -25,7 +25,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 Weights = Annotated[
     str,
     typer.Option(
-        help="Weights of the native decoding step: auto (as they are), float32, bf16, float16, int8, int4; plain: no such step."
+        help="Weights of native steps: auto (as they are), float32, bf16, float16, int8, int4; plain: no such step."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bf16, float16.")]

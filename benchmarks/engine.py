@@ -1,4 +1,4 @@
-"""Decoding by the engine with weights in float32, bf16, int8 and int4.
+"""Decoding by the engine with weights in float32, bf16, fp16, int8 and int4.
 
 One stream behind a prompt, at a shape that fits a processor's cache and at one that does not: against reading the
 same weights and states and nothing else (the floor), and against `llama.cpp` in F32, F16, Q8_0 and Q4_0. 16 streams
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armillary.engine.calibrate import EXACT
 from armillary.engine.core import Engine
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
@@ -39,10 +40,10 @@ LARGE = Shape(width=1024, depth=30, heads=16, kv_heads=8, hidden=2816, vocabular
 PROMPT, TOKENS, STREAMS = 256, 16, 16
 ROOM = PROMPT + 64 * TOKENS
 WHOLE = 192  # tokens of an answer through the whole engine: the first ones come while other prompts are read
-PEERS = {"float32": "F32", "bf16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+PEERS = {"float32": "F32", "bf16": "F16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # what is to be reached: the share of the floor where the weights exceed a processor's cache, and times the peer
-FLOORS = {"float32": 0.85, "bf16": 0.85, "int8": 0.7}
-RATIOS = {"float32": 1.0, "bf16": 1.2, "int8": 1.1, "int4": 1.0}
+FLOORS = {"float32": 0.85, "bf16": 0.85, "float16": 0.85, "int8": 0.7}
+RATIOS = {"float32": 1.0, "bf16": 1.2, "float16": 1.2, "int8": 1.1, "int4": 1.0}
 TOGETHER = {"llama.cpp": 1.5, "transformers": 3.0}
 Call = Callable[[], float]
 
@@ -109,8 +110,8 @@ def held(network: Any, weights: str) -> Any:
                 module.weight.data = native.unpack_int8(native.pack_int8(weight), width)
             elif weights == "int4":
                 module.weight.data = native.unpack_int4(native.pack_int4(weight), width)
-            elif weights == "bf16":
-                module.weight.data = weight.detach().bfloat16().double()
+            elif weights in EXACT:
+                module.weight.data = weight.detach().to(EXACT[weights]).double()
     return made.compute(torch.float64)
 
 
@@ -246,7 +247,7 @@ def main() -> None:
         return
     small = ours(torch.float32).eval()
     alike = {weights: apart(small, weights) for weights in PEERS}
-    reach = {"float32": 1e-4, "bf16": 1e-4, "int8": 0.05, "int4": 0.05}
+    reach = {"float32": 1e-4, "bf16": 1e-4, "float16": 1e-4, "int8": 0.05, "int4": 0.05}
     report("engine scores", alike, {kind: (bound, "max") for kind, bound in reach.items()})
     one(small, "33 M", SMALL, 7, exceeds=False)
     del small

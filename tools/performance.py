@@ -51,7 +51,7 @@ the larger one's, the ratio to the peer is asked of both.
 | --- | --- | --- |
 | decoding tokens/s of one stream, int8 | `llama.cpp`, Q8_0 | ≥ 1.1 × and ≥ 70% of the floor |
 | the same, int4 | `llama.cpp`, Q4_0 | ≥ 1 × |
-| the same, bf16; float32 | `llama.cpp`, F16; F32 | ≥ 1.2 ×; ≥ 1 × and ≥ 85% of the floor |
+| the same, bf16 and fp16; float32 | `llama.cpp`, F16; F32 | ≥ 1.2 ×; ≥ 1 × and ≥ 85% of the floor |
 | 16 streams, tokens/s, bf16 and int8 | `llama.cpp` with 16 sequences in a batch; `transformers` generate at batch 16 \
 | ≥ 1.5 ×; ≥ 3 × |
 | engine's share of a step | – | ≤ 5% |

@@ -26,8 +26,8 @@ def chosen_weights(network: Network, largest: Tensor, packed: Packed) -> Weights
     able: list[Weights] = ["float32", *(kind for kind, dtype in EXACT.items() if loses_nothing(network, dtype))]
     if len(able) == 1:
         return "float32"
-    if "bf16" in able and (largest.numel() * 4 < ALONE or tiles()):
-        return "bf16"
+    if largest.numel() * 4 < ALONE or ("bf16" in able and tiles()):
+        return able[1]
     # of one token and of sixteen: a step of few is not all that there is
     times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in able}
     quickest = min(reversed(able), key=lambda kind: times[kind])

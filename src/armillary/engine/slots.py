@@ -17,7 +17,7 @@ from armillary.engine.replay import Held, Replay, replay
 from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
-from armillary.nn.state import SpanState, State
+from armillary.nn.state import SpanState, State, WindowState
 from armillary.nn.taps import Taps
 
 
@@ -31,12 +31,12 @@ class Slots:
     ) -> None:
         self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         self.state = network.init_state(count, capacity, cache=cache)
-        self.blank = network.init_state(1, 1, cache=cache)
+        self.replay = replay(network, self.state, capacity, weights)
+        self.blank = self._blank(network)
         spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
         self.each = -(-spans // (count * capacity))  # bytes per token
         self.fixed = -(-(self.state.nbytes - spans) // count)  # bytes per row
         self.divisible = all(self._cuts(state) for _, _, state in self.state.each())
-        self.replay = replay(network, self.state, capacity, weights)
 
     @property
     def beside(self) -> int:
@@ -100,7 +100,15 @@ class Slots:
     def clear(self, row: int, network: Network | None = None) -> None:
         """Begin anew; what a state begins with may come from weights."""
         self.settle()
-        self.state.absorb(row, self.blank if network is None else network.init_state(1, 1, cache=self.cache))
+        self.state.absorb(row, self.blank if network is None else self._blank(network))
+
+    def _blank(self, network: Network) -> NetworkState:
+        """What a row begins with, with rings as long as here."""
+        made = network.init_state(1, 1, cache=self.cache)
+        for (_, _, mine), (_, _, state) in zip(self.state.each(), made.each(), strict=True):
+            if isinstance(state, WindowState) and isinstance(mine, WindowState):
+                state.widen(mine.window)
+        return made
 
     def entries(self, row: int, start: int, stop: int) -> Entries:
         """Of the divisible states, the tokens from `start` to before `stop`."""

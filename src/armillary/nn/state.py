@@ -307,7 +307,8 @@ class SpanState(CountedState):
 
 class WindowState(CountedState):
     """The last `window` tokens of each row, in a ring along axis 2: [B, G, window, …]; the token with
-    index i of its row (counted from 0) lies in slot i % window.
+    index i of its row (counted from 0) lies in slot i % window. What looks back at them counts by their index, so
+    a ring may hold more of them than are looked at.
     """
 
     kind: ClassVar[str] = "window"
@@ -315,6 +316,14 @@ class WindowState(CountedState):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self.window = next(iter(self.tensors.values())).shape[2]
+
+    def widen(self, window: int) -> None:
+        """Make room for so many tokens, at least, before the first of them is there."""
+        if window > self.window:
+            assert self.uniform == 0, "tokens would have to move"
+            for name, t in self.tensors.items():
+                self.tensors[name] = zeros((*t.shape[:2], window, *t.shape[3:]), t.dtype, t.device)
+            self.window = window
 
     def append(self, parts: Mapping[str, Tensor], lengths: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """What the tokens of a chunk can look back at, and the chunk itself; then the ring moves on.

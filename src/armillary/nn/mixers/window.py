@@ -19,7 +19,7 @@ from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.attention import Attention, AttentionSettings, Look
 from armillary.nn.positions.alibi import AlibiSettings
 from armillary.nn.positions.rope import RopeSettings
-from armillary.nn.state import State
+from armillary.nn.state import State, WindowState
 from armillary.nn.tape import Buffer, NoStep, Tape
 
 
@@ -110,7 +110,9 @@ class WindowAttention(Attention):
         back, gap = spans.pop()
         if type(self) is not WindowAttention or spans or gap != 1:
             raise NoStep("windows with gaps or of several widths")
-        tape.single = True  # a second token would overwrite what the first still sees
+        assert isinstance(state, WindowState)
+        if not tape.dry:  # all tokens of a step are there before the first looks back
+            state.widen(back + tape.rows)
         return self.recorded(tape, x, state, back)
 
     def narrow(self, mask: Mask | None, look: Look) -> Mask | None:

@@ -29,8 +29,7 @@ from armillary.engine.core import Engine
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.engine.slots import Slots
-from armillary.native import available
-from armillary.native import tape as native
+from armillary.native import available, pack
 from armillary.native.rows import read_all
 from armillary.nn.linear import Linear
 from common import SMALL, Shape, interleaved, ours, ratio, report, slow, theirs, write_gguf
@@ -107,9 +106,9 @@ def held(network: Any, weights: str) -> Any:
         if isinstance(module, Linear):
             weight, width = network.get_submodule(name).weight, module.inputs
             if weights == "int8":
-                module.weight.data = native.unpack_int8(native.pack_int8(weight), width)
+                module.weight.data = pack.unpack_int8(pack.pack_int8(weight), width)
             elif weights == "int4":
-                module.weight.data = native.unpack_int4(native.pack_int4(weight), width)
+                module.weight.data = pack.unpack_int4(pack.pack_int4(weight), width)
             elif weights in EXACT:
                 module.weight.data = weight.detach().to(EXACT[weights]).double()
     return made.compute(torch.float64)

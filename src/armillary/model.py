@@ -391,15 +391,18 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     revision: str | None = None,
+    mapped: bool = False,
 ) -> Model:
     """A model from a run folder, a checkpoint folder in the native or an open layout, or a hub name.
 
     device: auto, cpu, cuda, …; dtype: auto (as stored), float32, bf16, float16; revision: of a hub
-    name. Raises CheckpointError naming what is missing, extra or wrongly shaped.
+    name; mapped: weights that are used as they are stored stay in their files, in memory where they are looked at
+    (the files must not be written to meanwhile). Raises CheckpointError naming what is missing, extra or wrongly
+    shaped.
     """
     if quantize is not None:
         raise UnsupportedError(f"quantize='{quantize}': no quantised weights yet", hint="leave it out")
-    loaded = load_checkpoint(path, device=device, dtype=dtype, revision=revision)
+    loaded = load_checkpoint(path, device=device, dtype=dtype, revision=revision, mapped=mapped)
     return Model(loaded.network.eval(), loaded.tokenizer, loaded.recipe).eval()
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from armillary.native import available
+from armillary.native import available, pack
 from armillary.native import tape as native
 from armillary.nn import tape as writer
 from armillary.nn.tape import Tape
@@ -54,7 +54,7 @@ def built(form: str) -> Iterator[None]:
     flags = [flag for flag in library.FLAGS if form != "plain" or flag != "-march=native"]
     if form != "own":
         library.FLAGS = (*flags, *FORMS[form])
-        library.SOURCES = tuple(path for path in library.SOURCES if path.name == "tape.c")
+        library.SOURCES = tuple(path for path in library.SOURCES if path.name in ("tape.c", "pack.c"))
         library.library.cache_clear()
         library._functions.clear()
     try:
@@ -98,9 +98,9 @@ def held(weights: str, weight: Tensor) -> Tensor:
     """The weights that products hold, in float64."""
     width = weight.shape[1]
     if weights == "int8":
-        return native.unpack_int8(native.pack_int8(weight), width)
+        return pack.unpack_int8(pack.pack_int8(weight), width)
     if weights == "int4":
-        return native.unpack_int4(native.pack_int4(weight), width)
+        return pack.unpack_int4(pack.pack_int4(weight), width)
     return weight.to({"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}[weights]).double()
 
 

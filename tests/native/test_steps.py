@@ -15,7 +15,7 @@ from native_parts import TEXTS, Beside, one_by_one, three_threads, ways
 from armillary.base.settings import parse
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
+from armillary.native.pack import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.example import Example
 from armillary.nn.linear import Linear

@@ -47,18 +47,20 @@ def load(
     revision: str | None = None,
     *,
     empty: bool = False,
+    mapped: bool = False,
 ) -> Loaded:
     """The model in a run (its newest checkpoint), a native or open folder, or under a hub name.
 
     device: auto, cpu, cuda, …; dtype: auto (as stored), float32, bf16, float16; revision: of a hub
-    name; empty: check all but the contents of the weights, and give the network without storage. Raises
+    name; empty: check all but the contents of the weights, and give the network without storage; mapped: weights
+    that are used as they are stored stay in their files, which must not be written to meanwhile. Raises
     CheckpointError or UnsupportedError naming the file, tensor or key.
     """
     folder = resolve(path, revision)
     if detect(folder) != "native":
-        return load_open(folder, device, dtype, empty=empty)
+        return load_open(folder, device, dtype, empty=empty, mapped=mapped)
     try:
-        return load_native(folder, device, dtype, empty=empty)
+        return load_native(folder, device, dtype, empty=empty, mapped=mapped)
     except CheckpointError as error:
         if folder == Path(path).expanduser():
             raise

@@ -112,12 +112,13 @@ def load_native(
     *,
     verify: bool = True,
     empty: bool = False,
+    mapped: bool = False,
 ) -> Loaded:
     """Read the folder. dtype auto: as stored.
 
     verify: compare every file with its recorded sha256; empty: check all but the contents of the weights, and
-    give the network without storage. Raises CheckpointError that names every
-    file or tensor that is damaged, missing, too many or wrongly shaped.
+    give the network without storage; mapped: see `load`. Raises CheckpointError that names every file or tensor
+    that is damaged, missing, too many or wrongly shaped.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     root = Path(folder)
@@ -127,7 +128,7 @@ def load_native(
         raise CheckpointError(fault, where=str(root), hint="copy it again, or use an earlier checkpoint")
     settings = _settings(root, manifest)
     network = blank(settings)
-    needed, found = wanted(network), read_tensors(root)
+    needed, found = wanted(network), read_tensors(root, mapped=mapped)
     raise_for(fit(found, needed), root)
     tokenizer = Tokenizer.load(root) if (root / "tokenizer.json").exists() else None
     check_vocabulary(settings, tokenizer, root)

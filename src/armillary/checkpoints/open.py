@@ -80,10 +80,11 @@ def load_open(
     dtype: str | torch.dtype = "auto",
     *,
     empty: bool = False,
+    mapped: bool = False,
 ) -> Loaded:
     """Read an open folder. The recipe has its model; data and training are at their defaults.
 
-    empty: check all but the contents of the weights, and give the network without storage.
+    empty: check all but the contents of the weights, and give the network without storage; mapped: see `load`.
 
     Raises CheckpointError naming every tensor that is missing, too many, wrongly shaped or not a
     weight, and what in config.json is contradictory; UnsupportedError naming a key that changes the
@@ -93,7 +94,7 @@ def load_open(
     root = Path(folder)
     family = _family(root)
     settings = family.settings(read_json(inside(root, CONFIG)), str(root / CONFIG))
-    found = _whole_names(family, read_tensors(root), root)
+    found = _whole_names(family, read_tensors(root, mapped=mapped), root)
     settings = sentence.read(root, family.suit(settings, found))
     network = _blank(family, settings, len(found), str(root / CONFIG))
     ours = wanted(network)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from armillary.base.errors import CheckpointError, InputError
 from armillary.base.files import confined, write_atomic
+from armillary.checkpoints.mapped import Mapped
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -111,15 +112,15 @@ def inside(folder: Path, name: Any) -> Path:
     return path
 
 
-def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name, none of them in memory yet.
+def read_tensors(folder: Path, *, mapped: bool = False) -> dict[str, Stored]:
+    """Every tensor of a folder by name, none of them in memory yet; mapped: as in `read_file`.
 
     Raises CheckpointError for a folder without safetensors (naming pickles that are refused), a
     truncated or damaged file, an index that names a missing or outside file, a tensor that its
     shard lacks, and a tensor that is there twice.
     """
     if (folder / WEIGHTS).exists():
-        return read_file(inside(folder, WEIGHTS))
+        return read_file(inside(folder, WEIGHTS), mapped=mapped)
     if not (folder / INDEX).exists():
         raise CheckpointError(*_absent(folder), where=str(folder), hint=_hint(folder))
     index = read_json(inside(folder, INDEX)).get("weight_map")
@@ -135,7 +136,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
                     where=str(folder),
                     hint="copy or download the missing file",
                 )
-            shards[file] = read_file(path)
+            shards[file] = read_file(path, mapped=mapped)
     found: dict[str, Stored] = {}
     homes: dict[str, str] = {}
     for file, tensors in shards.items():
@@ -215,11 +216,12 @@ def raise_for(problems: Iterable[str], folder: Path, hint: str | None = None) ->
         raise CheckpointError(f"{len(lines)} tensors do not fit the model:{listed}", where=str(folder), hint=hint)
 
 
-def read_file(path: Path) -> dict[str, Stored]:
+def read_file(path: Path, *, mapped: bool = False) -> dict[str, Stored]:
     """Every tensor of one safetensors file by name, none of them in memory yet.
 
     The library checks the file; tensors are then read as bytes, each into the memory where it stays,
-    for what is read from a mapped file counts as this process's memory besides.
+    for what is read from a mapped file counts as this process's memory besides. mapped: they stay the file's bytes
+    instead, in memory where they are looked at (`checkpoints.mapped`).
     """
     try:
         with safe_open(str(path), framework="pt"):
@@ -227,18 +229,31 @@ def read_file(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"this file is truncated or damaged ({error})", where=str(path), hint=_AGAIN) from None
     found = {}
+    file = Mapped(path) if mapped and header else None
     for name, part in header.items():
         if name != "__metadata__":
             shape, kind, (begin, _) = tuple(part["shape"]), part["dtype"], part["data_offsets"]
             dtype = _DTYPES.get(kind)
-            found[name] = Stored(shape, dtype, partial(_read, path, name, start + begin, shape, dtype, kind), kind)
+            found[name] = Stored(
+                shape, dtype, partial(_read, path, name, start + begin, shape, dtype, kind, file), kind
+            )
     return found
 
 
-def _read(path: Path, name: str, begin: int, shape: tuple[int, ...], dtype: torch.dtype | None, kind: str) -> Tensor:
-    """A tensor from its place in a file, in memory of its own."""
+def _read(
+    path: Path,
+    name: str,
+    begin: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    kind: str,
+    mapped: Mapped | None = None,
+) -> Tensor:
+    """A tensor from its place in a file, in memory of its own unless it can stay in the mapped file."""
     if dtype is None:
         raise CheckpointError(f"tensor '{name}' holds {kind}, which no weight can", where=str(path))
+    if mapped is not None and (found := mapped.tensor(begin, shape, dtype)) is not None:
+        return found
     tensor = torch.empty(shape, dtype=dtype)
     room: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     try:

@@ -76,6 +76,6 @@ def drafter(
         return None
     count = {} if guesses is None else {"count": guesses}
     try:
-        return model.drafter(open_model(draft, device, dtype), rows=rows, weights=weights, **count)  # type: ignore[arg-type]
+        return model.drafter(open_model(draft, device, dtype, mapped=True), rows=rows, weights=weights, **count)  # type: ignore[arg-type]
     except InputError as error:
         raise InputError(error.what, where=f"--draft {draft}", hint=error.hint) from None

@@ -203,7 +203,7 @@ def generate(
     if beams is not None:
         refuse_unused(ahead, "a search with --beams neither guesses nor takes a cache")
     kept = checked(kv, cache, guess, draft is not None, guesses)
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, mapped=True)
     opened = opened if adapter is None else opened.adapted(adapter)
     left = room(opened, text, capacity)
     options: dict[str, Any] = {
@@ -334,7 +334,7 @@ def chat(
         options = {"max_tokens": tokens, "temperature": temperature, "seed": seed}
         answers = partial(said, url, model, options=options)
     else:
-        opened = open_model(model, device, dtype)
+        opened = open_model(model, device, dtype, mapped=True)
         opened.tokenizer.chat([*messages, {"role": "user", "content": ""}])  # refuse now what has no template
         answers = partial(opened.chat, stream=True, temperature=temperature, seed=seed)
     while True:

@@ -135,7 +135,7 @@ def serve(
     mark = None if watermark is None else watermark_of(watermark, watermark_kind)
     hosted: list[Hosted] = []
     for name, folder in folders.items():
-        model = open_model(folder, device, dtype)
+        model = open_model(folder, device, dtype, mapped=True)
         engine = None
         if generates(name, model.settings):
             engine = Engine(

@@ -61,11 +61,11 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def open_model(name: str, device: str, dtype: str, revision: str | None = None) -> Model:
-    """The model that a command was pointed at."""
+def open_model(name: str, device: str, dtype: str, revision: str | None = None, *, mapped: bool = False) -> Model:
+    """The model that a command was pointed at; mapped: for commands that let its weights be as they are."""
     from armillary.model import load
 
-    return load(name, device=device, dtype=dtype, revision=revision)
+    return load(name, device=device, dtype=dtype, revision=revision, mapped=mapped)
 
 
 def watermark_of(path: Path | None, kind: str) -> Watermark:

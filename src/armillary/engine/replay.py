@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError, UnsupportedError
+from armillary.checkpoints.mapped import forget
 from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing
 from armillary.native import available
 from armillary.native.tape import Weights, tiles
@@ -83,6 +84,9 @@ class Replay:
         # were read together
         self.always = self.other or (quick and not self.tape.plain and not self.tape.single)
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
+        if self.always:
+            for parameter in network.parameters():
+                forget(parameter.detach())
 
     def _recorded(self) -> Tape:
         packed = _packed.setdefault(self.network, {})
@@ -96,6 +100,7 @@ class Replay:
             dtype=self.network.dtype,
             threads=self.threads,
             packed=packed,
+            read=forget,
         )
         with torch.no_grad():
             self.network.record(tape, self.state)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from armillary.native.library import function
+from armillary.native.pack import GROUP, KINDS, Kind, pack_int4, pack_int8
 
 Weights = Literal["float32", "bf16", "float16", "int8", "int4"]
-GROUP = 32  # numbers of int4 that share a scale
 BLOCK = 16  # columns of a product that lie together
 TILE = 16  # lines of a tile
 STEP = 64  # bytes of a row that products with int8, int4 and, in tiles, bf16 take at once
@@ -64,22 +64,6 @@ class Code(IntEnum):
     SWAP = 33
 
 
-class Kind(IntEnum):
-    """In what numbers are kept; the order is that of numbers.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2
-    INT4 = 3
-    INT64 = 4
-    F16 = 5
-
-
-KINDS = {
-    torch.float32: Kind.F32,
-    torch.bfloat16: Kind.BF16,
-    torch.float16: Kind.F16,
-}  # of numbers that operations read and write
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
@@ -226,39 +210,3 @@ def _blocks_int4(packed: Tensor, memory: Memory) -> Tensor:
     out[..., :64].view(blocks, pairs, 2, BLOCK, 2).copy_(scales)
     out[..., 64:].view(blocks, pairs, 2, GROUP // 8, BLOCK, 4).copy_(halves.permute(0, 2, 3, 4, 1, 5))
     return out
-
-
-def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W [N, K] → numbers [N, K up to whole groups] int8 and scales [N]: W ≈ numbers · scale, each within
-    half a scale, which is the row's largest size / 127."""
-    wide = weight.detach().float()
-    scales = wide.abs().amax(1) / 127
-    numbers = (wide / scales.clamp(min=1e-30)[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return torch.nn.functional.pad(numbers, (0, -wide.shape[1] % GROUP)).contiguous(), scales
-
-
-def unpack_int8(packed: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """W [N, K] float64, exactly as the product takes it."""
-    numbers, scales = packed
-    return numbers[:, :width].double() * scales.double()[:, None]
-
-
-def pack_int4(weight: Tensor) -> Tensor:
-    """W [N, K] → [N, groups, 18] bytes: a bf16 scale, then numbers −8 … 7, i in the low and i + 16 in the
-    high half of byte i. The scale takes the number of largest size to −8, so that all 16 are used."""
-    wide = torch.nn.functional.pad(weight.detach().float(), (0, -weight.shape[1] % GROUP))
-    groups = wide.unflatten(1, (-1, GROUP))
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    scales = (largest / -8).to(torch.bfloat16)
-    divisors = torch.where(scales == 0, torch.ones_like(scales), scales).float()
-    numbers = (groups / divisors).round().clamp(-8, 7).to(torch.int16) + 8
-    halves = (numbers[..., : GROUP // 2] | (numbers[..., GROUP // 2 :] << 4)).to(torch.uint8)
-    return torch.cat([scales.contiguous().view(torch.uint8), halves], 2).contiguous()
-
-
-def unpack_int4(packed: Tensor, width: int) -> Tensor:
-    """W [N, K] float64, exactly as the product takes it."""
-    scales = packed[..., :2].contiguous().view(torch.bfloat16).double()
-    halves = packed[..., 2:].to(torch.int16)
-    numbers = torch.cat([halves & 15, halves >> 4], 2).double() - 8
-    return (numbers * scales).flatten(1)[:, :width]

@@ -76,7 +76,7 @@ class _Mark:
 class Tape(Buffers):
     """rows: most tokens of a call; room: most tokens of a sequence; weights: how products hold theirs;
     dtype: in what branches without a native step compute; packed: weights as other tapes of the same network
-    took them; dry: write down only, nothing can run."""
+    took them; read: told of each weight that was packed; dry: write down only, nothing can run."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Tape(Buffers):
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         packed: Packed | None = None,
+        read: Callable[[Tensor], None] | None = None,
         dry: bool = False,
     ) -> None:
         super().__init__(rows, threads or torch.get_num_threads())
@@ -102,6 +103,7 @@ class Tape(Buffers):
         self._tables: list[Tensor] = []
         self._held: list[tuple[State, str, int]] = []
         self._packed: Packed = {} if packed is None else packed
+        self._read = read
         self._memory = Memory()
         self._angles: dict[Any, Buffer] = {}
         self._picked = False
@@ -245,6 +247,8 @@ class Tape(Buffers):
             held = weight.detach()
             # with the weight itself, so that no other can come to lie where it lies
             self._packed[key] = version, (held, *lay_out(held, kind, self._memory))
+            if self._read is not None:
+                self._read(held)
         _, numbers, *scales = self._packed[key][1]
         return kind, self.keep(numbers), self.keep(scales[0]) if scales else 0
 

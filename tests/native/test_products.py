@@ -7,18 +7,15 @@ with fused multiplication in the other kinds, but for bf16 in tiles, where a num
 
 from __future__ import annotations
 
-import importlib
 import mmap
-import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_parts import FORMS, built
 from torch import Tensor
 
 from armillary.native import available
@@ -27,45 +24,11 @@ from armillary.nn import tape as writer
 from armillary.nn.tape import Tape
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
-library = importlib.import_module("armillary.native.library")
 KINDS = ("float32", "bf16", "int8", "int4")
-NO_TILES = ("-mno-amx-tile",)
-NARROW = (*NO_TILES, "-mno-avx512f")
-FORMS: dict[str, tuple[str, ...]] = {"own": ()}
-if platform.machine() in ("x86_64", "AMD64"):
-    FORMS |= {
-        "without tiles": NO_TILES,
-        "256 bits": NARROW,
-        "256 bits without dots": (*NARROW, "-mno-avxvnni"),
-        "plain": ("-march=x86-64",),
-    }
 FUSED = [form for form in FORMS if form != "plain"]
 # inputs, outputs, columns that one thread must have together
 SHAPES = [(64, 48, None), (200, 112, 7), (40, 13, None), (7, 5, None), (1, 33, None), (160, 288, 24)]
 ROWS = 40
-
-
-@contextmanager
-def built(form: str) -> Iterator[None]:
-    """The library in another form."""
-    names = ("FLAGS", "SOURCES")
-    before = {name: getattr(library, name) for name in names}
-    functions = dict(library._functions)
-    flags = [flag for flag in library.FLAGS if form != "plain" or flag != "-march=native"]
-    if form != "own":
-        library.FLAGS = (*flags, *FORMS[form])
-        library.SOURCES = tuple(path for path in library.SOURCES if path.name == "tape.c")
-        library.library.cache_clear()
-        library._functions.clear()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(library, name, value)
-        if form != "own":
-            library.library.cache_clear()
-            library._functions.clear()
-            library._functions.update(functions)
 
 
 @cache

@@ -148,3 +148,29 @@ def test_attention_leaves_alone_what_nobody_looks_at(dtype: torch.dtype, form: s
     with built(form):
         run = attending(torch.randn(10, 2, 64, generator=generator), k, v, 1, scale=0.1, back=41)
     assert run([(0, place) for place in range(101, 111)]).isfinite().all()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != DOTS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_what_is_no_number_reaches_only_those_who_look_at_it(dtype: torch.dtype, form: str) -> None:
+    """Of the tokens of one call those before it do not, nor those whose window begins behind it."""
+    generator = torch.Generator().manual_seed(2)
+    k, v = (torch.randn(1, 2, 200, 64, generator=generator).to(dtype) for _ in range(2))
+    q = torch.randn(30, 4, 64, generator=generator)
+    places = range(95, 125)
+    for back in (200, 41):
+        for spoilt, place, value in ((v, 106, torch.nan), (v, 128 - 64, torch.inf), (k, 110, torch.nan)):
+            with built(form):
+                clean = attending(q, k, v, 2, scale=0.1, back=back)([(0, place) for place in places])
+                kept = spoilt[0, 1, place, 5].clone()
+                spoilt[0, 1, place, 5] = value
+                found = attending(q, k, v, 2, scale=0.1, back=back)([(0, place) for place in places])
+                spoilt[0, 1, place, 5] = kept
+            for row, own in enumerate(places):
+                right = clean[row].clone()
+                if 0 <= own - place <= back:
+                    assert not found[row, 2:, 5].isfinite().any()
+                    columns = slice(None) if spoilt is k else 5
+                    right[2:, columns] = found[row, 2:, columns]
+                assert torch.equal(found[row].nan_to_num(), right.nan_to_num()), (back, value, own)

@@ -16,12 +16,11 @@ from torch import Tensor
 from armillary.base.settings import parse
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
-from armillary.nn.linear import ExpertLinear, Linear
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.steps.experts import route
 from armillary.nn.tape import Tape
+from armillary.testing.held import with_held
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 CLOSE = 1e-4
@@ -108,23 +107,12 @@ def test_threads_and_neighbours_change_no_bit(weights: str, kind: str, monkeypat
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @torch.no_grad()
-def test_other_weights(weights: str) -> None:
+def test_other_weights(weights: Any) -> None:
     """A network of exactly the numbers that products hold, with the router in float32 beside them."""
     made = network({"kind": "moe", **CHANNELS["corrected"]})
     text = [(7 * at) % 40 for at in range(30)]
     found = taped(made, weights).extend([0], [text], last=False)
-    unpack: Any = {
-        "bf16": lambda w: w.bfloat16(),
-        "int8": lambda w: unpack_int8(pack_int8(w), w.shape[1]),
-        "int4": lambda w: unpack_int4(pack_int4(w), w.shape[1]),
-    }[weights]
-    for name, product in made.named_modules():
-        if type(product) is Linear and not name.endswith("router"):
-            product.weight.copy_(unpack(product.weight.detach()))
-        elif type(product) is ExpertLinear:
-            for weight in product.weight:
-                weight.copy_(unpack(weight.detach().clone()))
-    plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)[0]
+    plain = Slots(with_held(made, weights), 1, 64, weights="plain").extend([0], [text], last=False)[0]
     apart = (found[0] - plain).norm(dim=-1) / plain.norm(dim=-1)
     if weights == "bf16":
         assert float(apart.max()) < CLOSE

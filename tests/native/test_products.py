@@ -57,16 +57,6 @@ def found(form: str, weights: Any, shape: tuple[int, int, int | None], bias: boo
         }
 
 
-def held(weights: str, weight: Tensor) -> Tensor:
-    """The weights that products hold, in float64."""
-    width = weight.shape[1]
-    if weights == "int8":
-        return native.unpack_int8(native.pack_int8(weight), width)
-    if weights == "int4":
-        return native.unpack_int4(native.pack_int4(weight), width)
-    return (weight.bfloat16() if weights == "bf16" else weight).double()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("form", FORMS)
@@ -79,7 +69,7 @@ def test_against_the_numbers_they_hold(form: str, weights: str, shape: tuple[int
         taken = (x * (127 / scale)).round().double() * (scale / 127).double()
     elif weights == "bf16" and form == "own" and native.tiles():
         lost = 2.0**-17  # of a number, behind the two of 8 bits that stand for it
-    numbers = held(weights, weight)
+    numbers = native.as_held(weight, weights)  # type: ignore[arg-type]
     expected = 0.5 * (taken @ numbers.T) + bias.double()
     # a sum of n float32 terms is off by at most n roundings of their sizes, and three more of scales and bias
     bound = ((inputs + 3) * 2.0**-24 + lost) * (taken.abs() @ numbers.abs().T + bias.abs().double())

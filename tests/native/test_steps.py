@@ -18,12 +18,11 @@ from torch import Tensor
 from armillary.base.settings import parse
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.tape import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.example import Example
-from armillary.nn.linear import Linear
 from armillary.nn.mechanism import channels, mixers
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.testing.held import with_held
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 CLOSE = 1e-4
@@ -165,23 +164,14 @@ def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba", "gla", "gated_delta", "linear", "lstm", "gated_conv"])
 @torch.no_grad()
-def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
+def test_other_weights_step_by_the_tape_alone(mixer: str, weights: Any) -> None:
     made = network({"kind": mixer, **({"head_width": 16} if mixer == "mamba2" else {})}, head={"tied": False})
     slots, alone = taped(made, weights), taped(made, weights)
     text = [(7 * at) % 40 for at in range(30)]
     whole = slots.extend([0], [text], last=False)
     pieces = [alone.extend([0], [text[at : at + 1]], last=False).clone()[0] for at in range(30)]
     assert torch.equal(whole[0], torch.cat(pieces))
-    # a network of exactly the numbers that the products hold
-    for product in made.modules():
-        if type(product) is Linear:
-            w = product.weight.detach()
-            held = {"bf16": w.bfloat16(), "int8": None, "int4": None}[weights]
-            if held is None:
-                packed = pack_int8(w) if weights == "int8" else pack_int4(w)
-                held = (unpack_int8 if weights == "int8" else unpack_int4)(packed, w.shape[1])  # type: ignore[operator]
-            product.weight.copy_(held)
-    plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)
+    plain = Slots(with_held(made, weights), 1, 64, weights="plain").extend([0], [text], last=False)
     apart = float((whole[0] - plain[0]).norm() / plain[0].norm())
     # what is multiplied is rounded to 127 steps of its largest, some 3 deviations: 0.7 % in each of 11 products
     assert apart < (CLOSE if weights == "bf16" else 0.007 * 11**0.5)

@@ -214,9 +214,9 @@ def test_what_quantising_loses(inputs: int) -> None:
     weight = torch.randn(9, inputs, generator=torch.Generator().manual_seed(1))
     weight[3] = 0
     largest = weight.abs().amax(1, keepdim=True).double()
-    lost = (native.unpack_int8(native.pack_int8(weight), inputs) - weight).abs()
+    lost = (native.as_held(weight, "int8") - weight).abs()
     assert (lost <= largest / 127 / 2 * 1.0001).all()
-    lost = (native.unpack_int4(native.pack_int4(weight), inputs) - weight).abs()
+    lost = (native.as_held(weight, "int4") - weight).abs()
     padded = torch.nn.functional.pad(weight, (0, -inputs % 32)).unflatten(1, (-1, 32))
     steps = (padded.abs().amax(2) / 8).repeat_interleave(32, 1)[:, :inputs].double()
     # half a step; the far end of the other sign (7 steps of 8) a whole one; the scale in bf16 moves 8 steps by 2^-9

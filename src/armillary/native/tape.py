@@ -220,6 +220,15 @@ def _blocks_int4(packed: Tensor, memory: Memory) -> Tensor:
     return out
 
 
+def as_held(weight: Tensor, weights: Weights) -> Tensor:
+    """W [N, K] float64, exactly as products take it when they hold it so."""
+    if weights == "int8":
+        return unpack_int8(pack_int8(weight), weight.shape[1])
+    if weights == "int4":
+        return unpack_int4(pack_int4(weight), weight.shape[1])
+    return weight.detach().to(torch.bfloat16 if weights == "bf16" else torch.float32).double()
+
+
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W [N, K] → numbers [N, K up to whole groups] int8 and scales [N]: W ≈ numbers · scale, each within
     half a scale, which is the row's largest size / 127."""
@@ -230,7 +239,6 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_int8(packed: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """W [N, K] float64, exactly as the product takes it."""
     numbers, scales = packed
     return numbers[:, :width].double() * scales.double()[:, None]
 
@@ -249,7 +257,6 @@ def pack_int4(weight: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, width: int) -> Tensor:
-    """W [N, K] float64, exactly as the product takes it."""
     scales = packed[..., :2].contiguous().view(torch.bfloat16).double()
     halves = packed[..., 2:].to(torch.int16)
     numbers = torch.cat([halves & 15, halves >> 4], 2).double() - 8

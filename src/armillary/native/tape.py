@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from armillary.native.library import function
+from armillary.native.library import function, members
 
 Weights = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32  # numbers of int4 that share a scale
@@ -26,7 +26,7 @@ STEP = 64  # bytes of a row that products with int8, int4 and, in tiles, bf16 ta
 
 
 class Code(IntEnum):
-    """What a record does; the order is that of record.h."""
+    """What a record does; as in record.h."""
 
     EMBED = 0
     NORM = 1
@@ -65,7 +65,7 @@ class Code(IntEnum):
 
 
 class Kind(IntEnum):
-    """In what numbers are kept; the order is that of record.h."""
+    """In what numbers are kept; as in record.h."""
 
     F32 = 0
     BF16 = 1
@@ -76,6 +76,30 @@ class Kind(IntEnum):
 
 KINDS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}  # of numbers that operations read and write
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+
+
+class Fading(IntEnum):
+    """How a matrix fades."""
+
+    STILL = 0
+    BY_HEAD = 1
+    BY_KEY = 2
+
+
+class Features(IntEnum):
+    """Of queries and keys."""
+
+    RELU = 0
+    EXP = 1
+    UNIT = 2
+
+
+class Map(IntEnum):
+    """Functions of one number."""
+
+    FADE = 0
+    ELU_ONE = 1
 
 
 class Record(Structure):
@@ -88,7 +112,7 @@ class Record(Structure):
         ("picked", c_int32),
         ("in_stride", c_int64),
         ("out_stride", c_int64),
-        ("into", c_void_p),
+        ("in", c_void_p),
         ("out", c_void_p),
         ("more", c_void_p),
         ("weight", c_void_p),
@@ -114,12 +138,29 @@ class Call(Structure):
     )
 
 
+# What the library lists, by its names.
+_MIRROR = (
+    "tape_mirror",
+    {
+        **Code.__members__,
+        **Kind.__members__,
+        **Fading.__members__,
+        **Map.__members__,
+        **{f"{each.name}_FEATURES": each for each in Features},
+        **{name.upper(): number for name, number in (ACTIVATIONS | CELLS).items()},
+        **{"GROUP": GROUP, "BLOCK": BLOCK, "TILE": TILE, "STEP": STEP},
+        **members("op_t", Record),
+        **members("call_t", Call),
+    },
+)
+
+
 class Program:
     """Records in one piece of memory, run by one call."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = (Record * len(records))(*records)
-        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64])
+        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64], None, _MIRROR)
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)

@@ -121,11 +121,12 @@ class Tape(Buffers):
     ) -> None:
         """One record (record.h): what it reads and writes decides whether threads wait for one another before it."""
         pointers = {"weight": weight, "more": more, "bias": bias, "rest": rest, "out": target}
+        pointers["in"] = 0 if into is None else into.at
         record = Record(code=code, kind=kind, picked=self._picked, **{k: v or None for k, v in pointers.items()})
         if out is not None:
             record.out, record.out_stride = out.at, out.stride
         if into is not None:
-            record.into, record.in_stride = into.at, into.stride
+            record.in_stride = into.stride
         record.n[: len(n)] = n
         record.f[: len(f)] = f
         record.wait = self.touch(reads, writes)

@@ -81,9 +81,10 @@ INLINE void gather_tiles(const uint32_t *weights, const uint32_t *values, int64_
     IN_MEMORY;
 }
 
-/* Values of a block [keys, width] as pairs of keys [keys / 2, width, 2]; zeros where nobody looks. Where not all look
- * at all keys, also in place of infinities and NaN, which weights of 0 would not hide; returns whether there are any. */
-INLINE int pair_values(const int all, const uint16_t *values, int64_t from, int64_t to, int64_t width, uint32_t *pairs) {
+/* Values of a block [keys, width] as pairs of keys [keys / 2, width, 2]; zeros where nobody looks. Unless all look at
+ * all keys, also in place of infinities and NaN, which weights of 0 would not hide; returns whether there are any. */
+INLINE int pair_values(const int all, const uint16_t *values, int64_t from, int64_t to, int64_t width,
+                       uint32_t *pairs) {
     uint16_t order[2][32];
     for (int i = 0; i < 32; i++) order[0][i] = (uint16_t)(i / 2 + i % 2 * 32), order[1][i] = order[0][i] + 16;
     __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]), top = _mm512_set1_epi16(0x7f80);

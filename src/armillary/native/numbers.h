@@ -22,7 +22,8 @@ static inline uint16_t to_bf16(float x) {
     return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
-/* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above infinity. */
+/* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above
+ * infinity. */
 static inline float largest_size(const float *x, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; i++) {

@@ -1,6 +1,6 @@
 """Native steps of mixtures of experts: routing, and products of which only the picked experts' weights are read.
 
-Each function writes down one operation of native/experts.h on a tape (nn/tape.py).
+They write down operations of native/experts.h on a tape (nn/tape.py).
 """
 
 from __future__ import annotations

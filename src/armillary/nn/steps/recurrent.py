@@ -1,6 +1,6 @@
 """Native steps of states that a token changes as a whole: what recurrent mixers write on a tape (nn/tape.py).
 
-Each function writes down one operation of native/recurrence.h.
+Each function writes down one operation of native/recurrence.h, or of tape.c itself.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ float32 with plain steps, the others with a pass in float64 over exactly the num
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import tempfile
@@ -24,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.engine.calibrate import EXACT
 from armillary.engine.core import Engine
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.engine.slots import Slots
-from armillary.native import available, pack
+from armillary.native import available
 from armillary.native.rows import read_all
-from armillary.nn.linear import Linear
+from armillary.testing.held import with_held
 from common import SMALL, Shape, interleaved, ours, ratio, report, slow, theirs, write_gguf
 from rivals import Llama, Transformers, fastest, missing
 
@@ -96,31 +94,13 @@ class Stream:
         return once
 
 
-def held(network: Any, weights: str) -> Any:
-    """The network with exactly the weights that products hold, in float64."""
-    made = copy.deepcopy(network).double()
-    for module in made.modules():
-        if isinstance(module, Linear):
-            module.weight = torch.nn.Parameter(module.weight.detach().clone())
-    for name, module in made.named_modules():
-        if isinstance(module, Linear):
-            weight, width = network.get_submodule(name).weight, module.inputs
-            if weights == "int8":
-                module.weight.data = pack.unpack_int8(pack.pack_int8(weight), width)
-            elif weights == "int4":
-                module.weight.data = pack.unpack_int4(pack.pack_int4(weight), width)
-            elif weights in EXACT:
-                module.weight.data = weight.detach().to(EXACT[weights]).double()
-    return made.compute(torch.float64)
-
-
 def apart(network: Any, weights: str) -> float:
     """How far the scores after a short prompt are from float64's over the same weights, relative; in int8
     and int4 the rounding of what the weights are multiplied with is all that is left."""
     ids = [3 + 7 * place % 1000 for place in range(24)]
     slots = Slots(network, 1, 32, weights=weights)  # type: ignore[arg-type]
     found = torch.cat([slots.extend([0], [[token]])[0].clone() for token in ids]).double()
-    expected = held(network, weights)(torch.tensor([ids]))[0]
+    expected = with_held(network, weights)(torch.tensor([ids]))[0]
     return float((found - expected).norm() / expected.norm())
 
 

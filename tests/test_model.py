@@ -153,6 +153,34 @@ def test_save_and_load(model: Model, tmp_path) -> None:
     assert again.tokenizer.fingerprint == TOKENIZER.fingerprint
 
 
+def test_room_is_what_the_longest_prompt_leaves(model: Model) -> None:
+    """Counted in the tokens that an answer goes on from."""
+    text = "ab" * 9
+    left = 64 - len([TOKENIZER.begin, *TOKENIZER.encode(text)])
+    assert left == 64 - 19
+    assert model.room(text) == model.room(["c", text]) == model.room(torch.zeros(2, 19, dtype=torch.int64)) == left
+    assert model.room([7] * 19) == left and model.room(torch.zeros(0, 5, dtype=torch.int64)) == 64
+    assert model.room(text, 100) == left + 36 and model.room(text * 5) == 64 - 91
+    talk = [{"role": "user", "content": text}, {"role": "assistant", "content": "c"}]
+    assert model.room(talk) == model.room(TOKENIZER.encode_chat(talk)) < left
+    found = model.generate(text, max_new_tokens=left, min_new_tokens=left, temperature=0)
+    assert len(found.ids) == left
+    with pytest.raises(InputError, match="a prompt is text"):
+        model.room([])
+
+
+def test_room_behind_what_an_encoder_reads() -> None:
+    attention = {"kind": "attention", "heads": 2}
+    form = {
+        "form": "encoder_decoder",
+        "encoder": {"depth": 1, "block": {"mixer": attention, "channel": "gated"}},
+        "block": {"mixer": attention, "cross": attention, "channel": "gated"},
+    }
+    made = Model(arm.build(SHAPE | form, seed=1).network, TOKENIZER).eval()
+    assert made.room("ab" * 9) == made.room([{"role": "user", "content": "ab" * 9}]) == 63
+    assert made.room("ab" * 9, 20) == 19
+
+
 def test_rooms_named_like_functions_can_be_called() -> None:
     import armillary.compare
     import armillary.evaluate

@@ -235,7 +235,8 @@ class Model(nn.Module):
             starts = [self.tokenizer.encode_chat([dict(one) for one in items if isinstance(one, Mapping)])]
         else:
             starts, _ = self._prompts(items)  # type: ignore[arg-type]  # no conversation
-            starts = self._begins(starts) if self.settings.form == "encoder_decoder" else starts
+        if self.settings.form == "encoder_decoder":  # the answer does not stand behind what the encoder reads
+            starts = self._begins(starts)
         return (capacity or self.settings.context) - max(map(len, starts), default=0)
 
     def drafter(

@@ -1,7 +1,9 @@
-"""What tests of the native steps share: threads, and two ways of taking the same steps."""
+"""What tests of the native steps share: forms of the library, threads, and ways of taking the same steps."""
 
 from __future__ import annotations
 
+import importlib
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partialmethod
@@ -15,6 +17,40 @@ from armillary.engine.slots import Slots
 from armillary.native.tape import Program
 
 TEXTS = [[1, 2, 3, 4, 5], [9, 8, 7, 9, 9], [7, 7, 7, 7, 7]]
+library = importlib.import_module("armillary.native.library")
+NO_TILES = ("-mno-amx-tile",)
+NARROW = (*NO_TILES, "-mno-avx512f")
+# The same source, built without what other processors do not have.
+FORMS: dict[str, tuple[str, ...]] = {"own": ()}
+if platform.machine() in ("x86_64", "AMD64"):
+    FORMS |= {
+        "without tiles": NO_TILES,
+        "256 bits": NARROW,
+        "256 bits without dots": (*NARROW, "-mno-avxvnni"),
+        "plain": ("-march=x86-64",),
+    }
+# Only products take dots of whole numbers; tiles only they and attention in bf16.
+VECTORS = [form for form in FORMS if form in ("own", "256 bits", "plain")]
+
+
+@contextmanager
+def built(form: str) -> Iterator[None]:
+    """The library in another form."""
+    if form == "own":
+        yield
+        return
+    flags, functions = library.FLAGS, dict(library._functions)
+    library.FLAGS = (*(flag for flag in flags if form != "plain" or flag != "-march=native"), *FORMS[form])
+    library.library.cache_clear()
+    library._functions.clear()
+    try:
+        assert library.available(), form
+        yield
+    finally:
+        library.FLAGS = flags
+        library.library.cache_clear()
+        library._functions.clear()
+        library._functions.update(functions)
 
 
 @contextmanager
@@ -53,18 +89,22 @@ def check_bits(make: Callable[[], Slots], monkeypatch: pytest.MonkeyPatch) -> No
             assert all(torch.equal(found[row], single[row]) for row in range(3)), way
 
 
-class Beside:
-    """Takes every step twice; worst: the largest difference of scores so far."""
+class Walk:
+    """Steps of one kind after another, and the scores that they gave."""
 
-    def __init__(self, slots: Slots, other: Slots) -> None:
-        self.slots, self.other, self.worst = slots, other, 0.0
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.scores: list[Tensor] = []
 
     def step(self, rows: list[int], chunks: list[list[int]], last: bool = True, plain: bool = False) -> None:
         """plain: not by the tape, unless only the tape sees the weights."""
-        found, expected = (_extend(slots, rows, chunks, last, plain) for slots in (self.slots, self.other))
-        for at, chunk in enumerate(chunks):
-            count = 1 if last else len(chunk)
-            self.worst = max(self.worst, float((found[at, :count] - expected[at, :count]).abs().max()))
+        found = _extend(self.slots, rows, chunks, last, plain)
+        self.scores += [found[at, : 1 if last else len(chunk)] for at, chunk in enumerate(chunks)]
+
+
+def worst(scores: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest difference."""
+    return max(float((one - other).abs().max()) for one, other in zip(scores, others, strict=True))
 
 
 def _extend(slots: Slots, rows: list[int], chunks: list[list[int]], last: bool, plain: bool) -> Tensor:

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from native_parts import VECTORS, built
 
 from armillary.engine.sampling import Choice, Chooser, Sampling, Unusable, choose, choose_plain
 from armillary.native import available
@@ -59,7 +60,13 @@ def pairs(asked: dict, rows: int, **more) -> list[list[Chooser]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_tokens_are_those_of_the_plain_form(asked, dtype) -> None:
+@pytest.mark.parametrize("form", VECTORS)
+def test_tokens_are_those_of_the_plain_form(form, asked, dtype) -> None:
+    with built(form):
+        check(asked, dtype)
+
+
+def check(asked, dtype) -> None:
     for width, steps in STEPS.items():
         native, plain = pairs(asked, 6)
         for step in range(steps):

@@ -5,21 +5,22 @@ The oracle is the channel's own `extend`, which its own tests compare with trans
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from native_parts import check_bits
+from native_parts import VECTORS, Walk, built, check_bits, worst
+from torch import Tensor
 
 from armillary.base.settings import parse
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.pack import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
-from armillary.nn.linear import ExpertLinear, Linear
 from armillary.nn.network import ModelSettings, Network, build
 from armillary.nn.steps.experts import route
 from armillary.nn.tape import Tape
+from armillary.testing.held import with_held
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 CLOSE = 1e-4
@@ -68,12 +69,8 @@ def taped(made: Network, weights: Any = "float32") -> Slots:
     return slots
 
 
-@pytest.mark.parametrize("kind", CHANNELS)
-@torch.no_grad()
-def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
-    channel = {"kind": "moe", **CHANNELS[kind]}
-    slots = taped(network(channel))
-    exact = Slots(network(channel).double().compute(torch.float64), 3, 64, weights="plain")
+def follow(slots: Slots) -> list[Tensor]:
+    walk = Walk(slots)
     for rows, chunks in (
         ([0], [list(range(30))]),
         ([2], [[1, 2, 3]]),
@@ -81,9 +78,23 @@ def test_the_tape_gives_what_plain_steps_give(kind: str) -> None:
         ([0, 1, 2], [[3, 4], [2], [1, 9, 8, 7]]),
         *[([0, 1, 2], [[at], [at + 1], [3]]) for at in range(4)],
     ):
-        found, expected = (each.extend(rows, chunks, last=False) for each in (slots, exact))
-        for at, chunk in enumerate(chunks):
-            assert float((found[at, : len(chunk)] - expected[at, : len(chunk)]).abs().max()) < CLOSE
+        walk.step(rows, chunks, last=False)
+    return walk.scores
+
+
+@cache
+def exact(kind: str) -> list[Tensor]:
+    made = network({"kind": "moe", **CHANNELS[kind]}).double().compute(torch.float64)
+    return follow(Slots(made, 3, 64, weights="plain"))
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+@pytest.mark.parametrize("form", VECTORS)
+@torch.no_grad()
+def test_the_tape_gives_what_plain_steps_give(form: str, kind: str) -> None:
+    expected = exact(kind)
+    with built(form):
+        assert worst(follow(taped(network({"kind": "moe", **CHANNELS[kind]}))), expected) < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["qwen", "deepseek"])
@@ -96,24 +107,12 @@ def test_threads_and_neighbours_change_no_bit(weights: str, kind: str, monkeypat
 
 @pytest.mark.parametrize("weights", ["bf16", "float16", "int8", "int4"])
 @torch.no_grad()
-def test_other_weights(weights: str) -> None:
+def test_other_weights(weights: Any) -> None:
     """A network of exactly the numbers that products hold, with the router in float32 beside them."""
     made = network({"kind": "moe", **CHANNELS["corrected"]})
     text = [(7 * at) % 40 for at in range(30)]
     found = taped(made, weights).extend([0], [text], last=False)
-    unpack: Any = {
-        "bf16": lambda w: w.bfloat16(),
-        "float16": lambda w: w.half(),
-        "int8": lambda w: unpack_int8(pack_int8(w), w.shape[1]),
-        "int4": lambda w: unpack_int4(pack_int4(w), w.shape[1]),
-    }[weights]
-    for name, product in made.named_modules():
-        if type(product) is Linear and not name.endswith("router"):
-            product.weight.copy_(unpack(product.weight.detach()))
-        elif type(product) is ExpertLinear:
-            for weight in product.weight:
-                weight.copy_(unpack(weight.detach().clone()))
-    plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)[0]
+    plain = Slots(with_held(made, weights), 1, 64, weights="plain").extend([0], [text], last=False)[0]
     apart = (found[0] - plain).norm(dim=-1) / plain.norm(dim=-1)
     if weights in ("bf16", "float16"):
         assert float(apart.max()) < CLOSE

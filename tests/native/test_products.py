@@ -7,65 +7,28 @@ with fused multiplication in the other kinds, but for bf16 in tiles, where a num
 
 from __future__ import annotations
 
-import importlib
 import mmap
-import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_parts import FORMS, built
 from torch import Tensor
 
-from armillary.native import available, pack
+from armillary.native import available
 from armillary.native import tape as native
 from armillary.nn import tape as writer
 from armillary.nn.tape import Tape
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
-library = importlib.import_module("armillary.native.library")
 KINDS = ("float32", "bf16", "float16", "int8", "int4")
-NO_TILES = ("-mno-amx-tile",)
-NARROW = (*NO_TILES, "-mno-avx512f")
-FORMS: dict[str, tuple[str, ...]] = {"own": ()}
-if platform.machine() in ("x86_64", "AMD64"):
-    FORMS |= {
-        "without tiles": NO_TILES,
-        "256 bits": NARROW,
-        "256 bits without dots": (*NARROW, "-mno-avxvnni"),
-        "plain": ("-march=x86-64",),
-    }
 FUSED = [form for form in FORMS if form != "plain"]
 # inputs, outputs, columns that one thread must have together
 SHAPES = [(64, 48, None), (200, 112, 7), (40, 13, None), (7, 5, None), (1, 33, None), (160, 288, 24)]
 ROWS = 40
-
-
-@contextmanager
-def built(form: str) -> Iterator[None]:
-    """The library in another form."""
-    names = ("FLAGS", "SOURCES")
-    before = {name: getattr(library, name) for name in names}
-    functions = dict(library._functions)
-    flags = [flag for flag in library.FLAGS if form != "plain" or flag != "-march=native"]
-    if form != "own":
-        library.FLAGS = (*flags, *FORMS[form])
-        library.SOURCES = tuple(path for path in library.SOURCES if path.name in ("tape.c", "pack.c"))
-        library.library.cache_clear()
-        library._functions.clear()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(library, name, value)
-        if form != "own":
-            library.library.cache_clear()
-            library._functions.clear()
-            library._functions.update(functions)
 
 
 @cache
@@ -94,16 +57,6 @@ def found(form: str, weights: Any, shape: tuple[int, int, int | None], bias: boo
         }
 
 
-def held(weights: str, weight: Tensor) -> Tensor:
-    """The weights that products hold, in float64."""
-    width = weight.shape[1]
-    if weights == "int8":
-        return pack.unpack_int8(pack.pack_int8(weight), width)
-    if weights == "int4":
-        return pack.unpack_int4(pack.pack_int4(weight), width)
-    return weight.to({"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}[weights]).double()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("form", FORMS)
@@ -116,7 +69,7 @@ def test_against_the_numbers_they_hold(form: str, weights: str, shape: tuple[int
         taken = (x * (127 / scale)).round().double() * (scale / 127).double()
     elif weights == "bf16" and form == "own" and native.tiles():
         lost = 2.0**-17  # of a number, behind the two of 8 bits that stand for it
-    numbers = held(weights, weight)
+    numbers = native.as_held(weight, weights)  # type: ignore[arg-type]
     expected = 0.5 * (taken @ numbers.T) + bias.double()
     # a sum of n float32 terms is off by at most n roundings of their sizes, and three more of scales and bias
     bound = ((inputs + 3) * 2.0**-24 + lost) * (taken.abs() @ numbers.abs().T + bias.abs().double())

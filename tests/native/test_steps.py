@@ -1,26 +1,28 @@
 """Native steps of mixers (nn/steps) but for attention, against the same network in float64 without a tape.
 
 The oracle is each mixer's own `extend`, whose equations its own tests compare with the papers'. Steps differ in
-kind: alone and together, one token and several, ragged, with plain chunks and snapshots in between.
+kind: alone and together, one token and several, ragged, with plain chunks and snapshots in between. They are taken
+by every form of the library that this processor has.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from native_parts import TEXTS, Beside, one_by_one, three_threads, ways
+from native_parts import TEXTS, VECTORS, Walk, built, one_by_one, three_threads, ways, worst
+from torch import Tensor
 
 from armillary.base.settings import parse
 from armillary.engine.slots import Slots
 from armillary.native import available
-from armillary.native.pack import pack_int4, pack_int8, unpack_int4, unpack_int8
 from armillary.nn.describe import plain_steps
 from armillary.nn.example import Example
-from armillary.nn.linear import Linear
 from armillary.nn.mechanism import channels, mixers
 from armillary.nn.network import ModelSettings, Network, build
+from armillary.testing.held import with_held
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
 CLOSE = 1e-4
@@ -82,19 +84,17 @@ def network(mixer: Any, **settings: Any) -> Network:
     return made
 
 
-def examples(native: set[str]) -> list[Any]:
-    found = []
-    for kind in sorted(native):
-        for example in mixers.get(kind).examples():
-            if example.place.get("order", "causal") == "causal" and not example.place.get("cross"):
-                found.append(pytest.param(example.settings, id=f"{kind}-{example.name}"))
-    return found
+def examples(native: set[str]) -> dict[str, Any]:
+    return {
+        f"{kind}-{example.name}": example.settings
+        for kind in sorted(native)
+        for example in mixers.get(kind).examples()
+        if example.place.get("order", "causal") == "causal" and not example.place.get("cross")
+    }
 
 
-CASES = [
-    *examples(NATIVE - {"attention", "window"}),
-    *[pytest.param(settings, id=name) for name, settings in SHAPES.items()],
-]
+LOOKS = examples({"attention", "window"})
+CASES = examples(NATIVE - {"attention", "window"}) | SHAPES
 
 
 def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
@@ -103,38 +103,43 @@ def taped(made: Network, weights: str = "float32", rows: int = 3) -> Slots:
     return slots
 
 
-def follow(slots: Slots, other: Slots) -> float:
-    """The largest difference of scores."""
-    beside = Beside(slots, other)
-    step = beside.step
+def follow(slots: Slots) -> list[Tensor]:
+    """The scores of steps of every kind."""
+    walk = Walk(slots)
+    step = walk.step
     step([0], [list(range(20))])  # within a tape's rows
     step([2], [[1, 2, 3]])
-    kept = [each.snapshot(2) for each in (slots, other)]
+    kept = slots.snapshot(2)
     step([1], [[5] * 40], plain=True)
     for token in range(3):
         step([0, 2], [[token], [token + 5]])
     step([0, 2], [[1, 4, 5], [2]], last=False)  # ragged, with a row between that takes no part
-    for each, snapshot in zip((slots, other), kept, strict=True):
-        each.go_back(2, 3, snapshot)
+    slots.go_back(2, 3, kept)
     step([0, 1, 2], [[3, 4], [2], [1, 9, 8, 7]], last=False)
-    for each in (slots, other):
-        each.clear(1)
+    slots.clear(1)
     step([1], [[7]])
     step([0, 1, 2], [[3], [2], [1]])
-    return beside.worst
+    return walk.scores
 
 
-@pytest.mark.parametrize("mixer", CASES)
+@cache
+def exact(name: str) -> list[Tensor]:
+    """What the network gives in float64, without a tape."""
+    slots = Slots(network(CASES[name]).double().compute(torch.float64), 3, 64, weights="plain")
+    assert all(tensor.dtype == torch.float64 for tensor in slots.state.blocks[0]["mixer"].tensors.values())
+    return follow(slots)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", VECTORS)
 @torch.no_grad()
-def test_the_tape_gives_what_plain_steps_give(mixer: Any) -> None:
-    made = network(mixer)
-    exact = Slots(network(mixer).double().compute(torch.float64), 3, 64, weights="plain")
-    assert exact.state.blocks[0]["mixer"].tensors.popitem()[1].dtype == torch.float64
-    exact = Slots(network(mixer).double().compute(torch.float64), 3, 64, weights="plain")
-    assert follow(taped(made), exact) < CLOSE
+def test_the_tape_gives_what_plain_steps_give(form: str, name: str) -> None:
+    expected = exact(name)
+    with built(form):
+        assert worst(follow(taped(network(CASES[name]))), expected) < CLOSE
 
 
-@pytest.mark.parametrize("mixer", CASES)
+@pytest.mark.parametrize("mixer", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network(mixer)
@@ -159,23 +164,14 @@ def test_threads_and_neighbours_change_no_bit(mixer: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("weights", ["bf16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba", "gla", "gated_delta", "linear", "lstm", "gated_conv"])
 @torch.no_grad()
-def test_other_weights_step_by_the_tape_alone(mixer: str, weights: str) -> None:
+def test_other_weights_step_by_the_tape_alone(mixer: str, weights: Any) -> None:
     made = network({"kind": mixer, **({"head_width": 16} if mixer == "mamba2" else {})}, head={"tied": False})
     slots, alone = taped(made, weights), taped(made, weights)
     text = [(7 * at) % 40 for at in range(30)]
     whole = slots.extend([0], [text], last=False)
     pieces = [alone.extend([0], [text[at : at + 1]], last=False).clone()[0] for at in range(30)]
     assert torch.equal(whole[0], torch.cat(pieces))
-    # a network of exactly the numbers that the products hold
-    for product in made.modules():
-        if type(product) is Linear:
-            w = product.weight.detach()
-            held = {"bf16": w.bfloat16(), "float16": w.half(), "int8": None, "int4": None}[weights]
-            if held is None:
-                packed = pack_int8(w) if weights == "int8" else pack_int4(w)
-                held = (unpack_int8 if weights == "int8" else unpack_int4)(packed, w.shape[1])  # type: ignore[operator]
-            product.weight.copy_(held)
-    plain = Slots(made, 1, 64, weights="plain").extend([0], [text], last=False)
+    plain = Slots(with_held(made, weights), 1, 64, weights="plain").extend([0], [text], last=False)
     apart = float((whole[0] - plain[0]).norm() / plain[0].norm())
     # what is multiplied is rounded to 127 steps of its largest, some 3 deviations: 0.7 % in each of 11 products
     assert apart < (CLOSE if weights in ("bf16", "float16") else 0.007 * 11**0.5)
@@ -188,7 +184,7 @@ def test_convolutions_whose_tails_are_kept_in_16_bits(dtype: torch.dtype) -> Non
     made = network(mixer).to(dtype).compute(dtype)
     slots = taped(made, "auto")
     assert slots.state.blocks[0]["mixer"].tensors["conv_v"].dtype == dtype
-    assert follow(slots, Slots(made, 3, 64, weights="plain")) < 0.1
+    assert worst(follow(slots), follow(Slots(made, 3, 64, weights="plain"))) < 0.1
 
 
 @torch.no_grad()
@@ -210,7 +206,7 @@ def test_poisoned_rows_stay_alone() -> None:
     assert found[1].isnan().all() and torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
-@pytest.mark.parametrize("mixer", [*CASES, *examples({"attention", "window"})])
+@pytest.mark.parametrize("mixer", [*CASES.values(), *LOOKS.values()], ids=[*CASES, *LOOKS])
 @torch.no_grad()
 def test_what_is_no_number_is_not_hidden(mixer: Any) -> None:
     """NaN in the first number of each of a mixer's weights shows in the scores where plain steps show it, too.

@@ -196,7 +196,7 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
         a.most[i] = sinks ? sinks[h] : -INFINITY, a.sum[i] = sinks ? 1.0f : 0.0f;
     }
     for (int64_t key = earliest / KEYS * KEYS; key < end; key += KEYS) {
-        /* what any of the queries needs, up to whole vectors: a slot has a whole room, and what is beyond is not used */
+        /* what any query needs, up to whole vectors: a slot has a whole room, and what is beyond is not used */
         int64_t from = earliest > key ? (earliest - key) / BROAD * BROAD : 0;
         int64_t to = end - key < KEYS ? padded_to(end - key) : KEYS, slot = (key + from) % room;
         for (int64_t i = from; i < to; i++) {

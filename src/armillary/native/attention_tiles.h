@@ -1,7 +1,6 @@
 /* Attention over keys and values in bf16 by the processor's tiles (AMX). As in attention.h a query's sums have one
  * order: it has a lane of its own, whoever is in the others, and its weights of keys that are not its own are 0.
- * Queries are taken as the sum of two bf16, weights are rounded to bf16. A value that is no number reaches tokens of
- * the same sequence that are read in the same call before it. */
+ * Queries are taken as the sum of two bf16, weights are rounded to bf16. */
 #ifndef ARMILLARY_ATTENTION_TILES_H
 #define ARMILLARY_ATTENTION_TILES_H
 
@@ -82,19 +81,39 @@ INLINE void gather_tiles(const uint32_t *weights, const uint32_t *values, int64_
     IN_MEMORY;
 }
 
-/* Values of a block [keys, width] as pairs of keys [keys / 2, width, 2]; zeros where nobody looks. */
-static void pair_values(const uint16_t *values, int64_t from, int64_t to, int64_t width, uint32_t *pairs) {
+/* Values of a block [keys, width] as pairs of keys [keys / 2, width, 2]; zeros where nobody looks. Unless all look at
+ * all keys, also in place of infinities and NaN, which weights of 0 would not hide; returns whether there are any. */
+INLINE int pair_values(const int all, const uint16_t *values, int64_t from, int64_t to, int64_t width,
+                       uint32_t *pairs) {
     uint16_t order[2][32];
     for (int i = 0; i < 32; i++) order[0][i] = (uint16_t)(i / 2 + i % 2 * 32), order[1][i] = order[0][i] + 16;
-    __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+    __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]), top = _mm512_set1_epi16(0x7f80);
+    __mmask32 odd = 0;
     for (int64_t i = 0; i < LOOKED; i += 2)
         for (int64_t c = 0; c < width; c += CHUNK) {
             __m512i a = from <= i && i < to ? _mm512_loadu_si512(values + i * width + c) : _mm512_setzero_si512();
             __m512i b = from <= i + 1 && i + 1 < to ? _mm512_loadu_si512(values + (i + 1) * width + c)
                                                     : _mm512_setzero_si512();
+            if (!all) {
+                __mmask32 odd_a = _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, top), top);
+                __mmask32 odd_b = _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, top), top);
+                a = _mm512_maskz_mov_epi16(~odd_a, a), b = _mm512_maskz_mov_epi16(~odd_b, b);
+                odd |= odd_a | odd_b;
+            }
             _mm512_storeu_si512(pairs + i / 2 * width + c, _mm512_permutex2var_epi16(a, low, b));
             _mm512_storeu_si512(pairs + i / 2 * width + c + SIDE, _mm512_permutex2var_epi16(a, high, b));
         }
+    return odd != 0;
+}
+
+/* What pair_values left out, to the sums of those who look at it. weights: [queries, keys]. */
+static void add_odd(const uint16_t *values, int64_t width, const uint16_t *weights, broad_ints first, broad_ints last,
+                    float *sums) {
+    for (int64_t j = 0; j < SIDE; j++)
+        for (int64_t i = first[j]; i <= last[j] && i < LOOKED; i++)
+            for (int64_t c = 0; c < width; c++)
+                if ((values[i * width + c] & 0x7f80u) == 0x7f80u)
+                    sums[j * width + c] += from_bf16(weights[j * LOOKED + i]) * from_bf16(values[i * width + c]);
 }
 
 typedef struct {
@@ -206,7 +225,7 @@ static void attend_tiles(const op_t *op, const call_t *call, const float *q, flo
             }
             keys = k, values = v;
         }
-        pair_values(values, from, to, width, pairs);
+        int odd = all ? pair_values(1, values, from, to, width, pairs) : pair_values(0, values, from, to, width, pairs);
         int64_t ahead = end - key > LOOKED ? LOOKED / 16 * width : 0; /* of the next block in each of 16 turns */
         for (int64_t t = 0; t < tiles; t++) {
             lane_t *l = lanes + t;
@@ -223,6 +242,7 @@ static void attend_tiles(const op_t *op, const call_t *call, const float *q, flo
             for (int64_t j = 0; faded && j < SIDE; j++)
                 for (int64_t c = 0; c < width; c += SIDE) *(broad *)(sum + j * width + c) *= fade[j];
             gather_tiles(weights, pairs, width, sum);
+            if (odd) add_odd(values, width, (const uint16_t *)weights, begin, last, sum);
         }
     }
     for (int64_t i = 0; i < queries; i++) {

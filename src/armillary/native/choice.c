@@ -4,6 +4,7 @@
  * another one only where a draw, or a filter's bound, lies within about 1e-6 of the border between two. What a row
  * gives does not depend on the other rows, nor on threads. Sums are of double precision.
  */
+#include "mirror.h"
 #include "wide.h"
 
 enum { BLOCK = 1024, TOP = 20, HIGH = 2048, LOW = 1024, NEAR = 16 };
@@ -317,4 +318,19 @@ int32_t choose_rows(row_t *const *rows, const int64_t *places, const double *dra
         free(sums);
     }
     return failed;
+}
+
+static const mirror_t mirror[] = {
+    NUMBER(TOP) NUMBER(FINE) NUMBER(NOT_FINITE) NUMBER(NOTHING_LEFT)
+    NUMBER(LEAVE) NUMBER(FORBID) NUMBER(FORBID_UNLESS_ALL) NUMBER(ADD_TO)
+#define ROW(NAME) MEMBER(row_t, NAME)
+    SIZE(row_t) ROW(scores) ROW(top_p) ROW(temperature) ROW(least) ROW(repetition) ROW(presence) ROW(frequency)
+    ROW(end_amount) ROW(end_rule) ROW(tops) ROW(top_k) ROW(biased) ROW(seen) ROW(counted) ROW(ends) ROW(biased_ids)
+    ROW(seen_ids) ROW(counted_ids) ROW(end_ids) ROW(biases) ROW(counts) ROW(top_ids) ROW(top_logprobs)
+    SIZE(found_t) MEMBER(found_t, problem) MEMBER(found_t, token) MEMBER(found_t, logprob)
+};
+
+const mirror_t *choice_mirror(int64_t *count) {
+    *count = sizeof mirror / sizeof *mirror;
+    return mirror;
 }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from ctypes import Structure, addressof, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_double, c_float, c_int32, c_int64, c_void_p, sizeof
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from armillary.native.library import function, library
+from armillary.native.library import function, library, members
 
 _SIZES = {torch.float32: 4, torch.bfloat16: 2}
 _ARGUMENTS = [c_void_p] * 4 + [c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32]
@@ -20,7 +20,7 @@ SPLIT = 1 << 16  # scores from which a second thread brings more than it costs
 
 
 class Problem(IntEnum):
-    """What became of a row; the order is that of choice.c."""
+    """What became of a row; as in choice.c."""
 
     FINE = 0
     NOT_FINITE = 1
@@ -28,7 +28,7 @@ class Problem(IntEnum):
 
 
 class Ends(IntEnum):
-    """What happens to the scores of the tokens that end an answer; the order is that of choice.c."""
+    """What happens to the scores of the tokens that end an answer; as in choice.c."""
 
     LEAVE = 0
     FORBID = 1
@@ -66,6 +66,24 @@ class Row(Structure):
     )
 
 
+class Found(Structure):
+    """found_t of choice.c: what came of it."""
+
+    _fields_ = (("problem", c_double), ("token", c_double), ("logprob", c_double))
+
+
+_MIRROR = (
+    "choice_mirror",
+    {
+        "TOP": TOP,
+        **Problem.__members__,
+        **Ends.__members__,
+        **members("row_t", Row),
+        **members("found_t", Found),
+    },
+)
+
+
 class Sheet(NamedTuple):
     """Where scores lie: address of the first row, bytes between rows, scores of a row, whether in bf16."""
 
@@ -96,8 +114,13 @@ def choose_rows(
     pointers of the rows name has to be there until then, and every id that a row names has to lie in the vocabulary."""
     count = len(rows)
     threads = min(count, torch.get_num_threads()) if count * scores.width >= SPLIT else 1
-    given = array("q", map(addressof, rows)), array("q", places), array("d", draws), array("d", bytes(24 * count))
-    call = function("choose_rows", _ARGUMENTS, c_int32)
+    given = (
+        array("q", map(addressof, rows)),
+        array("q", places),
+        array("d", draws),
+        array("d", bytes(sizeof(Found) * count)),
+    )
+    call = function("choose_rows", _ARGUMENTS, c_int32, _MIRROR)
     at = [one.buffer_info()[0] for one in given]
     if call(*at, count, scores.address, scores.step, scores.width, scores.bf16, threads):
         raise MemoryError("no memory for the choice of tokens")

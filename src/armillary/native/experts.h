@@ -29,7 +29,8 @@ static void route(const op_t *op, const float *scores, float *picks, int64_t row
             for (int64_t e = 0; e < experts; e++) every[e] /= total;
         }
         /* a softmax keeps the order of scores, which do not round to ties where its shares would */
-        for (int64_t e = 0; e < experts; e++) by[e] = op->n[2] || added ? every[e] + (added ? added[e] : 0.0f) : each[e];
+        for (int64_t e = 0; e < experts; e++)
+            by[e] = op->n[2] || added ? every[e] + (added ? added[e] : 0.0f) : each[e];
         for (int64_t e = 0; e < experts; e++) open[e] = 1.0f;
         total = 0.0f;
         for (int64_t j = 0; j < top; j++) {
@@ -44,7 +45,7 @@ static void route(const op_t *op, const float *scores, float *picks, int64_t row
     }
 }
 
-/* The picks (row, which of its picks) of one expert, at most one a row. */
+/* The picks of one expert, at most one a row: row times top, plus which of its picks. Returns how many. */
 INLINE int64_t picked_by(const float *picks, int64_t rows, int64_t top, int64_t expert, int64_t *owners) {
     int64_t count = 0;
     for (int64_t r = 0; r < rows; r++)
@@ -80,8 +81,9 @@ INLINE void expert_product(const op_t *op, const expert_t *expert, int64_t input
 }
 
 /* Columns of what all picks are inside their experts, [rows, top, hidden]: activation(gate) up, or activation(up).
- * n: inputs, hidden, units, experts, top, activation (below 0: none); in: x, more: picks of this thread, weight: experts' up
- * products and, unless bias is null, bias: their gates; scratch: x and two results of all rows, then 8 bytes a row */
+ * n: inputs, hidden, units, experts, top, activation (below 0: none); in: x, more: picks of this thread, weight:
+ * experts' up products and, unless bias is null, bias: their gates; scratch: 8 bytes a row, then x as products take it
+ * and two results of all rows */
 static void experts_in(const op_t *op, const float *x, const float *picks, float *out, int64_t rows, range_t columns,
                        float *scratch) {
     int64_t inputs = op->n[0], hidden = op->n[1], top = op->n[4], count = columns.stop - columns.first;
@@ -130,7 +132,8 @@ static void swap(const op_t *op, const float *x, float *y, int64_t rows, range_t
     int64_t heads = op->n[0], a = op->n[1], b = heads / a, width = op->n[2];
     for (int64_t r = 0; r < rows; r++)
         for (int64_t h = mine.first; h < mine.stop; h++)
-            memcpy(y + (r * heads + h) * width, x + (r * heads + h % a * b + h / a) * width, sizeof(float) * (size_t)width);
+            memcpy(y + (r * heads + h) * width, x + (r * heads + h % a * b + h / a) * width,
+                   sizeof(float) * (size_t)width);
 }
 
 /* y + sigmoid(s) x for columns `from` to before `to`. n: width; in: x, more: s [rows] */

@@ -1,7 +1,8 @@
 /* Row kernels that tensors do slowly on a CPU. Plain C, auto-vectorised, no PyTorch headers.
  *
- * bf16 is passed as uint16_t. Every function splits its rows over OpenMP threads. Each has a plain
- * PyTorch form beside its operator (see rows.py), against which it is tested.
+ * bf16 is passed as uint16_t. Functions over many rows split them over OpenMP threads and have a plain form in
+ * rows.py or bands.py, against which they are tested; what is said to be for few rows takes the place of one
+ * operation of PyTorch's, and is tested against that.
  */
 #include "numbers.h"
 
@@ -18,18 +19,18 @@
                 int64_t first = at - left > 0 ? at - left : 0;                                         \
                 int64_t seen = at + right + 1 < cols ? at + right + 1 : cols;                          \
                 float peak = -INFINITY, total = 0.0f;                                                  \
-                for (int64_t c = first; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                               \
                     float x = LOAD(s[c]) * scale;                                                      \
                     line[c] = x;                                                                       \
                     peak = x > peak ? x : peak;                                                        \
                 }                                                                                      \
-                for (int64_t c = first; c < seen; c++) {                                                   \
+                for (int64_t c = first; c < seen; c++) {                                               \
                     float e = exp_down(line[c] - peak);                                                \
                     line[c] = e;                                                                       \
                     total += e;                                                                        \
                 }                                                                                      \
                 float share = 1.0f / total;                                                            \
-                for (int64_t c = first; c < seen; c++) s[c] = STORE(line[c] * share);                      \
+                for (int64_t c = first; c < seen; c++) s[c] = STORE(line[c] * share);                  \
                 memset(s, 0, sizeof(T) * (size_t)first);                                               \
                 memset(s + seen, 0, sizeof(T) * (size_t)(cols - seen));                                \
             }                                                                                          \
@@ -94,13 +95,13 @@
         }                                                                                              \
         free(wide);                                                                                    \
     }                                                                                                  \
-    /* Attention of few queries: q [batch, groups * share, queries, width] contiguous, k and v          \
-     * [batch, groups, ., width] with the given strides of batch and group. Query t of row b sees the   \
-     * first starts[b] + t + 1 keys, at most `keys`. out [batch, queries, groups * share, width]. */    \
-    void few_rows_attend_##NAME(const T *q, const T *k, const T *v, T *out, const int64_t *starts,      \
-                                int64_t batch, int64_t groups, int64_t share, int64_t queries,          \
-                                int64_t keys, int64_t width, int64_t batch_stride,                      \
-                                int64_t group_stride, float scale) {                                    \
+    /* Attention of few queries: q [batch, groups * share, queries, width] contiguous, k and v         \
+     * [batch, groups, ., width] with the given strides of batch and group. Query t of row b sees the  \
+     * first starts[b] + t + 1 keys, at most `keys`. out [batch, queries, groups * share, width]. */   \
+    void few_rows_attend_##NAME(const T *q, const T *k, const T *v, T *out, const int64_t *starts,     \
+                                int64_t batch, int64_t groups, int64_t share, int64_t queries,         \
+                                int64_t keys, int64_t width, int64_t batch_stride,                     \
+                                int64_t group_stride, float scale) {                                   \
         _Pragma("omp parallel") {                                                                      \
             float *weights = malloc(sizeof(float) * (size_t)keys);                                     \
             float *ask = malloc(sizeof(float) * (size_t)width * 2);                                    \

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,49 @@ def available() -> bool:
 _functions: dict[str, Any] = {}
 
 
-def function(name: str, arguments: Sequence[Any], result: Any = None) -> Any:
-    """A function of the library, which must be there, with the C types of its arguments and of what it returns."""
+class _Named(ctypes.Structure):
+    """mirror_t of mirror.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
+
+
+Mirror = tuple[str, Mapping[str, int]]  # a function of the library that lists numbers, sizes and offsets; and ours
+
+
+def members(name: str, structure: type[ctypes.Structure]) -> dict[str, int]:
+    """Size of a structure and offsets of its fields, as mirror.h lists those of the C type of that name."""
+    offsets = {f"{name}.{field[0]}": getattr(structure, field[0]).offset for field in structure._fields_}
+    return {name: ctypes.sizeof(structure), **offsets}
+
+
+def function(name: str, arguments: Sequence[Any], result: Any = None, mirror: Mirror | None = None) -> Any:
+    """A function of the library, which must be there, with the C types of its arguments and of what it returns.
+
+    mirror: what it shares with Python. Raises RuntimeError where that is not what it is in C.
+    """
     found = _functions.get(name)
     if found is None:
         loaded = library()
         assert loaded is not None
+        if mirror is not None:
+            _compare(loaded, *mirror)
         found = _functions[name] = getattr(loaded, name)
         found.argtypes, found.restype = arguments, result
     return found
+
+
+def _compare(loaded: ctypes.CDLL, table: str, ours: Mapping[str, int]) -> None:
+    listing = getattr(loaded, table)
+    listing.argtypes, listing.restype = [ctypes.POINTER(ctypes.c_int64)], ctypes.POINTER(_Named)
+    count = ctypes.c_int64()
+    lines = listing(ctypes.byref(count))
+    theirs = {lines[line].name.decode(): lines[line].value for line in range(count.value)}
+    apart = {
+        name: (ours.get(name), theirs.get(name)) for name in [*ours, *theirs] if ours.get(name) != theirs.get(name)
+    }
+    if apart:
+        said = ", ".join(f"{name} is {own} and {other}" for name, (own, other) in apart.items())
+        raise RuntimeError(f"Python and {table} of the native library do not agree: {said}")
 
 
 def _cache() -> Path:

@@ -7,11 +7,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "mirror.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
-enum kind { F32, BF16, INT8, INT4, INT64, F16 }; /* how numbers are kept */
+/* How numbers are kept. */
+#define KINDS(X) X(F32) X(BF16) X(INT8) X(INT4) X(INT64) X(F16)
+enum kind { KINDS(LISTED) };
 
 static inline float from_bf16(uint16_t x) {
     union { uint32_t u; float f; } v;
@@ -63,7 +67,8 @@ static inline uint16_t to_f16(float x) {
 static inline float from_half(uint16_t x, int kind) { return kind == BF16 ? from_bf16(x) : from_f16(x); }
 static inline uint16_t to_half(float x, int kind) { return kind == BF16 ? to_bf16(x) : to_f16(x); }
 
-/* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above infinity. */
+/* The largest |x| of a line, NaN if any is: sizes compare as the integers that they are stored as, NaN above
+ * infinity. */
 static inline float largest_size(const float *x, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; i++) {

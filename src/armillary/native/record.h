@@ -2,15 +2,20 @@
 #ifndef ARMILLARY_RECORD_H
 #define ARMILLARY_RECORD_H
 
+#include "mirror.h"
 #include "wide.h"
 
-enum code { EMBED, NORM, ANGLES, QUANTISE, PRODUCT, HEAD_NORM, ROTATE, APPEND, ATTEND, ACTIVATE, ADD, COPY, CAP, RETAIN, CLIP, PICK,
-            CONVOLVE, GATES, MAP, MATRIX, SELECT, CUT, TAKE, CELL, SCALED,
-            ROUTE, EXPERTS_IN, EXPERTS_OUT, ADD_GATED, FEATURES, STICK, APPEND_INT8, ATTEND_INT8, SWAP };
+/* What a code does is said where it is done: tape.c's `step` names the function. */
+#define CODES(X)                                                                                                   \
+    X(EMBED) X(NORM) X(ANGLES) X(QUANTISE) X(PRODUCT) X(HEAD_NORM) X(ROTATE) X(APPEND) X(ATTEND) X(ACTIVATE)       \
+    X(ADD) X(COPY) X(CAP) X(RETAIN) X(CLIP) X(PICK) X(CONVOLVE) X(GATES) X(MAP) X(MATRIX) X(SELECT) X(CUT) X(TAKE) \
+    X(CELL) X(SCALED) X(ROUTE) X(EXPERTS_IN) X(EXPERTS_OUT) X(ADD_GATED) X(FEATURES) X(STICK) X(APPEND_INT8)       \
+    X(ATTEND_INT8) X(SWAP)
+enum code { CODES(LISTED) };
 enum { GROUP = 32 }; /* numbers of int4 that share a scale */
 
-/* What a code does is said where it is done: tape.c's `step` names the function. in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread
- * that has its own; wait: a barrier comes first; picked: only the rows of which scores are asked for. */
+/* in, out: float buffers [rows, .] unless said otherwise, each moved on by its stride for every thread that has its
+ * own; wait: a barrier comes first; picked: only the rows of which scores are asked for. */
 typedef struct {
     int32_t code, kind, wait, picked;
     int64_t in_stride, out_stride;

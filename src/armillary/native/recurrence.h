@@ -100,8 +100,8 @@ static void matrix(const op_t *op, const call_t *call, int64_t rows, range_t min
             else if (op->n[5] == 1) matrix_head(BY_HEAD, 1, state, stride, keys, values, q, k, v, own, share, y);
             else matrix_head(BY_HEAD, 0, state, stride, keys, values, q, k, v, own, share, y);
             if (op->n[5] == 2) {
-                float sum = matrix_column((int)fading, 0, state + values, stride, keys, q, k, 1.0f, own, share) + op->f[0];
-                for (int64_t c = 0; c < values; c++) y[c] /= sum;
+                float sum = matrix_column((int)fading, 0, state + values, stride, keys, q, k, 1.0f, own, share);
+                for (int64_t c = 0; c < values; c++) y[c] /= sum + op->f[0];
             }
         }
 }
@@ -150,7 +150,8 @@ static void map(float *x, int64_t n, int kind, float factor) {
             x[i] = exp2_down((down - log1p_unit(exp_down(-fabsf(x[i])))) * factor * PER_LOG2);
         }
     else
-        for (int64_t i = 0; i < n; i++) x[i] = (x[i] < 0.0f ? 0.0f : x[i]) + exp_down(x[i] < 0.0f ? x[i] : 0.0f); /* NaN stays */
+        for (int64_t i = 0; i < n; i++) /* NaN stays */
+            x[i] = (x[i] < 0.0f ? 0.0f : x[i]) + exp_down(x[i] < 0.0f ? x[i] : 0.0f);
 }
 
 /* y * weight, or y + x * weight, a weight for each column. n: width */
@@ -203,7 +204,8 @@ static void features(const op_t *op, const call_t *call, const float *x, float *
                 for (int64_t i = 0; i < width; i++) line[i] = each[i] * length;
                 line[width] = 1.0f;
             } else if (op->n[4] == RELU_FEATURES) {
-                for (int64_t i = 0; i < directions; i++) line[i] = (by[i] < 0.0f ? 0.0f : by[i]) + op->f[1]; /* NaN stays */
+                for (int64_t i = 0; i < directions; i++) /* NaN stays */
+                    line[i] = (by[i] < 0.0f ? 0.0f : by[i]) + op->f[1];
             } else {
                 for (int64_t i = 0; i < directions; i++) line[i] = by[i] - 0.5f * squares;
                 if (op->n[5])

@@ -1,6 +1,7 @@
-"""The row kernels as functions over tensors, each beside its plain PyTorch form.
+"""The row kernels as functions over tensors: those over many rows beside their plain PyTorch forms, those for few rows
+in place of one operation of PyTorch's, which their callers take otherwise.
 
-`fits` says whether a tensor can go to the C library; otherwise callers use the plain form.
+`fits` says whether a tensor can go to the C library.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ static void stick(const op_t *op, const call_t *call, const float *q, float *out
     int64_t heads = op->n[0], groups = op->n[1], width = op->n[2], room = op->n[3];
     range_t mine = share_of(rows * heads, thread, threads);
     for (int64_t task = mine.first; task < mine.stop; task++) {
-        int64_t r = task / heads, h = task % heads, base = (call->slots[r] * groups + h / (heads / groups)) * room * width;
+        int64_t r = task / heads, h = task % heads;
+        int64_t base = (call->slots[r] * groups + h / (heads / groups)) * room * width;
         const float *from = q + (r * heads + h) * width;
         float *to = out + (r * heads + h) * width;
 #define BROKEN(KIND) break_stick(KIND, op, from, to, base, call->places[r])

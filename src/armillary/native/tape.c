@@ -205,3 +205,23 @@ void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_
     }
     free_tiles(&tiles);
 }
+
+static const mirror_t mirror[] = {
+    CODES(NUMBER) KINDS(NUMBER)
+    NUMBER(RELU) NUMBER(GELU) NUMBER(GELU_TANH) NUMBER(SILU)
+    NUMBER(STILL) NUMBER(BY_HEAD) NUMBER(BY_KEY)
+    NUMBER(RNN_TANH) NUMBER(RNN_RELU) NUMBER(LSTM) NUMBER(GRU)
+    NUMBER(FADE) NUMBER(ELU_ONE)
+    NUMBER(RELU_FEATURES) NUMBER(EXP_FEATURES) NUMBER(UNIT_FEATURES)
+    NUMBER(GROUP) NUMBER(BLOCK) NUMBER(TILE) NUMBER(STEP)
+#define OP(NAME) MEMBER(op_t, NAME)
+    SIZE(op_t) OP(code) OP(kind) OP(wait) OP(picked) OP(in_stride) OP(out_stride)
+    OP(in) OP(out) OP(more) OP(weight) OP(bias) OP(rest) OP(n) OP(f)
+#define CALL(NAME) MEMBER(call_t, NAME)
+    SIZE(call_t) CALL(rows) CALL(picks) CALL(scratch) CALL(room) CALL(ids) CALL(slots) CALL(places) CALL(picked)
+};
+
+const mirror_t *tape_mirror(int64_t *count) {
+    *count = sizeof mirror / sizeof *mirror;
+    return mirror;
+}

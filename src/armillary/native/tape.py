@@ -16,17 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from armillary.native.library import function
-from armillary.native.pack import GROUP, KINDS, Kind, pack_int4, pack_int8
+from armillary.native.library import function, members
+from armillary.native.pack import GROUP, KINDS, Kind, pack_int4, pack_int8, unpack_int4, unpack_int8
 
 Weights = Literal["float32", "bf16", "float16", "int8", "int4"]
+FLOATS: dict[Weights, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 16  # columns of a product that lie together
 TILE = 16  # lines of a tile
 STEP = 64  # bytes of a row that products with int8, int4 and, in tiles, bf16 take at once
 
 
 class Code(IntEnum):
-    """What a record does; the order is that of record.h."""
+    """What a record does; as in record.h."""
 
     EMBED = 0
     NORM = 1
@@ -65,6 +66,30 @@ class Code(IntEnum):
 
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+
+
+class Fading(IntEnum):
+    """How a matrix fades."""
+
+    STILL = 0
+    BY_HEAD = 1
+    BY_KEY = 2
+
+
+class Features(IntEnum):
+    """Of queries and keys."""
+
+    RELU = 0
+    EXP = 1
+    UNIT = 2
+
+
+class Map(IntEnum):
+    """Functions of one number."""
+
+    FADE = 0
+    ELU_ONE = 1
 
 
 class Record(Structure):
@@ -77,7 +102,7 @@ class Record(Structure):
         ("picked", c_int32),
         ("in_stride", c_int64),
         ("out_stride", c_int64),
-        ("into", c_void_p),
+        ("in", c_void_p),
         ("out", c_void_p),
         ("more", c_void_p),
         ("weight", c_void_p),
@@ -103,12 +128,29 @@ class Call(Structure):
     )
 
 
+# What the library lists, by its names.
+_MIRROR = (
+    "tape_mirror",
+    {
+        **Code.__members__,
+        **Kind.__members__,
+        **Fading.__members__,
+        **Map.__members__,
+        **{f"{each.name}_FEATURES": each for each in Features},
+        **{name.upper(): number for name, number in (ACTIVATIONS | CELLS).items()},
+        **{"GROUP": GROUP, "BLOCK": BLOCK, "TILE": TILE, "STEP": STEP},
+        **members("op_t", Record),
+        **members("call_t", Call),
+    },
+)
+
+
 class Program:
     """Records in one piece of memory, run by one call."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = (Record * len(records))(*records)
-        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64])
+        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64], None, _MIRROR)
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
@@ -210,3 +252,12 @@ def _blocks_int4(packed: Tensor, memory: Memory) -> Tensor:
     out[..., :64].view(blocks, pairs, 2, BLOCK, 2).copy_(scales)
     out[..., 64:].view(blocks, pairs, 2, GROUP // 8, BLOCK, 4).copy_(halves.permute(0, 2, 3, 4, 1, 5))
     return out
+
+
+def as_held(weight: Tensor, weights: Weights) -> Tensor:
+    """W [N, K] float64, exactly as products take it when they hold it so."""
+    if weights == "int8":
+        return unpack_int8(pack_int8(weight), weight.shape[1])
+    if weights == "int4":
+        return unpack_int4(pack_int4(weight), weight.shape[1])
+    return weight.detach().to(FLOATS[weights]).double()

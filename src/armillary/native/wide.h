@@ -30,6 +30,7 @@ INLINE wide fuse(wide a, wide b, wide c) {
 #endif
 }
 
+/* The sum of eight numbers, each number with the one four on, then two, then one. */
 INLINE float sum_of(wide x) {
     x += SWAPPED(x, 4, 5, 6, 7, 0, 1, 2, 3);
     x += SWAPPED(x, 2, 3, 0, 1, 6, 7, 4, 5);
@@ -37,7 +38,7 @@ INLINE float sum_of(wide x) {
     return x[0];
 }
 
-/* Of a line of numbers: the sum of (x - mean)^2 or of x, and the largest. */
+/* Of a line of numbers: the sum of (x - mean)^2 or of x - mean. */
 INLINE float sum_line(const float *x, int64_t n, const int squares, float mean) {
     wide sums = {0};
     int64_t i = 0;
@@ -51,6 +52,7 @@ INLINE float sum_line(const float *x, int64_t n, const int squares, float mean) 
     return sum;
 }
 
+/* The largest of a line and `most`; NaN is passed over. */
 INLINE float most_of(const float *x, int64_t n, float most) {
     wide held = wide_of(most);
     int64_t i = 0;

@@ -93,7 +93,7 @@ class Buffers:
         self._prepared.append(x)
         return x.prepared[kind], False
 
-    def touch(self, reads: Sequence[tuple[Buffer | int, int]], writes: Sequence[tuple[Buffer | int, int]]) -> bool:
+    def touch(self, reads: Sequence[Use], writes: Sequence[Use]) -> bool:
         """Whether what other threads do to the same memory has to be over first."""
         uses = [(what, part, False) for what, part in reads] + [(what, part, True) for what, part in writes]
         shared = [

@@ -15,6 +15,7 @@ from armillary.nn.context import Context, Memory
 from armillary.nn.mask import Causal, Documents, Keys, Mask, both
 from armillary.nn.mechanism import Frozen, Mixer, MixerSettings, Place, PositionSettings
 from armillary.nn.state import SpanState, State, zeros
+from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 
 def visible(order: str, ctx: Context) -> Mask | None:
@@ -128,6 +129,18 @@ class SpanMixer(Mixer):
         places = (where, held["positions"][:, 0]) if self.tracks else None
         frozen = Frozen({**made, "k": held["k"].transpose(1, 2), "mask": mask, "places": places})
         return self._closed(frozen, held["v"].transpose(1, 2), x, ctx)
+
+    def appended(self, tape: Tape, x: Buffer, state: State) -> tuple[Tensor, Tensor]:
+        """The native step of keys and values: added to those so far, [slots, G, room, K] of both."""
+        if type(state) is not SpanState or self.tracks:
+            raise NoStep("keys and values that a driver or a cache of another kind keeps, or positions beside them")
+        k, v = tape.hold(state, "k", "v")
+        key, value = (record(product, tape, x, unit=self.width) for product in (self.k, self.v))
+        if self.position is not None:
+            record(self.position, tape, key, self.groups)
+        tape.append(k, key)
+        tape.append(v, value)
+        return k, v
 
     def _scored(self, x: Tensor, ctx: Context) -> dict[str, Tensor]:
         q, rest = self.queries(x, ctx)

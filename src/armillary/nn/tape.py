@@ -111,7 +111,7 @@ class Tape(Buffers):
 
     # -- records
 
-    def _add(
+    def write(
         self,
         code: Code,
         *,
@@ -128,12 +128,14 @@ class Tape(Buffers):
         rest: int = 0,
         target: int = 0,
     ) -> None:
+        """One record (record.h): what it reads and writes decides whether threads wait for one another before it."""
         pointers = {"weight": weight, "more": more, "bias": bias, "rest": rest, "out": target}
+        pointers["in"] = 0 if into is None else into.at
         record = Record(code=code, kind=kind, picked=self._picked, **{k: v or None for k, v in pointers.items()})
         if out is not None:
             record.out, record.out_stride = out.at, out.stride
         if into is not None:
-            record.into, record.in_stride = into.at, into.stride
+            record.in_stride = into.stride
         record.n[: len(n)] = n
         record.f[: len(f)] = f
         record.wait = self.touch(reads, writes)
@@ -141,8 +143,6 @@ class Tape(Buffers):
             if isinstance(what, Buffer):
                 what.prepared.clear()
         self._steps.append(record)
-
-    write = _add  # of operations that stand in files of their own (nn/steps)
 
     def embed(self, table: Tensor, scale: float = 1.0, onto: Buffer | None = None, *, places: bool = False) -> Buffer:
         """Rows of a table [entries, D], by id or by position."""
@@ -155,7 +155,7 @@ class Tape(Buffers):
         n = (width, units, int(places), int(onto is not None))
         self._tables.append(table)  # of which a step reads a row, not the whole
         at, kind = table.data_ptr(), KINDS[table.dtype]
-        self._add(Code.EMBED, out=out, writes=[(out, units)], kind=kind, n=n, f=(scale,), weight=at)
+        self.write(Code.EMBED, out=out, writes=[(out, units)], kind=kind, n=n, f=(scale,), weight=at)
         return out
 
     def norm(
@@ -174,7 +174,7 @@ class Tape(Buffers):
         weight, shift = self.vector(gain), self.vector(bias)
         f = (epsilon, offset)
         if over is not None:
-            self._add(
+            self.write(
                 Code.HEAD_NORM,
                 out=x,
                 reads=[(x, over[0])],
@@ -188,7 +188,7 @@ class Tape(Buffers):
         out = x if place and not x.own else self.buffer(x.width, own=True)
         part = WHOLE if out.own else ROWS
         n = (x.width, int(centred))
-        self._add(
+        self.write(
             Code.NORM, into=x, out=out, reads=[(x, part)], writes=[(out, part)], n=n, f=f, weight=weight, bias=shift
         )
         return out
@@ -211,7 +211,7 @@ class Tape(Buffers):
         units = split(outputs) if unit is None else outputs // unit
         by_tiles = not self.dry and kind in (Kind.BF16, Kind.INT8) and tiles()
         taken = self._prepare(x, kind) if by_tiles or kind in (Kind.INT8, Kind.INT4) else x
-        self._add(
+        self.write(
             Code.PRODUCT,
             into=taken,
             out=out,
@@ -230,7 +230,7 @@ class Tape(Buffers):
         """Rows in int8, or split in two bf16 numbers for tiles: once for all products that take them."""
         rows, filled = self.prepared(x, kind)
         if not filled:
-            self._add(Code.QUANTISE, into=x, out=rows, reads=[(x, WHOLE)], kind=kind, n=(x.width,))
+            self.write(Code.QUANTISE, into=x, out=rows, reads=[(x, WHOLE)], kind=kind, n=(x.width,))
         return rows
 
     def pack(self, weight: Tensor, weights: Weights | None = None) -> tuple[Kind, int, int]:
@@ -289,7 +289,7 @@ class Tape(Buffers):
         units = x.width // unit if unit is not None else self.units_of(x)
         reads = [] if y is None else [(y, units)]
         n = (x.width, units)
-        self._add(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
+        self.write(code, into=y, out=x, reads=reads, writes=[(x, units)], kind=kind, n=n, f=(factor,))
         return x
 
     def units_of(self, x: Buffer) -> int:
@@ -301,7 +301,7 @@ class Tape(Buffers):
         """Go on with the rows of which scores are asked for."""
         out = self.buffer(x.width, own=True)
         self._picked = True
-        self._add(Code.PICK, into=x, out=out, reads=[(x, WHOLE)], n=(x.width,))
+        self.write(Code.PICK, into=x, out=out, reads=[(x, WHOLE)], n=(x.width,))
         return out
 
     # -- what mixers need
@@ -313,13 +313,13 @@ class Tape(Buffers):
             pairs = len(speeds)
             out = Buffer(torch.zeros(1, self.rows * 2 * pairs), 2 * pairs, False)
             self.keep(out.tensor)
-            self._add(Code.ANGLES, out=out, writes=[(out, ROWS)], n=(pairs,), f=(factor,), weight=self.vector(speeds))
+            self.write(Code.ANGLES, out=out, writes=[(out, ROWS)], n=(pairs,), f=(factor,), weight=self.vector(speeds))
             self._angles[key] = out
         return self._angles[key]
 
     def rotate(self, x: Buffer, angles: Buffer, units: int, *, interleaved: bool) -> None:
         n = (units, x.width // units, angles.width // 2, int(interleaved))
-        self._add(Code.ROTATE, into=angles, out=x, reads=[(angles, WHOLE)], writes=[(x, units)], n=n)
+        self.write(Code.ROTATE, into=angles, out=x, reads=[(angles, WHOLE)], writes=[(x, units)], n=n)
 
     def hold(self, state: State, *names: str) -> list[Tensor]:
         """Tensors of a state that the tape reads and writes itself."""
@@ -337,7 +337,7 @@ class Tape(Buffers):
         reads = [] if x is None else [(x, units)]
         at = held.data_ptr()
         kind = Kind.INT64 if x is None else kind_of(held)
-        self._add(Code.APPEND, into=x, reads=reads, writes=[(at, units)], kind=kind, n=(units, width, room), target=at)
+        self.write(Code.APPEND, into=x, reads=reads, writes=[(at, units)], kind=kind, n=(units, width, room), target=at)
 
     def attend(
         self,
@@ -357,7 +357,7 @@ class Tape(Buffers):
         out = self.buffer(q.width)
         if not self.dry:
             self.scratch = max(self.scratch, attend_floats(width))
-        self._add(
+        self.write(
             Code.ATTEND,
             into=q,
             out=out,
@@ -377,7 +377,7 @@ class Tape(Buffers):
         """S ← decay·S + factor·kᵀv, y = q S over states [slots, heads, K, V] float32."""
         heads, keys, values = state.shape[1:]
         out = self.buffer(v.width)
-        self._add(
+        self.write(
             Code.RETAIN,
             into=q,
             out=out,
@@ -533,10 +533,10 @@ def split(width: int) -> int:
 
 def record(module: Any, tape: Tape, *given: Any, **options: Any) -> Any:
     """What a module writes down; raises NoStep for one that cannot."""
-    write = getattr(module, "record", None)
-    if write is None:
+    own = getattr(module, "record", None)
+    if own is None:
         raise NoStep(f"{type(module).__name__} has no native step")
-    return write(tape, *given, **options)
+    return own(tape, *given, **options)
 
 
 __all__ = ["Buffer", "NoStep", "Tape", "Turn", "kind_of", "record", "split"]

@@ -29,7 +29,6 @@ from armillary.nn.channels.gated import GatedSettings
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.linear import Linear
 from armillary.nn.mechanism import WITHIN, Capabilities, ChannelMixer, ChannelSettings, Place, channels
 from armillary.nn.ops import plain
 from armillary.nn.ops.experts import FEW, grouped, reads_once
@@ -44,8 +43,8 @@ from armillary.nn.ops.routing import (
     z_loss,
 )
 from armillary.nn.state import State
-from armillary.nn.steps.experts import add_gated, experts_in, experts_out, route
-from armillary.nn.tape import Buffer, NoStep, Tape, record
+from armillary.nn.steps.experts import add_gated, experts_in, experts_out, pick
+from armillary.nn.tape import Buffer, Tape, record
 from armillary.nn.training import attach, uniform
 
 
@@ -306,17 +305,14 @@ class MoE(ChannelMixer):
         return attach(y, self.loss(probabilities, experts, scores, real, ctx), ctx)
 
     def record(self, tape: Tape, x: Buffer, state: State | None) -> Buffer:
-        if type(self.router) is not Linear:
-            raise NoStep("a router that is no dense product")
-        # picks are worth full precision, however experts are held
-        scores = tape.product(x, self.router.weight, self.router.bias, weights="float32")
         settings = self.settings
-        picks = route(
+        picks = pick(
             tape,
-            scores,
+            x,
+            self.router,
             settings.top,
-            sigmoid=settings.scores == "sigmoid",
             normalise=settings.normalise,
+            sigmoid=settings.scores == "sigmoid",
             correction=self.correction,
             factor=settings.scale,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -390,35 +390,16 @@ class Attention(Mixer):
             record(self.position, tape, keys, self.groups)
         if self.tracks:
             tape.append(tape.hold(state, "positions")[0], None)
-        slopes = self.position.slopes if isinstance(self.position, Alibi) else None
+        how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        how["slopes"] = self.position.slopes if isinstance(self.position, Alibi) else None
         if isinstance(state, Int8State):
-            mixed = attend_int8(
-                tape,
-                state,
-                queries,
-                keys,
-                values,
-                self.heads,
-                scale=self.scale,
-                softcap=self.softcap,
-                sinks=self.sinks,
-                slopes=slopes,
-            )
-            return record(self.o, tape, mixed)  # type: ignore[no-any-return]
-        k, v = tape.hold(state, "k", "v")
-        tape.append(k, keys)
-        tape.append(v, values)
-        mixed = tape.attend(
-            queries,
-            k,
-            v,
-            self.heads,
-            scale=self.scale,
-            softcap=self.softcap,
-            back=back,
-            sinks=self.sinks,
-            slopes=slopes,
-        )
+            assert back is None
+            mixed = attend_int8(tape, state, queries, keys, values, self.heads, **how)
+        else:
+            k, v = tape.hold(state, "k", "v")
+            tape.append(k, keys)
+            tape.append(v, values)
+            mixed = tape.attend(queries, k, v, self.heads, back=back, **how)
         return record(self.o, tape, mixed)  # type: ignore[no-any-return]
 
     def _headed_step(self, tape: Tape, x: Buffer, product: nn.Module, heads: int, norm: nn.Module | None) -> Buffer:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
+from armillary.native.tape import Map
 from armillary.nn.activation import ACTIVATIONS
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
@@ -26,7 +27,7 @@ from armillary.nn.norms.rmsnorm import RMSNormSettings
 from armillary.nn.ops.channel_decay import channel_attend
 from armillary.nn.recurrent import MatrixMixer
 from armillary.nn.state import State
-from armillary.nn.steps.recurrent import Map, mapped, matrix, sums
+from armillary.nn.steps.recurrent import mapped, matrix, sums
 from armillary.nn.tape import Buffer, Tape, record
 
 

@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from armillary.base.errors import UnsupportedError
+from armillary.native.tape import Map
 from armillary.nn.context import Context, Memory
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Frozen, Mixer, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.linear import LOWEST, linear_attend, running_max, whole_max
 from armillary.nn.state import FixedState, State
-from armillary.nn.steps.recurrent import Map, mapped, matrix, sums
+from armillary.nn.steps.recurrent import mapped, matrix, sums
 from armillary.nn.tape import Buffer, NoStep, Tape, record
 
 # What stands in for ε where features are exponentials: far below every sum that float32 holds to

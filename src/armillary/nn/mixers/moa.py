@@ -19,7 +19,6 @@ from armillary.base.errors import UnsupportedError
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
-from armillary.nn.linear import Linear
 from armillary.nn.mask import Mask
 from armillary.nn.mechanism import Capabilities, Frozen, MixerSettings, Place, PositionSettings, mixers
 from armillary.nn.ops.attend import attend
@@ -27,10 +26,10 @@ from armillary.nn.ops.routing import Balance, balance_loss, row_scores, spread, 
 from armillary.nn.ops.stick import stick_attend
 from armillary.nn.positions.rope import RopeSettings
 from armillary.nn.span import SpanMixer
-from armillary.nn.state import SpanState, State
-from armillary.nn.steps.experts import experts_in, experts_out, route, swap
+from armillary.nn.state import State
+from armillary.nn.steps.experts import experts_in, experts_out, pick, swap
 from armillary.nn.steps.span import break_stick
-from armillary.nn.tape import Buffer, NoStep, Tape, record
+from armillary.nn.tape import Buffer, Tape, record
 from armillary.nn.training import attach
 
 
@@ -143,21 +142,13 @@ class MixtureOfHeads(SpanMixer):
         return attend(q, k, v, mask=mask, scale=self.scale)[0]
 
     def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
-        if type(state) is not SpanState:
-            raise NoStep("keys and values that a driver or a cache of another kind keeps")
-        if type(self.router) is not Linear:
-            raise NoStep("a router that is no dense product")
-        top, k, v = self.settings.top, *tape.hold(state, "k", "v")
-        scores = tape.product(x, self.router.weight, self.router.bias, weights="float32")
-        picks = route(tape, scores, top, sigmoid=False, normalise=self.settings.normalise, correction=None, factor=1.0)
+        k, v = self.appended(tape, x, state)
+        top = self.settings.top
+        picks = pick(tape, x, self.router, top, normalise=self.settings.normalise)
         q = experts_in(tape, x, picks, self.q, None, None)
         q = q if self.groups == 1 else swap(tape, q, top, self.groups)  # picks by group
-        key, value = (record(product, tape, x, unit=self.width) for product in (self.k, self.v))
         if self.position is not None:
             record(self.position, tape, q, self.heads)
-            record(self.position, tape, key, self.groups)
-        tape.append(k, key)
-        tape.append(v, value)
         if self.sticks:
             mixed = break_stick(tape, q, k, v, self.heads, self.scale)
         else:

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from armillary.native.tape import Features
 from armillary.nn.context import Context
 from armillary.nn.cost import Cost, linear_flops
 from armillary.nn.example import Example, Limit
 from armillary.nn.mechanism import Capabilities, Place, mixers
 from armillary.nn.mixers.linear import TINY, KernelAttention, KernelSettings
-from armillary.nn.steps.recurrent import Features, features
+from armillary.nn.steps.recurrent import features
 from armillary.nn.tape import Buffer, Tape
 
 

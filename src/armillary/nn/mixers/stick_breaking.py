@@ -21,9 +21,9 @@ from armillary.nn.mask import Mask
 from armillary.nn.mechanism import Capabilities, MixerSettings, Place, head_width, mixers
 from armillary.nn.ops.stick import stick_attend
 from armillary.nn.span import SpanMixer
-from armillary.nn.state import SpanState, State
+from armillary.nn.state import State
 from armillary.nn.steps.span import break_stick
-from armillary.nn.tape import Buffer, NoStep, Tape, record
+from armillary.nn.tape import Buffer, Tape, record
 
 
 @mixers.register
@@ -86,12 +86,8 @@ class StickBreaking(SpanMixer):
         return stick_attend(q, k, v, mask=mask, scale=self.scale)
 
     def record(self, tape: Tape, x: Buffer, state: State) -> Buffer:
-        if type(state) is not SpanState:
-            raise NoStep("keys and values that a driver or a cache of another kind keeps")
-        k, v = tape.hold(state, "k", "v")
-        q, key, value = (record(product, tape, x, unit=self.width) for product in (self.q, self.k, self.v))
-        tape.append(k, key)
-        tape.append(v, value)
+        k, v = self.appended(tape, x, state)
+        q = record(self.q, tape, x, unit=self.width)
         mixed = break_stick(tape, q, k, v, self.heads, self.scale)
         return record(self.o, tape, mixed)  # type: ignore[no-any-return]
 

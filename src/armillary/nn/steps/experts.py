@@ -1,19 +1,29 @@
 """Native steps of mixtures of experts: routing, and products of which only the picked experts' weights are read.
 
-Each function writes down one operation of native/experts.h on a tape (nn/tape.py).
+They write down operations of native/experts.h on a tape (nn/tape.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armillary.native.tape import TILE, Code, Kind, prepared_bytes
 from armillary.nn.buffers import WHOLE, Buffer
-from armillary.nn.linear import ExpertLinear
+from armillary.nn.linear import ExpertLinear, Linear
 from armillary.nn.tape import NoStep, Tape, split
+
+
+def pick(tape: Tape, x: Buffer, router: nn.Module, top: int, *, normalise: bool, **how: Any) -> Buffer:
+    """Which experts a router picks for each row of x, and their gates (see `route`)."""
+    if type(router) is not Linear:
+        raise NoStep("a router that is no dense product")
+    # picks are worth full precision, however experts are held
+    scores = tape.product(x, router.weight, router.bias, weights="float32")
+    return route(tape, scores, top, normalise=normalise, **how)
 
 
 def route(
@@ -21,10 +31,10 @@ def route(
     scores: Buffer,
     top: int,
     *,
-    sigmoid: bool,
     normalise: bool,
-    correction: Tensor | None,
-    factor: float,
+    sigmoid: bool = False,
+    correction: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Buffer:
     """The `top` best of every row's scores and their gates (see ops.routing.top_gates), for every thread: [rows, 2 ·
     top], the experts and then the gates."""

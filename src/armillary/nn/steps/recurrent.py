@@ -1,45 +1,19 @@
 """Native steps of states that a token changes as a whole: what recurrent mixers write on a tape (nn/tape.py).
 
-Each function writes down one operation of native/recurrence.h.
+Each function writes down one operation of native/recurrence.h, or of tape.c itself.
 """
 
 from __future__ import annotations
 
 import math
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from armillary.native.tape import Code
+from armillary.native.tape import CELLS, Code, Fading, Features, Map
 from armillary.nn.buffers import WHOLE, Buffer, Use
 from armillary.nn.state import State
 from armillary.nn.tape import NoStep, Tape, kind_of
-
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # in the order of recurrence.h
-
-
-class Fading(IntEnum):
-    """How a matrix fades; the order is that of recurrence.h."""
-
-    STILL = 0
-    BY_HEAD = 1
-    BY_KEY = 2
-
-
-class Features(IntEnum):
-    """Of queries and keys; the order is that of recurrence.h."""
-
-    RELU = 0
-    EXP = 1
-    UNIT = 2
-
-
-class Map(IntEnum):
-    """Functions of one number; the order is that of recurrence.h."""
-
-    FADE = 0
-    ELU_ONE = 1
 
 
 def sums(tape: Tape, state: State, *names: str) -> list[Tensor]:
@@ -272,7 +246,7 @@ def cell(tape: Tape, kind: str, found: Buffer, held: Buffer, bias: Tensor, h: Te
         out=out,
         reads=[(found, WHOLE), (held, WHOLE)],
         writes=[(out, units), *[(state.data_ptr(), units) for state in (h, c) if state is not None]],
-        n=(out.width, units, CELLS.index(kind)),
+        n=(out.width, units, CELLS[kind]),
         more=held.at,
         bias=tape.vector(bias),
         rest=h.data_ptr(),

@@ -11,7 +11,7 @@ from engine_parts import ASKED, PROMPTS, VOCABULARY, network_of
 
 from armillary.base.errors import InputError
 from armillary.engine.core import Engine
-from armillary.engine.drafts import DraftModel, PromptLookup
+from armillary.engine.drafts import DraftModel, Manner, PromptLookup
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.nn.network import ModelSettings, Network, build
@@ -41,7 +41,7 @@ def continued(network: Network, text: list[int], count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("weights", ["auto", "plain"])
+@pytest.mark.parametrize("weights", ["float32", "plain"])
 @pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
 def test_a_draft_writes_on_whatever_became_of_its_guesses(make, weights) -> None:
     network, draw = make(), random.Random(7)
@@ -74,13 +74,51 @@ def test_a_network_guesses_itself(make) -> None:
     network = make()
     requests = [Request(prompt, ASKED) for prompt in PROMPTS]
     plain = Engine(network, slots=3, keep=False).run(requests)
-    engine = Engine(network, slots=3, keep=False, drafter=DraftModel(network, count=3, sure=0.0))
+    drafter = DraftModel(network, count=3, sure=0.0, weights="float32")
+    engine = Engine(network, slots=3, keep=False, drafter=drafter)
     guessed = engine.run(requests)
     for found, expected in zip(guessed, plain, strict=True):
         assert [one.token for one in found.choices] == [one.token for one in expected.choices]
         assert found.accepted == found.drafted > 0
     # 8 tokens: one after the prompt, then 4 and 3 with 3 and 2 guesses
     assert all(found.drafted == 5 for found in guessed)
+
+
+@pytest.mark.parametrize("weights", ["float32", "plain"])
+@pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"top_k": 4, "temperature": 2.0}, {"min_p": 0.1}],
+    ids=["drawn", "cool", "nucleus", "few", "near"],
+)
+def test_a_network_guesses_its_own_draws(make, weights, asked) -> None:
+    """By the same numbers it draws the same tokens, whatever the filters."""
+    network = make()
+    drawn = Sampling(**{"max_new_tokens": 16, "temperature": 1.0, "seed": 5, **asked})
+    requests = [Request(prompt, drawn, stream=row) for row, prompt in enumerate(PROMPTS)]
+    plain = Engine(network, slots=3, keep=False, weights=weights).run(requests)
+    drafter = DraftModel(network, count=3, sure=0.0, weights=weights)
+    guessed = Engine(network, slots=3, keep=False, weights=weights, drafter=drafter).run(requests)
+    for found, expected in zip(guessed, plain, strict=True):
+        assert [one.token for one in found.choices] == [one.token for one in expected.choices]
+    assert sum(one.accepted for one in guessed) == sum(one.drafted for one in guessed) > 20
+
+
+def test_native_and_plain_drafts_stop_in_the_same_places() -> None:
+    """Where a token is not sure, or all of them together are too unlikely: two ways to write the same."""
+    network, draw, lengths = alone(LOOK), random.Random(3), set[int]()
+    for _ in range(40):
+        text = [draw.randrange(VOCABULARY) for _ in range(draw.randint(2, 40))]
+        sure, least = draw.choice([(0.0, 0.0), (0.06, 0.0), (0.0, 0.003), (0.05, 0.001)])
+        asked = Sampling(temperature=draw.choice([0.0, 0.7, 1.0]))
+        manner = Manner(asked, [draw.random() for _ in range(5)], least)
+        found = [
+            DraftModel(network, 5, sure, rows=1, weights=weights).write(text, 5, manner)
+            for weights in ("float32", "plain")
+        ]
+        assert found[0] == found[1]
+        lengths.add(len(found[0]))
+    assert {0, 5} < lengths, "or this test says little"
 
 
 def test_another_network_changes_no_draw() -> None:

@@ -20,9 +20,9 @@ ALONE = 1 << 20  # bytes of weights below which a second thread costs more than 
 CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
 
 
-def chosen_weights(network: Network, largest: Tensor, packed: Packed) -> Weights:
-    """The quicker of float32 and bf16, where bf16 loses nothing."""
-    if not halves(network):
+def chosen_weights(network: Network, largest: Tensor, packed: Packed, loose: bool = False) -> Weights:
+    """The quicker of float32 and bf16, where bf16 loses nothing, or may (loose)."""
+    if not loose and not halves(network):
         return "float32"
     if largest.numel() * 4 < ALONE or tiles():
         return "bf16"

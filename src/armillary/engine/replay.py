@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.engine.calibrate import chosen_threads, chosen_weights, halves
 from armillary.native import available
+from armillary.native.choice import Row
 from armillary.native.tape import Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
@@ -34,9 +35,12 @@ PIECE = 64  # tokens that the tape takes at a time, where no other way to read a
 _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary()
 
 
-def replay(network: Network, state: NetworkState, capacity: int, weights: Held = "auto") -> Replay | None:
+def replay(
+    network: Network, state: NetworkState, capacity: int, weights: Held = "auto", loose: bool = False
+) -> Replay | None:
     """What takes the steps of such a network, or None where they stay plain: `plain` was asked for, or
-    nothing has a native step here. Says so where other weights than those of the model were asked for."""
+    nothing has a native step here. Says so where other weights than those of the model were asked for. loose: "auto"
+    may be bf16 where that loses something."""
     if weights not in get_args(Held):
         raise InputError(f"weights cannot be held in '{weights}'", hint=f"one of {', '.join(get_args(Held))}")
     if weights == "plain":
@@ -45,7 +49,7 @@ def replay(network: Network, state: NetworkState, capacity: int, weights: Held =
     why = "" if available() else "there is no native library"
     if not why:
         try:
-            made = Replay(network, state, capacity, weights)
+            made = Replay(network, state, capacity, weights, loose)
             if not made.tape.native_parts and not asked:
                 return None
             if asked and made.tape.plain:
@@ -62,14 +66,16 @@ def replay(network: Network, state: NetworkState, capacity: int, weights: Held =
 class Replay:
     """The tape of one network over one state."""
 
-    def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
+    def __init__(
+        self, network: Network, state: NetworkState, capacity: int, weights: Held, loose: bool = False
+    ) -> None:
         self.network, self.state, self.capacity = network, state, capacity
         if any(type(parameter.data) is not Tensor for parameter in network.parameters()):
             raise NoStep("its parameters are not plain tensors, or lie in several processes")
         packed = _packed.setdefault(network, {})
         assert weights != "plain"
         largest = _largest(network, state, capacity)
-        self.weights: Weights = chosen_weights(network, largest, packed) if weights == "auto" else weights
+        self.weights: Weights = chosen_weights(network, largest, packed, loose) if weights == "auto" else weights
         # weights that plain steps do not see
         self.other = self.weights in ("int8", "int4") or (weights == "bf16" and not halves(network))
         self.most = PIECE if self.other or tiles() else MOST
@@ -117,12 +123,8 @@ class Replay:
         last: bool = True,
         side: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """As `Slots.extend`."""
-        if self._seen is None:
-            self._seen = self.state.lengths.tolist()
-            if not self.tape.fits():
-                self.tape = self._recorded()
-        seen, found = self._seen, list[list[Tensor]]([] for _ in rows)
+        """As `Slots.extend`, often in memory that the next call overwrites."""
+        seen, found = self._counted(), list[list[Tensor]]([] for _ in rows)
         if any(seen[row] + len(chunk) > self.capacity for row, chunk in zip(rows, chunks, strict=True)):
             raise UnsupportedError(f"a sequence is longer than the {self.capacity} tokens that its row holds")
         done = [0] * len(rows)
@@ -148,11 +150,42 @@ class Replay:
                 seen[row] += count
             if len(owners) == len(rows) and not any(found) and last:
                 return logits[:, None]
+            if len(rows) == 1 and len(owners) == len(chunks[0]):
+                return logits[None]
             for line, at in zip(logits.clone(), owners, strict=True):
                 found[at].append(line)
         longest = max(len(lines) for lines in found)
         blank = torch.zeros(logits.shape[1])
         return torch.stack([torch.stack(lines + [blank] * (longest - len(lines))) for lines in found])
+
+    def _counted(self) -> list[int]:
+        if self._seen is None:
+            self._seen = self.state.lengths.tolist()
+            if not self.tape.fits():
+                self.tape = self._recorded()
+        return self._seen
+
+    def write(
+        self, row: int, chunk: Sequence[int], choice: Row, draws: Sequence[float], **bounds: Any
+    ) -> list[int] | None:
+        """The chunk of a row, and what it writes on (`Tape.write`); None, and nothing done, where that cannot be by one
+        native call."""
+        seen = self._counted()
+        if self.tape.plain or len(chunk) > (1 if self.tape.single else self.tape.rows):
+            return None
+        if seen[row] + len(chunk) + len(draws) - 1 > self.capacity:
+            return None
+        found = self.tape.write(row, seen[row], chunk, choice, draws, **bounds)
+        seen[row] += len(chunk) + len(found) - (len(found) == len(draws))
+        return found
+
+    def go_back(self, row: int, length: int) -> bool:
+        """Forget the tokens of a row from `length` on, if that is all there is to do: where every state is one whose
+        tokens' entries stand on their own, and they are counted here now."""
+        if self._seen is None or self.tape.plain:
+            return False
+        self._seen[row] = length
+        return True
 
     def settle(self) -> None:
         """Let the states know what was taken in."""

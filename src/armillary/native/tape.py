@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from armillary.native.choice import Row
 from armillary.native.library import function
 
 Weights = Literal["float32", "bf16", "int8", "int4"]
@@ -114,6 +115,12 @@ class Call(Structure):
     )
 
 
+_WRITE = [
+    *(POINTER(Record), c_int64, POINTER(Call), c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
+    *(c_double, c_double, POINTER(c_int64)),
+]
+
+
 class Program:
     """Records in one piece of memory, run by one call."""
 
@@ -123,6 +130,28 @@ class Program:
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
+
+    def write(
+        self,
+        call: Call,
+        threads: int,
+        scores: tuple[int, int],
+        row: Row,
+        draws: Sequence[float],
+        sure: float,
+        least: float,
+    ) -> list[int]:
+        """Tokens, one for each draw or fewer: each by the scores of the run before it (write.c). scores: where they
+        come to stand, and how many are chosen from."""
+        run = function("tape_write", _WRITE, c_int64)
+        most = len(draws)
+        found, given = (c_int64 * most)(), (c_double * most)(*draws)
+        made = run(
+            self.records, len(self.records), byref(call), threads, *scores, byref(row), given, most, sure, least, found
+        )
+        if made < 0:
+            raise MemoryError("no memory for the choice of tokens")
+        return found[:made]
 
     def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""

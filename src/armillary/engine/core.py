@@ -394,7 +394,9 @@ class Engine:
         if run.asked:
             # an end cuts what is right short, and says nothing of the rest
             made = right if right < one.drafts and given[-1].token == guesses[right] else one.drafts
-            self.odds.chances(run.kind).saw(run.asked, made, right)
+            chances = self.odds.chances(run.kind)
+            chances.saw(run.asked, made, right)
+            chances.learn(run.sure[:made], right)
             run.asked = 0
         if right < one.drafts:
             self._forget(run, start + known + right, start, before)
@@ -516,19 +518,24 @@ class Engine:
             most = min(most, progress.limit - progress.known - 1)
             if most > 0:
                 started = time.perf_counter()
-                run.drafts = self._guessed(run, most, least)
-                self.odds.asked(len(run.drafts), time.perf_counter() - started)
-                run.asked = most if run.drafts else 0
+                run.drafts, run.sure = self._guessed(run, most, least)
+                # not the time of a draft that first has to read what came while nobody asked it
+                if progress.known <= run.read + self.odds.most + 1:
+                    self.odds.asked(len(run.drafts), time.perf_counter() - started)
+                run.read, run.asked = progress.known, most if run.drafts else 0
                 if not run.drafts:
                     self.odds.chances(run.kind).saw(most, 0, 0)
             progress.drafts = len(run.drafts)
 
-    def _guessed(self, run: Running, most: int, least: float) -> list[int]:
+    def _guessed(self, run: Running, most: int, least: float) -> tuple[list[int], list[float]]:
+        """Guesses, and what probabilities they are said to have."""
         assert self.drafter is not None
         write = getattr(self.drafter, "write", None)
         if write is None:
-            return self.drafter.propose(run.ids, most)
-        found: list[int] = write(run.ids, most, Manner(run.chooser.sampling, run.chooser.ahead(most), least))
+            return self.drafter.propose(run.ids, most), []
+        power = self.odds.chances(run.kind).power
+        manner = Manner(run.chooser.sampling, run.chooser.ahead(most), least, power)
+        found: tuple[list[int], list[float]] = write(run.ids, most, manner)
         return found
 
     def _drive(self, answer: Answer) -> bool:

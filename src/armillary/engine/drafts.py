@@ -60,12 +60,13 @@ class PromptLookup:
 
 
 class Manner(NamedTuple):
-    """How the tokens of an answer are chosen: what is asked; the draws of the next ones; least: the chance that a
-    guess must have, with all before it, to be worth making."""
+    """How the tokens of an answer are chosen: what is asked, and the draws of the next ones. A guess is worth making if
+    that power of its probability, times that of those before it, is no less than `least`."""
 
     sampling: Sampling
     draws: Sequence[float]
     least: float = 0.0
+    power: float = 1.0
 
 
 GREEDY = Sampling(temperature=0)
@@ -95,7 +96,7 @@ class DraftModel:
         self,
         network: Network,
         count: int = 4,
-        sure: float = 0.1,
+        sure: float = 0.0,
         *,
         rows: int = 16,
         weights: Held = "auto",
@@ -109,57 +110,53 @@ class DraftModel:
         self._lock = threading.Lock()  # several engines may ask
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        return self.write(ids, most, Manner(GREEDY, [0.0] * most))
+        return self.write(ids, most, Manner(GREEDY, [0.0] * most))[0]
 
-    def write(self, ids: Sequence[int], most: int, manner: Manner) -> list[int]:
-        """As `propose`, for tokens that are chosen like this; draws: one for each."""
+    def write(self, ids: Sequence[int], most: int, manner: Manner) -> tuple[list[int], list[float]]:
+        """As `propose`, for tokens that are chosen like this, and what probability it gives each."""
         with self._lock, torch.no_grad():
             return self._write(ids, most, manner)
 
-    def _write(self, ids: Sequence[int], most: int, manner: Manner) -> list[int]:
+    def _write(self, ids: Sequence[int], most: int, manner: Manner) -> tuple[list[int], list[float]]:
         text, most = list(ids), min(most, self.count)
         # the last guess is not read before it is known to be right
         if most < 1 or len(text) + most - 1 > self._slots.capacity:
-            return []
+            return [], []
         place = self._resumed(text)
         row = self._rows[place]
         unread = text[len(row.ids) :]
         if max(unread) >= self._known:  # an entry that no text has: the model's own padding
-            return []
-        draws, row_ = manner.draws[:most], row_of(manner.sampling)
+            return [], []
+        draws, choice = manner.draws[:most], row_of(manner.sampling)
         if self._slots.divisible and self._slots.replay is not None:
-            bounds = {"sure": self.sure, "least": manner.least, "vocabulary": self.vocabulary}
-            found = self._slots.replay.write(place, unread, row_, draws, **bounds)
+            found = self._slots.replay.go_on(
+                place, unread, choice, draws, bounds=(self.sure, *manner[2:]), vocabulary=self.vocabulary
+            )
             if found is not None:
-                row.ids, row.sure = text + found[: most - 1], len(text)
+                row.ids, row.sure = text + found[0][: most - 1], len(text)
                 return found
-        return self._step_by_step(place, text, unread, manner.sampling, row_, draws, manner.least)
+        return self._step_by_step(place, text, unread, choice, manner._replace(draws=draws))
 
     def _step_by_step(
-        self,
-        place: int,
-        text: list[int],
-        unread: list[int],
-        asked: Sampling,
-        choice: Row,
-        draws: Sequence[float],
-        least: float,
-    ) -> list[int]:
-        row, found, chance = self._rows[place], list[int](), 1.0
+        self, place: int, text: list[int], unread: list[int], choice: Row, manner: Manner
+    ) -> tuple[list[int], list[float]]:
+        """As `Replay.go_on` does, in plain steps."""
+        row, found, sure = self._rows[place], list[int](), list[float]()
         logits = self._slots.extend([place], [unread])[0]
-        row.ids, row.sure = text, len(text)
+        row.ids, row.sure, chance = text, len(text), 1.0
         if not self._slots.divisible:
             row.before = self._slots.snapshot(place)
-        for draw in draws:
+        for draw in manner.draws:
             if found:
                 logits = self._slots.extend([place], [found[-1:]])[0]
                 row.ids = [*row.ids, found[-1]]
-            token, logprob = guess_one(logits, asked, choice, draw, self.vocabulary)
+            token, logprob = guess_one(logits, manner.sampling, choice, draw, self.vocabulary)
             chance *= exp(logprob)
-            if exp(logprob) < self.sure or chance < least:
+            if exp(logprob) < self.sure or chance**manner.power < manner.least:
                 break
             found.append(token)
-        return found
+            sure.append(exp(logprob))
+        return found, sure
 
     def _resumed(self, text: list[int]) -> int:
         """The place with the longest beginning of the text, and no more than that, in its state."""

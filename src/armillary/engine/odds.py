@@ -9,31 +9,36 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-TRIED = 24  # guesses that are checked as they come before it is asked what they bring
-ROUNDS = 8  # steps with guesses that it takes at the most to know that
+TRIED = 24  # times that guesses are made and checked before it is asked what they bring
 PLAIN = 3  # steps without any that are taken to know how long those take
 LASTING = 0.98  # what a guess that was checked counts for when the next one is
-EVERY, SELDOM = 64, 1024  # tokens without guesses, at first and at the most, after which some are tried again
 ALIKE = 8  # guesses for which it counts what is known of those a place before
 CLEARLY = 1.02  # times as many tokens a second as without: what guesses must bring
+EVERY, SELDOM = 128, 1024  # tokens without guesses, at first and at the most, after which some are tried again
+AGAIN = 4  # times that they then are
 HOLDS = 8  # steps with guesses for which their best number is taken to stay what it is
 STALE = 256  # steps with guesses after which one goes without, so that its time stays known
+FEW = 5  # times from which on the middle one is taken, not the shortest: one may have been held up
+LEARNS = 0.03  # how fast `Chances.power` is learnt
 
 
 class Times:
-    """Seconds of what is done with so many tokens: the median of the last few, and between numbers that were seen, or
+    """Seconds of what is done with so many tokens, as the last few took, and between numbers that were seen, or
     beyond them, in proportion. known: what is taken for some until it is seen."""
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
         self._seen: dict[int, deque[float]] = {}
         self._known = dict(known or {})
+        self._new = set[int]()  # what was seen since it was last looked at
 
     def saw(self, count: int, seconds: float) -> None:
-        last = self._seen.setdefault(count, deque(maxlen=9))
+        last = self._seen.get(count)
+        if last is None:
+            last = self._seen[count] = deque(maxlen=9)
         last.append(seconds)
-        self._known[count] = statistics.median(last)
+        self._new.add(count)
 
     def often(self, count: int) -> int:
         """How often the time of so many was taken, as far as is remembered."""
@@ -41,6 +46,10 @@ class Times:
 
     def of(self, count: float) -> float:
         """Of so many; 0 when none was seen."""
+        for each in self._new:
+            last = self._seen[each]
+            self._known[each] = statistics.median(last) if len(last) >= FEW else min(last)
+        self._new.clear()
         known = sorted(self._known.items())
         if not known:
             return 0.0
@@ -61,20 +70,32 @@ class Times:
 
 class Chances:
     """Of guesses of one kind: how often the next one is made at all (a draft stops where it is not sure), and how
-    often it is right if those before it were; by its place."""
+    often it is right if those before it were; by its place.
+
+    power: the chance that a guess is right is about this power of the probability that the draft gives it: less than
+    1 where tokens are not drawn, and the draft's likeliest is mostly the network's, too.
+    """
 
     def __init__(self, most: int) -> None:
         self.made, self.right = ([[0.0, 0.0] for _ in range(most)] for _ in range(2))
-        self.checked = self.rounds = 0
+        self.power = 0.5
+        self.checked = self.rounds = self.trials = 0
         self.resting = 0  # tokens since guesses were last tried, while they do not pay
         self.rest = EVERY
 
     def saw(self, asked: int, made: int, right: int) -> None:
-        self.checked, self.rounds = self.checked + made, self.rounds + 1
+        self.rounds += 1
+        self.checked += made > 0
         for place in range(min(asked, made + 1)):
             _count(self.made[place], place < made)
         for place in range(min(made, right + 1)):
             _count(self.right[place], place < right)
+
+    def learn(self, probabilities: Sequence[float], right: int) -> None:
+        """Of guesses that were checked, so many of them right."""
+        for place, probability in enumerate(probabilities[: right + 1]):
+            chance = max(probability, 1e-6) ** self.power
+            self.power = min(2.0, max(0.05, self.power + LEARNS * (chance - (place < right))))
 
     def expected(self, count: int) -> tuple[float, float]:
         """Of so many that are asked for: how many are made, and how many of those are right to begin with."""
@@ -108,7 +129,7 @@ class Odds:
         """How many guesses to ask for now, of that kind, where so many answers go on together; and the chance that
         makes up for making one."""
         chances = self.chances(kind)
-        if chances.checked < TRIED and chances.rounds < ROUNDS:
+        if chances.checked < TRIED:
             return self.most, 0.0
         if self.steps.often(answers) < PLAIN or self._since > STALE:
             return 0, 0.0
@@ -122,7 +143,9 @@ class Odds:
         chances.resting += 1
         if chances.resting < chances.rest:
             return 0, 0.0
-        chances.resting, chances.rest = 0, min(SELDOM, 2 * chances.rest)
+        chances.trials += 1
+        if chances.trials == AGAIN:
+            chances.resting, chances.rest, chances.trials = 0, min(SELDOM, 2 * chances.rest), 0
         return min(2, self.most), 0.0
 
     def best(self, kind: str, answers: int = 1) -> tuple[int, float]:

@@ -165,19 +165,19 @@ class Replay:
                 self.tape = self._recorded()
         return self._seen
 
-    def write(
-        self, row: int, chunk: Sequence[int], choice: Row, draws: Sequence[float], **bounds: Any
-    ) -> list[int] | None:
-        """The chunk of a row, and what it writes on (`Tape.write`); None, and nothing done, where that cannot be by one
+    def go_on(
+        self, row: int, chunk: Sequence[int], choice: Row, draws: Sequence[float], **more: Any
+    ) -> tuple[list[int], list[float]] | None:
+        """The chunk of a row, and what it writes on (`Tape.go_on`); None, and nothing done, where that cannot be by one
         native call."""
         seen = self._counted()
         if self.tape.plain or len(chunk) > (1 if self.tape.single else self.tape.rows):
             return None
         if seen[row] + len(chunk) + len(draws) - 1 > self.capacity:
             return None
-        found = self.tape.write(row, seen[row], chunk, choice, draws, **bounds)
+        found, sure = self.tape.go_on(row, seen[row], chunk, choice, draws, **more)
         seen[row] += len(chunk) + len(found) - (len(found) == len(draws))
-        return found
+        return found, sure
 
     def go_back(self, row: int, length: int) -> bool:
         """Forget the tokens of a row from `length` on, if that is all there is to do: where every state is one whose

@@ -117,7 +117,7 @@ class Call(Structure):
 
 _WRITE = [
     *(POINTER(Record), c_int64, POINTER(Call), c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
-    *(c_double, c_double, POINTER(c_int64)),
+    *(c_double, c_double, c_double, POINTER(c_int64), POINTER(c_double)),
 ]
 
 
@@ -131,27 +131,27 @@ class Program:
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
 
-    def write(
+    def go_on(
         self,
         call: Call,
         threads: int,
         scores: tuple[int, int],
         row: Row,
         draws: Sequence[float],
-        sure: float,
-        least: float,
-    ) -> list[int]:
-        """Tokens, one for each draw or fewer: each by the scores of the run before it (write.c). scores: where they
-        come to stand, and how many are chosen from."""
+        bounds: tuple[float, float, float],
+    ) -> tuple[list[int], list[float]]:
+        """Tokens, one for each draw or fewer, each by the scores of the run before it, and their probabilities
+        (write.c). scores: where they come to stand, and how many are chosen from; bounds: sure, least, power."""
         run = function("tape_write", _WRITE, c_int64)
         most = len(draws)
-        found, given = (c_int64 * most)(), (c_double * most)(*draws)
+        found, sure, given = (c_int64 * most)(), (c_double * most)(), (c_double * most)(*draws)
         made = run(
-            self.records, len(self.records), byref(call), threads, *scores, byref(row), given, most, sure, least, found
+            *(self.records, len(self.records), byref(call), threads, *scores, byref(row), given, most),
+            *(*bounds, found, sure),
         )
         if made < 0:
             raise MemoryError("no memory for the choice of tokens")
-        return found[:made]
+        return found[:made], sure[:made]
 
     def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""

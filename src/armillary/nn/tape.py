@@ -521,7 +521,7 @@ class Tape(Buffers):
             base + 3 * line_,
         )
 
-    def write(
+    def go_on(
         self,
         slot: int,
         start: int,
@@ -529,21 +529,21 @@ class Tape(Buffers):
         row: Row,
         draws: Sequence[float],
         *,
-        sure: float = 0.0,
-        least: float = 0.0,
+        bounds: tuple[float, float, float],
         vocabulary: int | None = None,
-    ) -> list[int]:
-        """Takes in tokens of one sequence, of which `start` are there, and writes on: a token for each draw, or fewer
-        where one has a probability below `sure`, or all together below `least`; all of them but the last one have then
-        been taken in, or where it stopped before the last draw, all. row: how they are chosen, of the first
-        `vocabulary` entries. Only where all branches have native steps."""
+    ) -> tuple[list[int], list[float]]:
+        """Takes in tokens of one sequence, of which `start` are there, and writes on: a token for each draw, and their
+        probabilities, or fewer where one lies below a bound, or a power of the product of all below another (bounds:
+        both, and the power). All of them but the last one have then been taken in, or where it stopped before the last
+        draw, all. row: how they are chosen, of the first `vocabulary` entries. Only where all branches have native
+        steps."""
         count = len(ids)
         call = self._call([slot] * count, range(start, start + count), ids, [count - 1])
         (program,) = self._program
         assert isinstance(program, Program)
         width = self._logits.width
         scores = self._logits.at, width if vocabulary is None else min(width, vocabulary)
-        return program.write(call, self.threads, scores, row, draws, sure, least)
+        return program.go_on(call, self.threads, scores, row, draws, bounds)
 
 
 def kind_of(held: Tensor) -> Kind:

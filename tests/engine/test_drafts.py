@@ -4,16 +4,21 @@ through the text place by place."""
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 from engine_parts import ASKED, PROMPTS, VOCABULARY, network_of
 
 from armillary.base.errors import InputError
+from armillary.engine import odds
 from armillary.engine.core import Engine
 from armillary.engine.drafts import DraftModel, Manner, PromptLookup
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
+from armillary.engine.slots import Slots
+from armillary.native import available
 from armillary.nn.network import ModelSettings, Network, build
 
 LOOK = {"kind": "attention", "heads": 2, "position": "rope"}
@@ -132,6 +137,58 @@ def test_another_network_changes_no_draw() -> None:
         [one.token for one in found.choices] for found in plain
     ]
     assert 0 < sum(one.accepted for one in guessed) < sum(one.drafted for one in guessed)
+
+
+class Wrong:
+    """Slow, and never right."""
+
+    count = 5
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        self.asked += 1
+        time.sleep(0.005)
+        return [(token + 1) % VOCABULARY for token in ids[-1:]] * most
+
+
+def test_who_is_never_right_is_not_asked_for_long() -> None:
+    network, drafter = padded(VOCABULARY, 5), Wrong()
+    network_alone = Engine(network, slots=1, keep=False)
+    engine = Engine(network, slots=1, keep=False, drafter=drafter)
+    asked = Sampling(max_new_tokens=56, temperature=1.0)
+    for number in range(8):
+        request = Request((1, 2, 3), asked, stream=number)
+        (found,), (expected,) = engine.run([request]), network_alone.run([request])
+        assert [one.token for one in found.choices] == [one.token for one in expected.choices]
+    assert odds.TRIED <= drafter.asked < 2 * odds.TRIED
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+@torch.no_grad()
+def test_guesses_are_taken_back_before_the_states_hear_of_them() -> None:
+    """The scores after it are those of a sequence in which they never were, and so are the states."""
+    network = alone(LOOK)
+    texts = [[3, 1, 4, 1, 5], [2, 7, 1]]
+    kept, fresh = (Slots(network, 2, 32) for _ in range(2))
+    for slots in (kept, fresh):
+        slots.extend([0, 1], texts)
+    kept.extend([0, 1], [[9, 2, 6], [8, 2, 8]], last=False)
+    assert kept.replay is not None and kept.replay.go_back(0, 6) and kept.replay.go_back(1, 3)
+    fresh.extend([0], [[9]])
+    for slots in (kept, fresh):
+        slots.found = slots.extend([0, 1], [[5], [1]]).clone()  # type: ignore[attr-defined]
+    assert torch.equal(kept.found, fresh.found)  # type: ignore[attr-defined]
+    for slots in (kept, fresh):
+        slots.settle()
+        assert slots.state.lengths.tolist() == [7, 4]
+    for (index, name, one), (_, _, other) in zip(kept.state.each(), fresh.state.each(), strict=True):
+        for row, length in ((0, 7), (1, 4)):
+            for part in one.tensors:
+                pair = (state.tensors[part][row, :, :length] for state in (one, other))
+                assert torch.equal(*pair), (index, name, part)
+    assert not kept.replay.go_back(0, 2), "whoever looks at the states counts in them"
 
 
 def test_only_decoders_guess() -> None:

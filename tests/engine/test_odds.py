@@ -88,6 +88,28 @@ def test_times_between_and_beyond_what_was_seen() -> None:
     assert (times.often(6), times.often(7)) == (3, 0)
 
 
+def test_more_tokens_take_no_less_time_and_old_times_are_forgotten() -> None:
+    times = Times()
+    times.saw(1, 1.0, when=1)
+    times.saw(3, 9.0, when=2)  # held up
+    times.saw(4, 2.0, when=9)
+    assert times.of(3) == 2.0
+    times.forget(before=9)
+    assert [times.of(count) for count in (1, 4)] == [2.0, 2.0]
+    assert times.often(3) == 0
+
+
+def test_who_was_held_up_once_gets_over_it() -> None:
+    world, odds = World(right=0.9), Odds(MOST)
+    slow = world.more
+    world.more = 40.0  # of whatever guesses were tried with
+    world.go(odds, 60)
+    assert odds.best("greedy")[0] == 0
+    world.more = slow
+    world.go(odds, 2 * module.OLD)
+    assert odds.best("greedy")[0] >= world.best() - 1
+
+
 def test_chances_are_those_that_were_seen() -> None:
     chances, draw = Chances(3), random.Random(1)
     for _ in range(4000):

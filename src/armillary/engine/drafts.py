@@ -95,7 +95,7 @@ class DraftModel:
     def __init__(
         self,
         network: Network,
-        count: int = 4,
+        count: int = 6,
         sure: float = 0.0,
         *,
         rows: int = 16,
@@ -118,7 +118,7 @@ class DraftModel:
             return self._write(ids, most, manner)
 
     def _write(self, ids: Sequence[int], most: int, manner: Manner) -> tuple[list[int], list[float]]:
-        text, most = list(ids), min(most, self.count)
+        text, most = list(ids), min(most, self.count, len(manner.draws))
         # the last guess is not read before it is known to be right
         if most < 1 or len(text) + most - 1 > self._slots.capacity:
             return [], []

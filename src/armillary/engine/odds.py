@@ -7,6 +7,7 @@ what guessing and checking it take. Only how fast answers come depends on this, 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,25 +21,46 @@ EVERY, SELDOM = 128, 1024  # tokens without guesses, at first and at the most, a
 AGAIN = 4  # times that they then are
 HOLDS = 8  # steps with guesses for which their best number is taken to stay what it is
 STALE = 256  # steps with guesses after which one goes without, so that its time stays known
+OLD = 1024  # steps after which a time is forgotten
 FEW = 5  # times from which on the middle one is taken, not the shortest: one may have been held up
 LEARNS = 0.03  # how fast `Chances.power` is learnt
 
 
 class Times:
     """Seconds of what is done with so many tokens, as the last few took, and between numbers that were seen, or
-    beyond them, in proportion. known: what is taken for some until it is seen."""
+    beyond them, in proportion. More tokens take no less time. known: what is taken for some until it is seen."""
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
+        self._first = dict(known or {})
         self._seen: dict[int, deque[float]] = {}
-        self._known = dict(known or {})
-        self._new = set[int]()  # what was seen since it was last looked at
+        self._when: dict[int, int] = {}
+        self._known: list[tuple[int, float]] | None = None
 
-    def saw(self, count: int, seconds: float) -> None:
+    def saw(self, count: int, seconds: float, when: int = 0) -> None:
+        """when: a number that grows."""
         last = self._seen.get(count)
         if last is None:
             last = self._seen[count] = deque(maxlen=9)
         last.append(seconds)
-        self._new.add(count)
+        self._when[count], self._known = when, None
+
+    def forget(self, before: int) -> None:
+        """What was not seen again since then: something else may have held it up."""
+        for count in [count for count, when in self._when.items() if when < before]:
+            del self._seen[count], self._when[count]
+            self._known = None
+
+    def known(self) -> list[tuple[int, float]]:
+        """Numbers, ascending, and their times."""
+        if self._known is None:
+            times = dict(self._first)
+            for count, last in self._seen.items():
+                times[count] = statistics.median(last) if len(last) >= FEW else min(last)
+            self._known, least = [], math.inf
+            for count in sorted(times, reverse=True):
+                least = min(least, times[count])
+                self._known.insert(0, (count, least))
+        return self._known
 
     def often(self, count: int) -> int:
         """How often the time of so many was taken, as far as is remembered."""
@@ -46,11 +68,7 @@ class Times:
 
     def of(self, count: float) -> float:
         """Of so many; 0 when none was seen."""
-        for each in self._new:
-            last = self._seen[each]
-            self._known[each] = statistics.median(last) if len(last) >= FEW else min(last)
-        self._new.clear()
-        known = sorted(self._known.items())
+        known = self.known()
         if not known:
             return 0.0
         below = [one for one in known if one[0] <= count]
@@ -116,7 +134,7 @@ class Odds:
         self.steps = Times()  # by tokens
         self.guesses = Times({0: 0.0})  # by how many were made at once
         self._chances: dict[str, Chances] = {}
-        self._since = 0  # steps with guesses since one without
+        self._step = self._since = 0  # steps; those with guesses since one without
         self._found: dict[tuple[str, int], tuple[int, int, float]] = {}  # until when, and what `best` found
 
     def chances(self, kind: str) -> Chances:
@@ -144,14 +162,19 @@ class Odds:
         if chances.resting < chances.rest:
             return 0, 0.0
         chances.trials += 1
-        if chances.trials == AGAIN:
+        if chances.trials == AGAIN:  # what is found next takes them into account
             chances.resting, chances.rest, chances.trials = 0, min(SELDOM, 2 * chances.rest), 0
+            del self._found[kind, answers]
         return min(2, self.most), 0.0
 
     def best(self, kind: str, answers: int = 1) -> tuple[int, float]:
         """The number of guesses that brings most, 0 for none; and the chance that makes up for one guess: the time
         that it takes, in tokens that could come in it."""
+        for times in (self.steps, self.guesses):
+            times.forget(self._step - OLD)
         chances, plain = self.chances(kind), self.steps.of(answers)
+        if not plain:
+            return 0, 0.0
         found, rate, took = 0, 0.0, 0.0
         bound = CLEARLY / plain
         for count in range(1, self.most + 1):
@@ -164,11 +187,12 @@ class Odds:
 
     def asked(self, made: int, seconds: float) -> None:
         """Guesses were asked for, and so many made."""
-        self.guesses.saw(made, seconds)
+        self.guesses.saw(made, seconds, self._step)
 
     def went(self, tokens: int, guesses: int, seconds: float) -> None:
         """A step of so many tokens, of which so many were guesses, and none of a prompt."""
-        self.steps.saw(tokens, seconds)
+        self._step += 1
+        self.steps.saw(tokens, seconds, self._step)
         self._since = self._since + 1 if guesses else 0
 
 

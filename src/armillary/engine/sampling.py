@@ -339,8 +339,8 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Excepti
 
 
 def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> list[Choice | Exception]:
-    """Tokens of one sequence from logits [guesses + 1, V] of its last token and of guesses behind it: as `choose` row by
-    row, for as long as the token chosen is the one that was guessed and no end."""
+    """Tokens of one sequence from logits [guesses + 1, V] of its last token and of guesses behind it: as `choose` row
+    by row, for as long as the token chosen is the one that was guessed and no end."""
     found = list[Choice | Exception]()
     given = None
     if chooser.plain and not chooser.sampling.alternatives and (scores := sheet(logits)) is not None:

@@ -56,6 +56,18 @@ def test_the_quicker_weights_are_taken_and_the_others_not_kept(quicker: str, mon
     assert {key[-1] for key in packed} == {quicker}
 
 
+@pytest.mark.parametrize("quicker", ["bf16", "int8"])
+def test_where_losses_do_no_harm_the_quickest_are_taken(quicker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network()
+    with torch.no_grad():
+        next(made.parameters()).add_(1e-4)
+    assert calibrate.chosen_weights(made, WEIGHT, {}, loose=True) == "bf16"  # too small to measure
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    times = {"bf16": 2.0, "int8": 2.0, quicker: 1.0}
+    monkeypatch.setattr(calibrate, "seconds", lambda weight, kind, packed, rows: rows * times[kind])
+    assert calibrate.chosen_weights(made, WEIGHT, {}, loose=True) == quicker
+
+
 def test_what_bf16_would_lose_is_kept() -> None:
     made = network()
     with torch.no_grad():

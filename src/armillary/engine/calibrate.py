@@ -21,14 +21,16 @@ CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chos
 
 
 def chosen_weights(network: Network, largest: Tensor, packed: Packed, loose: bool = False) -> Weights:
-    """The quicker of float32 and bf16, where bf16 loses nothing, or may (loose)."""
+    """The quicker of float32 and bf16, where bf16 loses nothing; loose: of bf16 and int8, whatever they lose."""
     if not loose and not halves(network):
         return "float32"
-    if largest.numel() * 4 < ALONE or tiles():
+    if largest.numel() * 4 < ALONE or (tiles() and not loose):
         return "bf16"
-    # of one token and of sixteen: a step of few is not all that there is
-    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in ("float32", "bf16")}
-    quicker: Weights = "bf16" if times["bf16"] <= times["float32"] else "float32"
+    # of one token and of sixteen: a step of few is not all that there is, but for a draft's
+    kinds: tuple[Weights, ...] = ("bf16", "int8") if loose else ("float32", "bf16")
+    counts = (1,) if loose else (1, 16)
+    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in counts) for kind in kinds}
+    quicker = min(reversed(kinds), key=times.__getitem__)
     for key in [key for key in packed if key[-1] in times and key[-1] != quicker]:
         del packed[key]
     return quicker

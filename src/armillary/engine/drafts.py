@@ -88,8 +88,8 @@ class DraftModel:
 
     count: most tokens guessed; sure: it stops guessing where its own token has less than this probability; rows:
     sequences whose states it keeps; weights: how they are held (`Engine`): no loss in them can change an answer, so
-    that auto is bf16 where that is quicker; vocabulary: entries that may be guessed, where the draft has more of them
-    (padding).
+    that auto is bf16 or int8, whichever is quicker; vocabulary: entries that may be guessed, where the draft has more
+    of them (padding).
     """
 
     def __init__(

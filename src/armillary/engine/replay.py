@@ -40,7 +40,7 @@ def replay(
 ) -> Replay | None:
     """What takes the steps of such a network, or None where they stay plain: `plain` was asked for, or
     nothing has a native step here. Says so where other weights than those of the model were asked for. loose: "auto"
-    may be bf16 where that loses something."""
+    may be what loses something."""
     if weights not in get_args(Held):
         raise InputError(f"weights cannot be held in '{weights}'", hint=f"one of {', '.join(get_args(Held))}")
     if weights == "plain":

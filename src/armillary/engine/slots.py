@@ -23,7 +23,7 @@ from armillary.nn.taps import Taps
 
 class Slots:
     """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept; loose: weights "auto"
-    may lose something."""
+    may lose something (of a draft)."""
 
     replay: Replay | None = None  # takes the steps that it is better at
 

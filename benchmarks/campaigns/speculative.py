@@ -144,13 +144,7 @@ def measured(
     chosen_on, counted = given[::5][:4], [prompt for place, prompt in enumerate(given) if place % 5 or place >= 20]
     figures: dict[str, Any] = {}
     plain = Way(large, weights)
-    drafts = {
-        f"{number} guesses, sure {sure:g}": Way(
-            large, weights, DraftModel(small, number, sure, rows=1, weights=weights)
-        )
-        for number in (2, 3, 4, 6, 8)
-        for sure in (0.1, 0.3)
-    }
+    drafts = {f"{number} guesses": Way(large, weights, DraftModel(small, number, rows=1)) for number in (4, 6, 8)}
     lookups = {f"{number} guesses": Way(large, weights, PromptLookup(number, shortest=1)) for number in (2, 4, 6)}
     ways: dict[str, Way] = {}
     for kind, among in (("draft", drafts), ("prompt lookup", lookups)):

@@ -240,7 +240,7 @@ class Model(nn.Module):
         return (capacity or self.settings.context) - max(map(len, starts), default=0)
 
     def drafter(
-        self, draft: Model, count: int = 4, sure: float = 0.3, *, rows: int = 16, weights: Held = "auto"
+        self, draft: Model, count: int = 6, sure: float = 0.0, *, rows: int = 16, weights: Held = "auto"
     ) -> DraftModel:
         """Guesses by a smaller model with the same vocabulary (see `DraftModel`), for `generate` and `engine`; they
         change no answer. Raises InputError where the vocabularies differ."""

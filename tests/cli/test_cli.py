@@ -286,15 +286,16 @@ def test_generate_guesses_and_keeps_as_asked(
     plain = json.loads(armillary(*words).out)["ids"]
     most = list[int]()
     for kind in (DraftModel, PromptLookup):
-        proposed = kind.propose
+        name = "write" if kind is DraftModel else "propose"  # what an engine asks by
+        method = getattr(kind, name)
 
-        def watched(self, ids, limit, proposed=proposed):
+        def watched(self, *given, asked=method):
             most.append(self.count)
-            return proposed(self, ids, limit)
+            return asked(self, *given)
 
-        monkeypatch.setattr(kind, "propose", watched)
+        monkeypatch.setattr(kind, name, watched)
     for more, count in (
-        (("--draft", str(trained)), 4),
+        (("--draft", str(trained)), 6),
         (("--draft", str(trained), "--guesses", "3"), 3),
         (("--guess",), 6),
         (("--guess", "--guesses", "2"), 2),

@@ -56,6 +56,18 @@ def test_the_quicker_weights_are_taken_and_the_others_not_kept(quicker: str, mon
     assert {key[-1] for key in packed} == {quicker}
 
 
+@pytest.mark.parametrize("quicker", ["bf16", "int8"])
+def test_where_losses_do_no_harm_the_quickest_are_taken(quicker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network()
+    with torch.no_grad():
+        next(made.parameters()).add_(1e-4)
+    assert calibrate.chosen_weights(made, WEIGHT, {}, loose=True) == "bf16"  # too small to measure
+    monkeypatch.setattr(calibrate, "ALONE", 0)
+    times = {"bf16": 2.0, "int8": 2.0, quicker: 1.0}
+    monkeypatch.setattr(calibrate, "seconds", lambda weight, kind, packed, rows: rows * times[kind])
+    assert calibrate.chosen_weights(made, WEIGHT, {}, loose=True) == quicker
+
+
 @pytest.mark.parametrize(("last", "expected"), [(2.0**-7, "bf16"), (2.0**-10, "float16"), (2.0**-11, "float32")])
 def test_what_16_bits_would_lose_is_kept(last: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 holds 7 places behind the first, fp16 10."""

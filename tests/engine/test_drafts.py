@@ -4,16 +4,21 @@ through the text place by place."""
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 from engine_parts import ASKED, PROMPTS, VOCABULARY, network_of
 
 from armillary.base.errors import InputError
+from armillary.engine import odds
 from armillary.engine.core import Engine
-from armillary.engine.drafts import DraftModel, PromptLookup
+from armillary.engine.drafts import DraftModel, Manner, PromptLookup
 from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
+from armillary.engine.slots import Slots
+from armillary.native import available
 from armillary.nn.network import ModelSettings, Network, build
 
 LOOK = {"kind": "attention", "heads": 2, "position": "rope"}
@@ -41,7 +46,7 @@ def continued(network: Network, text: list[int], count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("weights", ["auto", "plain"])
+@pytest.mark.parametrize("weights", ["float32", "plain"])
 @pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
 def test_a_draft_writes_on_whatever_became_of_its_guesses(make, weights) -> None:
     network, draw = make(), random.Random(7)
@@ -74,13 +79,52 @@ def test_a_network_guesses_itself(make) -> None:
     network = make()
     requests = [Request(prompt, ASKED) for prompt in PROMPTS]
     plain = Engine(network, slots=3, keep=False).run(requests)
-    engine = Engine(network, slots=3, keep=False, drafter=DraftModel(network, count=3, sure=0.0))
+    drafter = DraftModel(network, count=3, sure=0.0, weights="float32")
+    engine = Engine(network, slots=3, keep=False, drafter=drafter)
     guessed = engine.run(requests)
     for found, expected in zip(guessed, plain, strict=True):
         assert [one.token for one in found.choices] == [one.token for one in expected.choices]
         assert found.accepted == found.drafted > 0
     # 8 tokens: one after the prompt, then 4 and 3 with 3 and 2 guesses
     assert all(found.drafted == 5 for found in guessed)
+
+
+@pytest.mark.parametrize("weights", ["float32", "plain"])
+@pytest.mark.parametrize("make", [lambda: alone(LOOK), lambda: mixed(3)], ids=["attention", "hybrid"])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"top_k": 4, "temperature": 2.0}, {"min_p": 0.1}],
+    ids=["drawn", "cool", "nucleus", "few", "near"],
+)
+def test_a_network_guesses_its_own_draws(make, weights, asked) -> None:
+    """By the same numbers it draws the same tokens, whatever the filters."""
+    network = make()
+    drawn = Sampling(**{"max_new_tokens": 16, "temperature": 1.0, "seed": 5, **asked})
+    requests = [Request(prompt, drawn, stream=row) for row, prompt in enumerate(PROMPTS)]
+    plain = Engine(network, slots=3, keep=False, weights=weights).run(requests)
+    drafter = DraftModel(network, count=3, sure=0.0, weights=weights)
+    guessed = Engine(network, slots=3, keep=False, weights=weights, drafter=drafter).run(requests)
+    for found, expected in zip(guessed, plain, strict=True):
+        assert [one.token for one in found.choices] == [one.token for one in expected.choices]
+    assert sum(one.accepted for one in guessed) == sum(one.drafted for one in guessed) > 20
+
+
+def test_native_and_plain_drafts_stop_in_the_same_places() -> None:
+    """Where a token is not sure, or all of them together are too unlikely: two ways to write the same."""
+    network, draw, lengths = alone(LOOK), random.Random(3), set[int]()
+    for _ in range(40):
+        text = [draw.randrange(VOCABULARY) for _ in range(draw.randint(2, 40))]
+        sure, least = draw.choice([(0.0, 0.0), (0.06, 0.0), (0.0, 0.003), (0.05, 0.001)])
+        asked = Sampling(temperature=draw.choice([0.0, 0.7, 1.0]))
+        manner = Manner(asked, [draw.random() for _ in range(5)], least, power=draw.choice([0.5, 1.0]))
+        found = [
+            DraftModel(network, 5, sure, rows=1, weights=weights).write(text, 5, manner)
+            for weights in ("float32", "plain")
+        ]
+        assert found[0][0] == found[1][0]
+        assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+        lengths.add(len(found[0][0]))
+    assert {0, 5} < lengths, "or this test says little"
 
 
 def test_another_network_changes_no_draw() -> None:
@@ -93,6 +137,58 @@ def test_another_network_changes_no_draw() -> None:
         [one.token for one in found.choices] for found in plain
     ]
     assert 0 < sum(one.accepted for one in guessed) < sum(one.drafted for one in guessed)
+
+
+class Wrong:
+    """Slow, and never right."""
+
+    count = 5
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        self.asked += 1
+        time.sleep(0.005)
+        return [(token + 1) % VOCABULARY for token in ids[-1:]] * most
+
+
+def test_who_is_never_right_is_not_asked_for_long() -> None:
+    network, drafter = padded(VOCABULARY, 5), Wrong()
+    network_alone = Engine(network, slots=1, keep=False)
+    engine = Engine(network, slots=1, keep=False, drafter=drafter)
+    asked = Sampling(max_new_tokens=56, temperature=1.0)
+    for number in range(8):
+        request = Request((1, 2, 3), asked, stream=number)
+        (found,), (expected,) = engine.run([request]), network_alone.run([request])
+        assert [one.token for one in found.choices] == [one.token for one in expected.choices]
+    assert odds.TRIED <= drafter.asked < 2 * odds.TRIED
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+@torch.no_grad()
+def test_guesses_are_taken_back_before_the_states_hear_of_them() -> None:
+    """The scores after it are those of a sequence in which they never were, and so are the states."""
+    network = alone(LOOK)
+    texts = [[3, 1, 4, 1, 5], [2, 7, 1]]
+    kept, fresh = (Slots(network, 2, 32) for _ in range(2))
+    for slots in (kept, fresh):
+        slots.extend([0, 1], texts)
+    kept.extend([0, 1], [[9, 2, 6], [8, 2, 8]], last=False)
+    assert kept.replay is not None and kept.replay.go_back(0, 6) and kept.replay.go_back(1, 3)
+    fresh.extend([0], [[9]])
+    for slots in (kept, fresh):
+        slots.found = slots.extend([0, 1], [[5], [1]]).clone()  # type: ignore[attr-defined]
+    assert torch.equal(kept.found, fresh.found)  # type: ignore[attr-defined]
+    for slots in (kept, fresh):
+        slots.settle()
+        assert slots.state.lengths.tolist() == [7, 4]
+    for (index, name, one), (_, _, other) in zip(kept.state.each(), fresh.state.each(), strict=True):
+        for row, length in ((0, 7), (1, 4)):
+            for part in one.tensors:
+                pair = (state.tensors[part][row, :, :length] for state in (one, other))
+                assert torch.equal(*pair), (index, name, part)
+    assert not kept.replay.go_back(0, 2), "whoever looks at the states counts in them"
 
 
 def test_only_decoders_guess() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
 from native_parts import VECTORS, built
 
-from armillary.engine.sampling import Choice, Chooser, Sampling, Unusable, choose, choose_plain
+from armillary.engine.sampling import Choice, Chooser, Sampling, Unusable, choose, choose_along, choose_plain
 from armillary.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
@@ -240,3 +241,39 @@ def test_what_a_step_makes_of_scores_is_read_as_what_it_is(form) -> None:
         assert chosen(make).token == 0
     for make in (lambda scores: scores[:12], lambda scores: scores[None]):
         assert isinstance(chosen(make), ValueError)
+
+
+@pytest.mark.parametrize("asked", ["plain", "greedy", "nucleus", "alternatives", "penalties", "about"])
+@torch.no_grad()
+def test_along_guesses_as_one_by_one(asked: str) -> None:
+    """The same tokens from the same draws, up to the first that was not guessed or ends; and the next draw follows."""
+    logits, draw, lengths = scores(64, 257, torch.float32, 3), random.Random(2), set[int]()
+    single, along = (Chooser(Sampling(max_new_tokens=40, seed=7, **ASKED[asked]), [1, 2], ends=(0, 4)) for _ in "ab")
+    at = 0
+    while at + 4 <= len(logits) and single.generated < 40:
+        wanted = list[Choice]()
+        guesses = [draw.randrange(257) for _ in range(3)]
+        for step in range(4):
+            (choice,) = choose(logits[at + step : at + step + 1], [single])
+            assert isinstance(choice, Choice)
+            wanted.append(choice)
+            if step < 3 and draw.random() < 0.7:
+                guesses[step] = choice.token
+            if step == 3 or guesses[step] != choice.token or choice.token in (0, 4) or single.generated == 40:
+                break
+        assert choose_along(logits[at : at + 4], along, guesses) == wanted
+        assert along.ids == single.ids
+        lengths.add(len(wanted))
+        at += len(wanted)
+    assert {1, 4} <= lengths, "or this test says little"
+
+
+def test_along_guesses_until_scores_are_no_numbers() -> None:
+    logits = torch.zeros(3, 24)
+    logits[:, 5] = 1.0
+    logits[1, 3] = torch.nan
+    chooser = Chooser(Sampling(max_new_tokens=9, temperature=0), [1])
+    first, second = choose_along(logits, chooser, [5, 5])
+    assert isinstance(first, Choice) and first.token == 5
+    assert isinstance(second, Unusable)
+    assert chooser.ids == [1, 5]

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Guess = Annotated[bool, typer.Option(help="Guess tokens from what was said before, and check them together.")]
 Guesses = Annotated[
-    int | None, typer.Option(help="Most tokens guessed at a time; by default 6, of a draft 4.", min=1, metavar="N")
+    int | None,
+    typer.Option(
+        help="Most tokens guessed at a time; by default 6, and fewer where that is quicker.", min=1, metavar="N"
+    ),
 ]
 Kv = Annotated[str | None, typer.Option(help="int8: keys and values in 8 bits, for longer or more answers.")]
 Policy = Annotated[

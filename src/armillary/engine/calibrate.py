@@ -21,16 +21,21 @@ EXACT: dict[Weights, torch.dtype] = {"bf16": torch.bfloat16, "float16": torch.fl
 CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chosen
 
 
-def chosen_weights(network: Network, largest: Tensor, packed: Packed) -> Weights:
-    """The quickest of those that lose nothing."""
+def chosen_weights(network: Network, largest: Tensor, packed: Packed, loose: bool = False) -> Weights:
+    """The quickest of those that lose nothing; loose: of bf16 and int8, whatever they lose."""
     able: list[Weights] = ["float32", *(kind for kind, dtype in EXACT.items() if loses_nothing(network, dtype))]
+    if loose:
+        able = ["bf16", "int8"]
     if len(able) == 1:
-        return "float32"
-    if largest.numel() * 4 < ALONE or ("bf16" in able and tiles()):
-        return able[1]
-    # of one token and of sixteen: a step of few is not all that there is
-    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in (1, 16)) for kind in able}
-    quickest = min(reversed(able), key=lambda kind: times[kind])
+        return able[0]
+    if largest.numel() * 4 < ALONE:
+        return able[0] if loose else able[1]
+    if tiles() and not loose and "bf16" in able:
+        return "bf16"
+    # of one token and of sixteen: a step of few is not all that there is, but for a draft's
+    counts = (1,) if loose else (1, 16)
+    times = {kind: sum(seconds(largest, kind, packed, rows) for rows in counts) for kind in able}
+    quickest = min(reversed(able), key=times.__getitem__)
     for key in [key for key in packed if key[-1] in times and key[-1] != quickest]:
         del packed[key]
     return quickest

@@ -19,14 +19,15 @@ from torch import Tensor
 from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
-from armillary.engine.drafts import Drafter
+from armillary.engine.drafts import Drafter, Manner
+from armillary.engine.odds import Odds
 from armillary.engine.pace import Pace
 from armillary.engine.prefix import Match, Snapshot
 from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
 from armillary.engine.running import Running
-from armillary.engine.sampling import Choice, Chooser, Mark, choose, likeliest
+from armillary.engine.sampling import Choice, Chooser, Mark, choose, choose_along, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
@@ -37,6 +38,7 @@ from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
+GUESSES = 8  # at a time, of a drafter that does not say how many it makes
 
 
 class Engine:
@@ -97,6 +99,7 @@ class Engine:
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink
         )
         self.pace = Pace()
+        self.odds = Odds(getattr(drafter, "count", GUESSES))
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
@@ -238,6 +241,8 @@ class Engine:
         if answers and self.failures == failures:
             took = time.monotonic() - started
             self.pace.joined(len(answers), pieces, took) if pieces else self.pace.went(len(answers), took)
+            if self.drafter is not None and not pieces:
+                self.odds.went(sum(one.count for one in answers), sum(one.drafts for one in answers), took)
         apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
         for one in apart:
             self._compute([one])
@@ -273,7 +278,7 @@ class Engine:
         for progress in plan.preempted:
             run = self._runs[progress]
             self.recall.remember(run, progress.slot)
-            progress.computed = progress.drafts = 0
+            progress.computed = progress.drafts = run.asked = 0
             run.drafts = []
             if self.lossy:  # tokens that came one by one come back one by one
                 progress.stops = tuple(range(run.chooser.begun, len(run.ids)))
@@ -371,26 +376,28 @@ class Engine:
         if not ready:
             self.recall.paused(run)
             return
-        if bool(torch.isnan(logits).any()):
+        if run.answer.request.prompt_logprobs and bool(torch.isnan(logits).any()):
             self._end_now(run, "error", "the network gave no finite scores")
             return
-        guesses, given = run.drafts[: one.drafts], list[Choice]()
+        guesses = run.drafts[: one.drafts]
         run.drafts, progress.drafts = [], 0
-        for step in range(one.drafts + 1):
-            (choice,) = choose(logits[known - 1 + step][None], [run.chooser])
+        given = list[Choice]()
+        for choice in choose_along(logits[known - 1 :], run.chooser, guesses):
             if not isinstance(choice, Choice):
                 with self._lock:
                     self._fail(run, choice)
                 return
             given.append(choice)
-            ended = (
-                choice.token in run.chooser.ends or run.chooser.generated >= run.answer.request.sampling.max_new_tokens
-            )
-            if ended or step == one.drafts or choice.token != guesses[step]:
-                break
         right = len(given) - 1
         run.answer.drafted += one.drafts
         run.answer.accepted += right
+        if run.asked:
+            # an end cuts what is right short, and says nothing of the rest
+            made = right if right < one.drafts and given[-1].token == guesses[right] else one.drafts
+            chances = self.odds.chances(run.kind)
+            chances.saw(run.asked, made, right)
+            chances.learn(run.sure[:made], right)
+            run.asked = 0
         if right < one.drafts:
             self._forget(run, start + known + right, start, before)
         progress.computed = start + known + right
@@ -502,12 +509,34 @@ class Engine:
     def _guess(self) -> None:
         if self.drafter is None:
             return
-        for run in self._runs.values():
+        going = [run for run in self._runs.values() if run.progress.stage == "running" and run.progress.decoding]
+        for run in going:
             progress = run.progress
-            if progress.stage == "running" and progress.decoding and not run.drafts:
-                left = progress.limit - progress.known - 1
-                run.drafts = self.drafter.propose(run.ids, left) if left > 0 else []
-                progress.drafts = len(run.drafts)
+            if run.drafts:
+                continue
+            most, least = self.odds.count(run.kind, len(going))
+            most = min(most, progress.limit - progress.known - 1)
+            if most > 0:
+                started = time.perf_counter()
+                run.drafts, run.sure = self._guessed(run, most, least)
+                # not the time of a draft that first has to read what came while nobody asked it
+                if progress.known <= run.read + self.odds.most + 1:
+                    self.odds.asked(len(run.drafts), time.perf_counter() - started)
+                run.read, run.asked = progress.known, most if run.drafts else 0
+                if not run.drafts:
+                    self.odds.chances(run.kind).saw(most, 0, 0)
+            progress.drafts = len(run.drafts)
+
+    def _guessed(self, run: Running, most: int, least: float) -> tuple[list[int], list[float]]:
+        """Guesses, and what probabilities they are said to have."""
+        assert self.drafter is not None
+        write = getattr(self.drafter, "write", None)
+        if write is None:
+            return self.drafter.propose(run.ids, most), []
+        power = self.odds.chances(run.kind).power
+        manner = Manner(run.chooser.sampling, run.chooser.ahead(most), least, power)
+        found: tuple[list[int], list[float]] = write(run.ids, most, manner)
+        return found
 
     def _drive(self, answer: Answer) -> bool:
         """Somebody waits for an answer: go on, unless the engine goes by itself (False)."""

@@ -10,20 +10,27 @@ import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import exp
+from typing import NamedTuple, Protocol
 
 import torch
 
 from armillary.base.errors import InputError
 from armillary.engine.prefix import Match, Snapshot
 from armillary.engine.replay import Held
+from armillary.engine.sampling import Sampling, guess_one, row_of
 from armillary.engine.slots import Slots
+from armillary.native.choice import Row
 from armillary.nn.network import Network
 from armillary.text import Tokenizer
 
 
 class Drafter(Protocol):
-    """Guesses how a sequence goes on."""
+    """Guesses how a sequence goes on.
+
+    `count` says how many tokens it guesses at the most, if it has one. One that has `write`, too, is asked by it, with
+    what is known of how the tokens are chosen (`DraftModel`).
+    """
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that may follow `ids`; none if there is no good guess."""
@@ -52,6 +59,19 @@ class PromptLookup:
         return []
 
 
+class Manner(NamedTuple):
+    """How the tokens of an answer are chosen: what is asked, and the draws of the next ones. A guess is worth making if
+    that power of its probability, times that of those before it, is no less than `least`."""
+
+    sampling: Sampling
+    draws: Sequence[float]
+    least: float = 0.0
+    power: float = 1.0
+
+
+GREEDY = Sampling(temperature=0)
+
+
 @dataclass
 class _Row:
     """What the draft has read in one of its places: `ids`, the first `sure` of which were no guesses."""
@@ -62,19 +82,21 @@ class _Row:
 
 
 class DraftModel:
-    """A small network with the same vocabulary writes on greedily (Leviathan, Kalman & Matias 2023, Fast
-    Inference from Transformers via Speculative Decoding).
+    """A small network with the same vocabulary writes on (Leviathan, Kalman & Matias 2023, Fast Inference from
+    Transformers via Speculative Decoding). Where tokens are drawn it draws by the same numbers, so that it lands on the
+    same token where the two distributions are alike.
 
-    count: most tokens guessed; sure: it stops guessing where its own likeliest token has less than this
-    probability; rows: sequences whose states it keeps; weights: how they are held (`Engine`): no loss in them can
-    change an answer; vocabulary: entries that may be guessed, where the draft has more of them (padding).
+    count: most tokens guessed; sure: it stops guessing where its own token has less than this probability; rows:
+    sequences whose states it keeps; weights: how they are held (`Engine`): no loss in them can change an answer, so
+    that auto is bf16 or int8, whichever is quicker; vocabulary: entries that may be guessed, where the draft has more
+    of them (padding).
     """
 
     def __init__(
         self,
         network: Network,
-        count: int = 4,
-        sure: float = 0.3,
+        count: int = 6,
+        sure: float = 0.0,
         *,
         rows: int = 16,
         weights: Held = "auto",
@@ -83,40 +105,58 @@ class DraftModel:
         _check_form(network.settings.form)
         self.network, self.count, self.sure, self.vocabulary = network, count, sure, vocabulary
         self._known = network.settings.vocabulary or 0
-        self._slots = Slots(network, rows, network.settings.context, weights=weights)
+        self._slots = Slots(network, rows, network.settings.context, weights=weights, loose=True)
         self._rows = {place: _Row() for place in range(rows)}  # the one used longest ago first
         self._lock = threading.Lock()  # several engines may ask
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        with self._lock, torch.no_grad():
-            return self._propose(ids, most)
+        return self.write(ids, most, Manner(GREEDY, [0.0] * most))[0]
 
-    def _propose(self, ids: Sequence[int], most: int) -> list[int]:
-        text, most = list(ids), min(most, self.count)
+    def write(self, ids: Sequence[int], most: int, manner: Manner) -> tuple[list[int], list[float]]:
+        """As `propose`, for tokens that are chosen like this, and what probability it gives each."""
+        with self._lock, torch.no_grad():
+            return self._write(ids, most, manner)
+
+    def _write(self, ids: Sequence[int], most: int, manner: Manner) -> tuple[list[int], list[float]]:
+        text, most = list(ids), min(most, self.count, len(manner.draws))
         # the last guess is not read before it is known to be right
         if most < 1 or len(text) + most - 1 > self._slots.capacity:
-            return []
+            return [], []
         place = self._resumed(text)
         row = self._rows[place]
         unread = text[len(row.ids) :]
         if max(unread) >= self._known:  # an entry that no text has: the model's own padding
-            return []
-        logits = self._slots.extend([place], [unread])[0, 0]
-        row.ids, row.sure = text, len(text)
+            return [], []
+        draws, choice = manner.draws[:most], row_of(manner.sampling)
+        if self._slots.divisible and self._slots.replay is not None:
+            found = self._slots.replay.go_on(
+                place, unread, choice, draws, bounds=(self.sure, *manner[2:]), vocabulary=self.vocabulary
+            )
+            if found is not None:
+                row.ids, row.sure = text + found[0][: most - 1], len(text)
+                return found
+        return self._step_by_step(place, text, unread, choice, manner._replace(draws=draws))
+
+    def _step_by_step(
+        self, place: int, text: list[int], unread: list[int], choice: Row, manner: Manner
+    ) -> tuple[list[int], list[float]]:
+        """As `Replay.go_on` does, in plain steps."""
+        row, found, sure = self._rows[place], list[int](), list[float]()
+        logits = self._slots.extend([place], [unread])[0]
+        row.ids, row.sure, chance = text, len(text), 1.0
         if not self._slots.divisible:
             row.before = self._slots.snapshot(place)
-        found: list[int] = []
-        while True:
-            scores = logits[: self.vocabulary].float()
-            best, token = scores.max(-1)
-            if float(torch.exp(best - torch.logsumexp(scores, -1))) < self.sure:
+        for draw in manner.draws:
+            if found:
+                logits = self._slots.extend([place], [found[-1:]])[0]
+                row.ids = [*row.ids, found[-1]]
+            token, logprob = guess_one(logits, manner.sampling, choice, draw, self.vocabulary)
+            chance *= exp(logprob)
+            if exp(logprob) < self.sure or chance**manner.power < manner.least:
                 break
-            found.append(int(token))
-            if len(found) == most:
-                break
-            logits = self._slots.extend([place], [found[-1:]])[0, 0]
-            row.ids = [*row.ids, found[-1]]
-        return found
+            found.append(token)
+            sure.append(exp(logprob))
+        return found, sure
 
     def _resumed(self, text: list[int]) -> int:
         """The place with the longest beginning of the text, and no more than that, in its state."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from armillary.base.errors import InputError, UnsupportedError
 from armillary.checkpoints.mapped import forget
 from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing
 from armillary.native import available
+from armillary.native.choice import Row
 from armillary.native.tape import Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
@@ -35,9 +36,12 @@ PIECE = 64  # tokens that the tape takes at a time, where no other way to read a
 _packed: weakref.WeakKeyDictionary[Network, Packed] = weakref.WeakKeyDictionary()
 
 
-def replay(network: Network, state: NetworkState, capacity: int, weights: Held = "auto") -> Replay | None:
+def replay(
+    network: Network, state: NetworkState, capacity: int, weights: Held = "auto", loose: bool = False
+) -> Replay | None:
     """What takes the steps of such a network, or None where they stay plain: `plain` was asked for, or
-    nothing has a native step here. Says so where other weights than those of the model were asked for."""
+    nothing has a native step here. Says so where other weights than those of the model were asked for. loose: "auto"
+    may be what loses something."""
     if weights not in get_args(Held):
         raise InputError(f"weights cannot be held in '{weights}'", hint=f"one of {', '.join(get_args(Held))}")
     if weights == "plain":
@@ -46,7 +50,7 @@ def replay(network: Network, state: NetworkState, capacity: int, weights: Held =
     why = "" if available() else "there is no native library"
     if not why:
         try:
-            made = Replay(network, state, capacity, weights)
+            made = Replay(network, state, capacity, weights, loose)
             if not made.tape.native_parts and not asked:
                 return None
             if asked and made.tape.plain:
@@ -63,14 +67,16 @@ def replay(network: Network, state: NetworkState, capacity: int, weights: Held =
 class Replay:
     """The tape of one network over one state."""
 
-    def __init__(self, network: Network, state: NetworkState, capacity: int, weights: Held) -> None:
+    def __init__(
+        self, network: Network, state: NetworkState, capacity: int, weights: Held, loose: bool = False
+    ) -> None:
         self.network, self.state, self.capacity = network, state, capacity
         if any(type(parameter.data) is not Tensor for parameter in network.parameters()):
             raise NoStep("its parameters are not plain tensors, or lie in several processes")
         packed = _packed.setdefault(network, {})
         assert weights != "plain"
         largest = _largest(network, state, capacity)
-        self.weights: Weights = chosen_weights(network, largest, packed) if weights == "auto" else weights
+        self.weights: Weights = chosen_weights(network, largest, packed, loose) if weights == "auto" else weights
         # weights that plain steps do not see
         self.other = self.weights in ("int8", "int4") or (
             weights in EXACT and not loses_nothing(network, EXACT[weights])
@@ -126,12 +132,8 @@ class Replay:
         last: bool = True,
         side: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """As `Slots.extend`."""
-        if self._seen is None:
-            self._seen = self.state.lengths.tolist()
-            if not self.tape.fits():
-                self.tape = self._recorded()
-        seen, found = self._seen, list[list[Tensor]]([] for _ in rows)
+        """As `Slots.extend`, often in memory that the next call overwrites."""
+        seen, found = self._counted(), list[list[Tensor]]([] for _ in rows)
         if any(seen[row] + len(chunk) > self.capacity for row, chunk in zip(rows, chunks, strict=True)):
             raise UnsupportedError(f"a sequence is longer than the {self.capacity} tokens that its row holds")
         done = [0] * len(rows)
@@ -157,11 +159,42 @@ class Replay:
                 seen[row] += count
             if len(owners) == len(rows) and not any(found) and last:
                 return logits[:, None]
+            if len(rows) == 1 and len(owners) == len(chunks[0]):
+                return logits[None]
             for line, at in zip(logits.clone(), owners, strict=True):
                 found[at].append(line)
         longest = max(len(lines) for lines in found)
         blank = torch.zeros(logits.shape[1])
         return torch.stack([torch.stack(lines + [blank] * (longest - len(lines))) for lines in found])
+
+    def _counted(self) -> list[int]:
+        if self._seen is None:
+            self._seen = self.state.lengths.tolist()
+            if not self.tape.fits():
+                self.tape = self._recorded()
+        return self._seen
+
+    def go_on(
+        self, row: int, chunk: Sequence[int], choice: Row, draws: Sequence[float], **more: Any
+    ) -> tuple[list[int], list[float]] | None:
+        """The chunk of a row, and what it writes on (`Tape.go_on`); None, and nothing done, where that cannot be by one
+        native call."""
+        seen = self._counted()
+        if self.tape.plain or len(chunk) > (1 if self.tape.single else self.tape.rows):
+            return None
+        if seen[row] + len(chunk) + len(draws) - 1 > self.capacity:
+            return None
+        found, sure = self.tape.go_on(row, seen[row], chunk, choice, draws, **more)
+        seen[row] += len(chunk) + len(found) - (len(found) == len(draws))
+        return found, sure
+
+    def go_back(self, row: int, length: int) -> bool:
+        """Forget the tokens of a row from `length` on, if that is all there is to do: where every state is one whose
+        tokens' entries stand on their own, and they are counted here now."""
+        if self._seen is None or self.tape.plain:
+            return False
+        self._seen[row] = length
+        return True
 
     def settle(self) -> None:
         """Let the states know what was taken in."""

@@ -25,11 +25,19 @@ class Running:
     adapter: Adapter | None = None
     match: Match = field(default_factory=Match)
     drafts: list[int] = field(default_factory=list)
+    sure: list[float] = field(default_factory=list)  # their probabilities, if they are told
+    asked: int = 0  # guesses that were asked for when `drafts` were made
+    read: int = 0  # tokens that were known when somebody was last asked for guesses
     followers: list[Running] = field(default_factory=list)
 
     @property
     def ids(self) -> list[int]:
         return self.chooser.ids
+
+    @property
+    def kind(self) -> str:
+        """Answers whose guesses are right about as often."""
+        return "greedy" if self.chooser.greedy else "drawn"
 
     @property
     def network(self) -> Network | None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from ctypes import c_float
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -143,7 +145,7 @@ class Chooser:
         self.greedy = c_float(sampling.temperature).value == 0  # in the precision in which scores are divided
         # A fixed odd multiplier keeps the streams of neighbouring sequences and seeds apart.
         self._generator = torch.Generator().manual_seed((sampling.seed * 0x9E3779B1 + stream) & 0x7FFFFFFF_FFFFFFFF)
-        self._draws: Iterator[float] = iter(())
+        self._draws = deque[float]()  # drawn and not used yet
         self.ids = list(prompt)
         self.begun = len(self.ids)
         self.plain = sampling.plain and not self.steps and mark is None
@@ -158,11 +160,19 @@ class Chooser:
 
     def draw(self) -> float:
         """The next number in [0, 1) of its own stream, which is drawn ahead."""
-        found = next(self._draws, None)
-        if found is None:
-            self._draws = iter(torch.rand(AHEAD, dtype=torch.float64, generator=self._generator).tolist())
-            found = next(self._draws)
-        return found
+        self._drawn(1)
+        return self._draws.popleft()
+
+    def ahead(self, count: int) -> list[float]:
+        """The next numbers that it will draw, 0 for those of greedy choices."""
+        if self.greedy:
+            return [0.0] * count
+        self._drawn(count)
+        return list(islice(self._draws, count))
+
+    def _drawn(self, count: int) -> None:
+        while len(self._draws) < count:
+            self._draws.extend(torch.rand(AHEAD, dtype=torch.float64, generator=self._generator).tolist())
 
     def stepped(self, scores: Tensor) -> Tensor:
         """Scores [V] float32, which may be changed, with constraints applied."""
@@ -257,6 +267,17 @@ class Tally:
         self.counts[place] += 1.0
 
 
+def row_of(asked: Sampling) -> Row:
+    """For the C library: temperature and filters, nothing else."""
+    return Row(
+        temperature=asked.temperature,
+        top_k=asked.top_k or 0,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        least=-math.inf if asked.min_p is None else math.log(asked.min_p),
+        repetition=1.0,
+    )
+
+
 class _Row:
     """A chooser's row for the C library: what stays is written once, what moves before every choice."""
 
@@ -266,21 +287,12 @@ class _Row:
         self._bias_ids, self._biases = array("q", asked.logit_bias), array("f", asked.logit_bias.values())
         self._ends = array("q", chooser.ends_within(vocabulary))
         self._scores: Tensor | None = None  # there until the choice is made
-        self.row = Row(
-            temperature=asked.temperature,
-            tops=asked.alternatives,
-            top_k=asked.top_k or 0,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            least=-math.inf if asked.min_p is None else math.log(asked.min_p),
-            repetition=asked.repetition_penalty,
-            presence=asked.presence_penalty,
-            frequency=asked.frequency_penalty,
-            biased_ids=self._bias_ids.buffer_info()[0],
-            biases=self._biases.buffer_info()[0],
-            biased=len(self._biases),
-            end_ids=self._ends.buffer_info()[0],
-            ends=len(self._ends),
-        )
+        self.row = row_of(asked)
+        self.row.tops, self.row.repetition = asked.alternatives, asked.repetition_penalty
+        self.row.presence, self.row.frequency = asked.presence_penalty, asked.frequency_penalty
+        self.row.biased_ids, self.row.biased = self._bias_ids.buffer_info()
+        self.row.biases = self._biases.buffer_info()[0]
+        self.row.end_ids, self.row.ends = self._ends.buffer_info()
 
     def shape(self, chooser: Chooser, logits: Tensor, at: int) -> None:
         """What the answer has come to."""
@@ -324,6 +336,53 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Excepti
             top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
             found[at] = _chosen(choosers[at], token, logprob, top)
     return [found[at] for at in range(len(choosers))]
+
+
+def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> list[Choice | Exception]:
+    """Tokens of one sequence from logits [guesses + 1, V] of its last token and of guesses behind it: as `choose` row
+    by row, for as long as the token chosen is the one that was guessed and no end."""
+    found = list[Choice | Exception]()
+    given = None
+    if chooser.plain and not chooser.sampling.alternatives and (scores := sheet(logits)) is not None:
+        count = len(guesses) + 1
+        given = choose_rows(scores, [chooser.row(logits, 0)] * count, range(count), chooser.ahead(count))
+    for step in range(len(guesses) + 1):
+        if given is None:
+            (choice,) = choose(logits[step : step + 1], [chooser])
+        else:
+            problem, token, logprob = given[step]
+            if not chooser.greedy:
+                chooser.draw()
+            choice = _unusable(problem) if problem else _chosen(chooser, token, logprob, ())
+        found.append(choice)
+        if (
+            not isinstance(choice, Choice)
+            or step == len(guesses)
+            or choice.token != guesses[step]
+            or choice.token in chooser.ends
+            or chooser.generated >= chooser.sampling.max_new_tokens
+        ):
+            break
+    return found
+
+
+def guess_one(logits: Tensor, asked: Sampling, row: Row, draw: float, vocabulary: int | None) -> tuple[int, float]:
+    """The token that one row of logits gives by temperature and filters alone, and its log-probability under them
+    unfiltered, of the first `vocabulary` entries; row: `row_of` what is asked."""
+    scores = sheet(logits)
+    if scores is not None:
+        if vocabulary is not None:
+            scores = scores._replace(width=min(vocabulary, scores.width))
+        ((problem, token, logprob),) = choose_rows(scores, [row], [0], [draw])
+        return (0, -math.inf) if problem else (token, logprob)
+    line = logits.reshape(1, -1)[:, :vocabulary].float()
+    own = torch.log_softmax(line, -1)
+    if c_float(asked.temperature).value == 0:
+        token = int(line.argmax())
+    else:
+        token = int(_draw(filtered((line - line.amax(-1, keepdim=True)) / asked.temperature, asked), [draw])[0])
+    logprob = float(own[0, token])
+    return (0, -math.inf) if math.isnan(logprob) else (token, logprob)
 
 
 def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:

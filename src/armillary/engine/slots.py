@@ -22,16 +22,24 @@ from armillary.nn.taps import Taps
 
 
 class Slots:
-    """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept."""
+    """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept; loose: weights "auto"
+    may lose something (of a draft)."""
 
     replay: Replay | None = None  # takes the steps that it is better at
 
     def __init__(
-        self, network: Network, count: int, capacity: int, cache: Cache | None = None, *, weights: Held = "auto"
+        self,
+        network: Network,
+        count: int,
+        capacity: int,
+        cache: Cache | None = None,
+        *,
+        weights: Held = "auto",
+        loose: bool = False,
     ) -> None:
         self.network, self.count, self.capacity, self.cache = network, count, capacity, cache
         self.state = network.init_state(count, capacity, cache=cache)
-        self.replay = replay(network, self.state, capacity, weights)
+        self.replay = replay(network, self.state, capacity, weights, loose)
         self.blank = self._blank(network)
         spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
         self.each = -(-spans // (count * capacity))  # bytes per token
@@ -139,6 +147,8 @@ class Slots:
 
     def go_back(self, row: int, length: int, snapshot: Snapshot) -> None:
         """Forget the tokens from `length` on; snapshot: of that moment."""
+        if self.divisible and self.replay is not None and self.replay.go_back(row, length):
+            return
         self.settle()
         kept = self.state.lengths.clone()
         kept[row] = length

@@ -4,33 +4,11 @@
  * another one only where a draw, or a filter's bound, lies within about 1e-6 of the border between two. What a row
  * gives does not depend on the other rows, nor on threads. Sums are of double precision.
  */
+#include "choice.h"
 #include "mirror.h"
 #include "wide.h"
 
-enum { BLOCK = 1024, TOP = 20, HIGH = 2048, LOW = 1024, NEAR = 16 };
-enum { FINE, NOT_FINITE, NOTHING_LEFT };
-enum { LEAVE, FORBID, FORBID_UNLESS_ALL, ADD_TO };
-
-/* Row of native/choice.py. scores: what is drawn from in place of the row's logits, or NULL; temperature 0: the
- * likeliest; top_k 0, top_p 1, least -inf: no filter. least: log(min_p). Changes to the scores come in this order: bias,
- * repetition of what was seen, presence and frequency of what was generated, ends. */
-typedef struct {
-    const float *scores;
-    double top_p;
-    float temperature, least, repetition, presence, frequency, end_amount;
-    int32_t end_rule, tops;
-    int64_t top_k, biased, seen, counted, ends;
-    const int64_t *biased_ids, *seen_ids, *counted_ids, *end_ids;
-    const float *biases, *counts;
-    int32_t top_ids[TOP];
-    float top_logprobs[TOP];
-} row_t;
-
-/* Of one row: small whole numbers are exact. */
-typedef struct {
-    double problem, token, logprob;
-} found_t;
-
+enum { BLOCK = 1024, HIGH = 2048, LOW = 1024, NEAR = 16 };
 /* e^(z - peak) of each score, 0 below e^-87, and the sum of every block; returns the whole sum. NaN gives NaN. */
 static double weigh(const float *z, int64_t n, float peak, float *e, double *sums) {
     double whole = 0.0;
@@ -301,8 +279,6 @@ static found_t choose_one(row_t *row, const void *logits, double draw, int64_t n
     return (found_t){FINE, (double)token, (double)x[token] - base};
 }
 
-/* A token for each of the rows: row i is that at places[i] of scores of `width` each, float32 or bf16, `step` bytes
- * apart. Returns 0, or 1 when there is no memory. */
 int32_t choose_rows(row_t *const *rows, const int64_t *places, const double *draws, found_t *found, int64_t count,
                     const char *logits, int64_t step, int64_t width, int32_t bf16, int32_t threads) {
     int64_t blocks = (width + BLOCK - 1) / BLOCK, line = sizeof(float) * (size_t)(width * (bf16 ? 4 : 3));

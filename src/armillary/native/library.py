@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c", "choice.c", "pack.c"))
+SOURCES = tuple(
+    FOLDER / name for name in ("kernels.c", "conv.c", "scan.c", "decay.c", "tape.c", "choice.c", "write.c", "pack.c")
+)
 # Sums may be reordered, which vectorising needs. Not -ffast-math: linking with it would make the whole
 # process flush subnormal numbers to zero.
 MATHEMATICS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")

@@ -116,28 +116,40 @@ INLINE void int4_tile(const int rows, const op_t *op, const prepared_t *p, int64
     finish(op, whole[0], 1, rows, p->scales + row, y, block, columns);
 }
 
-/* One row takes four blocks at a time, several rows as many sums as there are registers for. */
+/* One row takes four blocks at a time. Of several, as many go together as there are registers for sums, and with them
+ * as many blocks as then still fit: a line of weights is read once for all of them. More rows go in passes of about
+ * the same size. */
 #if defined(__AVX512F__)
-#define MORE_ROWS(CALL, B) for (; r + 8 <= rows; r += 8) CALL(B, 8)
-enum { SIDE_BY_SIDE = 2 };
+enum { MOST = 8, FEW = 6, SIDE_OF_FEW = 4, SIDE_OF_MORE = 3 };
+#define MORE_ROWS(CALL, B) SOME(CALL, B, 5) SOME(CALL, B, 6) SOME(CALL, B, 7) SOME(CALL, B, 8)
+#elif defined(__AVX2__)
+enum { MOST = 6, FEW = 2, SIDE_OF_FEW = 2, SIDE_OF_MORE = 1 };
+#define MORE_ROWS(CALL, B) SOME(CALL, B, 5) SOME(CALL, B, 6)
 #else
+enum { MOST = 4, FEW = 1, SIDE_OF_FEW = 1, SIDE_OF_MORE = 1 };
 #define MORE_ROWS(CALL, B)
-enum { SIDE_BY_SIDE = 1 };
 #endif
-#define ROWS(CALL, B)                                        \
-    {                                                        \
-        int64_t r = 0;                                       \
-        MORE_ROWS(CALL, B);                                  \
-        for (; r + 4 <= rows; r += 4) CALL(B, 4);            \
-        for (; r < rows; r++) CALL(B, 1);                    \
-    }
-#define BLOCKS(CALL)                                                                              \
-    {                                                                                             \
-        int64_t block = columns.first / BLOCK, stop = (columns.stop + BLOCK - 1) / BLOCK, r = 0;  \
-        if (rows == 1)                                                                            \
-            for (; block + 4 <= stop; block += 4) CALL(4, 1);                                     \
-        for (; block + SIDE_BY_SIDE <= stop; block += SIDE_BY_SIDE) ROWS(CALL, SIDE_BY_SIDE)      \
-        for (; block < stop; block++) ROWS(CALL, 1)                                               \
+#define SOME(CALL, B, R)                                                                  \
+    case R:                                                                               \
+        if (B == 1 || (B == SIDE_OF_FEW ? R <= FEW : R >= FEW)) CALL(B, R); \
+        break;
+#define ROWS(CALL, B)                                                                     \
+    for (int64_t r = 0, some, left = passes; left > 0; left--, r += some)                 \
+        switch (some = (rows - r + left - 1) / left) {                                    \
+            SOME(CALL, B, 1) SOME(CALL, B, 2) SOME(CALL, B, 3) SOME(CALL, B, 4)           \
+            MORE_ROWS(CALL, B)                                                            \
+        }
+#define BLOCKS(CALL)                                                                      \
+    {                                                                                     \
+        int64_t block = columns.first / BLOCK, stop = (columns.stop + BLOCK - 1) / BLOCK; \
+        int64_t passes = (rows + MOST - 1) / MOST, few = rows <= passes * FEW;            \
+        if (rows == 1)                                                                    \
+            for (int64_t r = 0; block + 4 <= stop; block += 4) CALL(4, 1);                \
+        else if (few)                                                                     \
+            for (; block + SIDE_OF_FEW <= stop; block += SIDE_OF_FEW) ROWS(CALL, SIDE_OF_FEW) \
+        else                                                                              \
+            for (; block + SIDE_OF_MORE <= stop; block += SIDE_OF_MORE) ROWS(CALL, SIDE_OF_MORE) \
+        for (; block < stop; block++) ROWS(CALL, 1)                                       \
     }
 
 static void f32_product(const op_t *op, const float *x, float *y, int64_t rows, range_t columns) {
@@ -168,6 +180,7 @@ static void int8_product(const op_t *op, void *x, float *y, int64_t rows, range_
 static void int4_product(const op_t *op, void *x, float *y, int64_t rows, range_t columns) {
     prepared_t p = prepared(x, INT4, op->n[0], rows);
 #define CALL(B, R) int4_tile(R, op, &p, r, y + r * op->n[1], block, columns)
+    int64_t passes = (rows + MOST - 1) / MOST;
     for (int64_t block = columns.first / BLOCK; block * BLOCK < columns.stop; block++) ROWS(CALL, 1)
 #undef CALL
 }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from armillary.native.choice import Row
 from armillary.native.library import function, members
 from armillary.native.pack import GROUP, KINDS, Kind, pack_int4, pack_int8, unpack_int4, unpack_int8
 
@@ -143,6 +144,10 @@ _MIRROR = (
         **members("call_t", Call),
     },
 )
+_WRITE = [
+    *(POINTER(Record), c_int64, POINTER(Call), c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
+    *(c_double, c_double, c_double, POINTER(c_int64), POINTER(c_double)),
+]
 
 
 class Program:
@@ -154,6 +159,28 @@ class Program:
 
     def run(self, call: Call, threads: int) -> None:
         self._run(self.records, len(self.records), byref(call), threads)
+
+    def go_on(
+        self,
+        call: Call,
+        threads: int,
+        scores: tuple[int, int],
+        row: Row,
+        draws: Sequence[float],
+        bounds: tuple[float, float, float],
+    ) -> tuple[list[int], list[float]]:
+        """Tokens, one for each draw or fewer, each by the scores of the run before it, and their probabilities
+        (write.c). scores: where they come to stand, and how many are chosen from; bounds: sure, least, power."""
+        run = function("tape_write", _WRITE, c_int64)
+        most = len(draws)
+        found, sure, given = (c_int64 * most)(), (c_double * most)(), (c_double * most)(*draws)
+        made = run(
+            *(self.records, len(self.records), byref(call), threads, *scores, byref(row), given, most),
+            *(*bounds, found, sure),
+        )
+        if made < 0:
+            raise MemoryError("no memory for the choice of tokens")
+        return found[:made], sure[:made]
 
     def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""

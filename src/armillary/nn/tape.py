@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from armillary.native.choice import Row
 from armillary.native.tape import (
     ACTIVATIONS,
     KINDS,
@@ -108,6 +109,7 @@ class Tape(Buffers):
         self._angles: dict[Any, Buffer] = {}
         self._picked = False
         self._into = np.zeros((4, rows), np.int64)
+        self._at: int = self._into.ctypes.data
 
     # -- records
 
@@ -500,12 +502,7 @@ class Tape(Buffers):
         """Take in tokens, those of a sequence one after another and the sequences' rows ascending; returns
         the scores [len(picked), V] of those asked for, in memory that the next call overwrites."""
         count = len(ids)
-        assert 0 < count <= self.rows
-        for line, values in enumerate((slots, places, ids, picked)):
-            self._into[line, : len(values)] = values
-        base, line_ = self._into.ctypes.data, self._into.strides[0]
-        room = self._room.data_ptr()
-        call = Call(count, len(picked), self.scratch, room, base + 2 * line_, base, base + line_, base + 3 * line_)
+        call = self._call(slots, places, ids, picked)
         turn: Turn | None = None
         for part in self._program:
             if isinstance(part, Program):
@@ -517,6 +514,47 @@ class Tape(Buffers):
                 part(turn)
         width = self._logits.width
         return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
+
+    def _call(self, slots: Sequence[int], places: Sequence[int], ids: Sequence[int], picked: Sequence[int]) -> Call:
+        count = len(ids)
+        assert 0 < count <= self.rows
+        for line, values in enumerate((slots, places, ids, picked)):
+            self._into[line, : len(values)] = values
+        base, line_ = self._at, self._into.strides[0]
+        return Call(
+            count,
+            len(picked),
+            self.scratch,
+            self._room.data_ptr(),
+            base + 2 * line_,
+            base,
+            base + line_,
+            base + 3 * line_,
+        )
+
+    def go_on(
+        self,
+        slot: int,
+        start: int,
+        ids: Sequence[int],
+        row: Row,
+        draws: Sequence[float],
+        *,
+        bounds: tuple[float, float, float],
+        vocabulary: int | None = None,
+    ) -> tuple[list[int], list[float]]:
+        """Takes in tokens of one sequence, of which `start` are there, and writes on: a token for each draw, and their
+        probabilities, or fewer where one lies below a bound, or a power of the product of all below another (bounds:
+        both, and the power). All of them but the last one have then been taken in, or where it stopped before the last
+        draw, all. row: how they are chosen, of the first `vocabulary` entries. Only where all branches have native
+        steps."""
+        count = len(ids)
+        call = self._call([slot] * count, range(start, start + count), ids, [count - 1])
+        (program,) = self._program
+        assert isinstance(program, Program)
+        width = self._logits.width
+        scores = self._logits.at, width if vocabulary is None else min(width, vocabulary)
+        return program.go_on(call, self.threads, scores, row, draws, bounds)
 
 
 def kind_of(held: Tensor) -> Kind:

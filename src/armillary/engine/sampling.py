@@ -22,7 +22,7 @@ from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
-from armillary.native.choice import Ends, Problem, Row, choose_rows, sheet
+from armillary.native.choice import Ends, Problem, Row, Rows, Sheet, sheet
 
 
 class Sampling(Settings):
@@ -300,33 +300,85 @@ class _Row:
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
     """One token for each row of logits [n, V] or [n, 1, V], by the chooser of the row; or what went wrong with that
     row: Unusable where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
-    scores = sheet(logits)
-    if scores is None:
-        return choose_plain(logits, choosers)
-    found: dict[int, Choice | Exception] = {}
-    rows, places, draws = list[Row](), list[int](), list[float]()
-    for at, chooser in enumerate(choosers):
-        if chooser.mark is not None:
-            (found[at],) = choose_plain(logits[at : at + 1], [chooser])
-            continue
-        try:
-            rows.append(chooser.row(logits, at))
-        except Exception as error:
-            found[at] = error
-            continue
-        places.append(at)
-        draws.append(0.0 if chooser.greedy else chooser.draw())
-    for at, row, (problem, token, logprob) in zip(places, rows, choose_rows(scores, rows, places, draws), strict=True):
-        if problem:
-            found[at] = _unusable(problem)
+    return Choosers(choosers).choose(logits)
+
+
+class Choosers:
+    """The choosers of sequences that go on together, step after step: what stays the same is set out once."""
+
+    def __init__(self, choosers: Sequence[Chooser]) -> None:
+        self._choosers = list(choosers)
+        self._moving = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.plain]
+        self._together = not any(chooser.steps or chooser.mark is not None for _, chooser in self._moving)
+        self._drawing = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.greedy]
+        self._rows: Rows | None = None
+        self._logits: Tensor | None = None
+        self._sheet: Sheet | None = None
+
+    def choose(self, logits: Tensor) -> list[Choice | Exception]:
+        """As `choose` above."""
+        if logits is not self._logits:  # a tape gives the same tensor again and again
+            self._logits, self._sheet = logits, sheet(logits)
+        scores = self._sheet
+        if scores is None:
+            return choose_plain(logits, self._choosers)
+        if not self._together:
+            return self._one_by_one(logits, scores)
+        rows = self._rows
+        if rows is None:
+            try:
+                made = [chooser.row(logits, at) for at, chooser in enumerate(self._choosers)]
+            except InputError:
+                self._together = False
+                return self._one_by_one(logits, scores)
+            rows = self._rows = Rows(made, range(len(made)))
         else:
-            wanted = min(row.tops, scores.width)
-            top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
-            found[at] = _chosen(choosers[at], token, logprob, top)
-    return [found[at] for at in range(len(choosers))]
+            for at, chooser in self._moving:
+                chooser.row(logits, at)
+        draws = rows.draws
+        for at, chooser in self._drawing:
+            draws[at] = chooser.draw()
+        found = iter(rows.choose(scores))
+        return [
+            _chosen(chooser, row, scores.width, problem, token, logprob)
+            for chooser, row, problem, token, logprob in zip(self._choosers, rows.rows, found, found, found, strict=True)
+        ]
+
+    def _one_by_one(self, logits: Tensor, scores: Sheet) -> list[Choice | Exception]:
+        """Where what is asked of one may fail, or needs its scores first."""
+        found: dict[int, Choice | Exception] = {}
+        rows, places = list[Row](), list[int]()
+        for at, chooser in enumerate(self._choosers):
+            if chooser.mark is not None:
+                (found[at],) = choose_plain(logits[at : at + 1], [chooser])
+                continue
+            try:
+                rows.append(chooser.row(logits, at))
+            except Exception as error:
+                found[at] = error
+                continue
+            places.append(at)
+        given = Rows(rows, places)
+        for place, at in enumerate(places):
+            given.draws[place] = 0.0 if self._choosers[at].greedy else self._choosers[at].draw()
+        each = iter(given.choose(scores))
+        for at, row, problem, token, logprob in zip(places, rows, each, each, each, strict=True):
+            found[at] = _chosen(self._choosers[at], row, scores.width, problem, token, logprob)
+        return [found[at] for at in range(len(self._choosers))]
 
 
-def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
+def _chosen(
+    chooser: Chooser, row: Row, width: int, problem: float, token: float, logprob: float
+) -> Choice | Exception:
+    """What the C library found for a row."""
+    if problem:
+        return _unusable(int(problem))
+    wanted = row.tops if row.tops < width else width
+    top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
+    return _accepted(chooser, int(token), logprob, top)
+
+
+def _accepted(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
     try:
         chooser.accept(token)
     except Exception as error:
@@ -382,7 +434,7 @@ def choose_plain(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | E
     for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
         if row not in found:
             wanted = chooser.sampling.alternatives
-            found[row] = _chosen(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
+            found[row] = _accepted(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
     return [found[row] for row in range(len(choosers))]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
 
@@ -119,15 +119,17 @@ class Program:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = (Record * len(records))(*records)
-        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64])
+        self._given = addressof(self.records), len(records)
+        self._run = function("tape_run", [c_void_p, c_int64, c_void_p, c_int64])
 
-    def run(self, call: Call, threads: int) -> None:
-        self._run(self.records, len(self.records), byref(call), threads)
+    def run(self, call: int, threads: int) -> None:
+        """call: where a `Call` lies."""
+        self._run(*self._given, call, threads)
 
-    def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
+    def run_in_turn(self, call: int, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""
-        run = function("tape_run_in_turn", [POINTER(Record), c_int64, POINTER(Call), c_int64, c_int64])
-        run(self.records, len(self.records), byref(call), threads, int(back))
+        run = function("tape_run_in_turn", [c_void_p, c_int64, c_void_p, c_int64, c_int64])
+        run(*self._given, call, threads, int(back))
 
 
 def attend_floats(width: int) -> int:

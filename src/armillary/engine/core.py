@@ -270,12 +270,13 @@ class Engine:
 
     def _answers(self, calls: list[Together], pieces: Sequence[tuple[int, int]] = ()) -> None:
         """Running answers go on, and the pieces of prompts that joined them."""
-        failures, started = self.failures, time.monotonic()
+        failures, started, rows = self.failures, time.monotonic(), 0
         for call in calls:
+            rows += len(call.rows)
             self._compute(call)
         if calls and self.failures == failures:
-            took, answers = time.monotonic() - started, sum(len(call.works) for call in calls) - len(pieces)
-            self.pace.joined(answers, pieces, took) if pieces else self.pace.went(answers, took)
+            took = time.monotonic() - started
+            self.pace.joined(rows - len(pieces), pieces, took) if pieces else self.pace.went(rows, took)
 
     def _budget(self) -> int:
         """How many prompt tokens the next step may take."""

@@ -106,6 +106,7 @@ class Mark(Protocol):
 
 
 AHEAD = 64  # numbers that are drawn at a time
+AGES = 1 << 40  # more choices than there will be
 
 
 class Choice(NamedTuple):
@@ -151,6 +152,20 @@ class Chooser:
         self.counted = Tally(() if sampling.presence_penalty or sampling.frequency_penalty else None)
         self.bounded = bool(self.ends) and (sampling.min_new_tokens > 0 or sampling.target_new_tokens is not None)
         self._row: _Row | None = None
+        # whether anything but the text itself hears of a token
+        self.told = bool(self.steps) or self.mark is not None or self.seen.counts_any or self.counted.counts_any
+
+    @property
+    def unmoved(self) -> int:
+        """For how many choices after the next one its row stays as it is."""
+        if self.steps or self.seen.counts_any or self.counted.counts_any:
+            return 0
+        if not self.bounded:
+            return AGES
+        left = self.sampling.min_new_tokens - self.generated
+        if self.sampling.target_new_tokens is not None:
+            return max(0, left - 1)
+        return left - 1 if left > 0 else AGES
 
     @property
     def generated(self) -> int:
@@ -243,12 +258,13 @@ class Tally:
 
     def __init__(self, tokens: Iterable[int] | None) -> None:
         self.tokens, self.counts = array("q"), array("f")
-        self._places: dict[int, int] | None = None if tokens is None else {}
+        self.counts_any = tokens is not None
+        self._places: dict[int, int] = {}
         for token in tokens or ():
             self.add(token)
 
     def add(self, token: int) -> None:
-        if self._places is None:
+        if not self.counts_any:
             return
         place = self._places.setdefault(token, len(self.tokens))
         if place == len(self.tokens):
@@ -304,13 +320,20 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Excepti
 
 
 class Choosers:
-    """The choosers of sequences that go on together, step after step: what stays the same is set out once."""
+    """The choosers of sequences that go on together, step after step: what stays the same is set out once.
+
+    Between two steps little of Python is left in the processor's caches, so that what is touched counts, more than
+    what is done with it.
+    """
 
     def __init__(self, choosers: Sequence[Chooser]) -> None:
         self._choosers = list(choosers)
+        self._together = not any(chooser.steps or chooser.mark is not None for chooser in choosers)
         self._moving = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.plain]
-        self._together = not any(chooser.steps or chooser.mark is not None for _, chooser in self._moving)
+        self._rest = 0  # choices before which no row has to be written anew
         self._drawing = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.greedy]
+        self._accept = [chooser.accept if chooser.told else chooser.ids.append for chooser in choosers]
+        self._tops = any(chooser.sampling.alternatives for chooser in choosers)
         self._rows: Rows | None = None
         self._logits: Tensor | None = None
         self._sheet: Sheet | None = None
@@ -332,17 +355,23 @@ class Choosers:
                 self._together = False
                 return self._one_by_one(logits, scores)
             rows = self._rows = Rows(made, range(len(made)))
+        if self._rest:
+            self._rest -= 1
         else:
             for at, chooser in self._moving:
                 chooser.row(logits, at)
+            self._rest = min((chooser.unmoved for _, chooser in self._moving), default=AGES)
         draws = rows.draws
         for at, chooser in self._drawing:
             draws[at] = chooser.draw()
-        found = iter(rows.choose(scores))
-        return [
-            _chosen(chooser, row, scores.width, problem, token, logprob)
-            for chooser, row, problem, token, logprob in zip(self._choosers, rows.rows, found, found, found, strict=True)
-        ]
+        found = rows.choose(scores)
+        problems, tokens, logprobs = found[::3], list(map(int, found[1::3])), found[2::3]
+        if self._tops or any(problems):
+            each = zip(self._choosers, rows.rows, problems, tokens, logprobs, strict=True)
+            return [_chosen(*one, scores.width) for one in each]
+        for accept, token in zip(self._accept, tokens, strict=True):
+            accept(token)
+        return [Choice(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
 
     def _one_by_one(self, logits: Tensor, scores: Sheet) -> list[Choice | Exception]:
         """Where what is asked of one may fail, or needs its scores first."""
@@ -363,19 +392,19 @@ class Choosers:
             given.draws[place] = 0.0 if self._choosers[at].greedy else self._choosers[at].draw()
         each = iter(given.choose(scores))
         for at, row, problem, token, logprob in zip(places, rows, each, each, each, strict=True):
-            found[at] = _chosen(self._choosers[at], row, scores.width, problem, token, logprob)
+            found[at] = _chosen(self._choosers[at], row, problem, int(token), logprob, scores.width)
         return [found[at] for at in range(len(self._choosers))]
 
 
 def _chosen(
-    chooser: Chooser, row: Row, width: int, problem: float, token: float, logprob: float
+    chooser: Chooser, row: Row, problem: float, token: int, logprob: float, width: int
 ) -> Choice | Exception:
     """What the C library found for a row."""
     if problem:
         return _unusable(int(problem))
-    wanted = row.tops if row.tops < width else width
+    wanted = min(row.tops, width)
     top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
-    return _accepted(chooser, int(token), logprob, top)
+    return _accepted(chooser, token, logprob, top)
 
 
 def _accepted(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:

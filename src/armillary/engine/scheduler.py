@@ -219,8 +219,10 @@ class Scheduler:
             self._open or min(one.priority for one in self.running) < max(one.priority for one in self.waiting)
         ):
             return 0
-        rooms = (self.memory.room(one.held, one.limit) - one.known for one in self.running if one.decoding)
-        return max(0, min(rooms, default=0)) if all(one.decoding for one in self.running) else 0
+        if not all(one.decoding for one in self.running):
+            return 0
+        rooms = (self.memory.room(one.held, one.limit - 1) - one.known for one in self.running)
+        return max(0, min(rooms, default=0))
 
     # -- places
 

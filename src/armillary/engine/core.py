@@ -466,10 +466,10 @@ class Engine:
                 if writer.stopped:
                     finish = "stop"
                     break
-        if finish is None and len(answer.choices) + len(kept) >= chooser.sampling.max_new_tokens:
+        run.progress.known = len(chooser.ids)
+        if finish is None and run.progress.known >= run.progress.limit:
             text += writer.close() if writer else ""
             finish = "stop" if writer is not None and writer.stopped else "length"
-        run.progress.known = len(chooser.ids)
         if run.followers:
             self._follow(run)
         piece = Piece(text, tuple(kept), finish)

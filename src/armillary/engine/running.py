@@ -15,7 +15,7 @@ from armillary.engine.writer import Writer
 from armillary.nn.network import Network
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Running:
     """What the engine knows of one answer; match: where it goes on from; followers: copies that wait for it to have
     read their prompt."""

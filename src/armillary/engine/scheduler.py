@@ -26,7 +26,7 @@ KEYS = 1024  # whose use is remembered after they left
 Stage = Literal["waiting", "running", "done"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """The progress of one answer.
 

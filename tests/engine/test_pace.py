@@ -94,7 +94,7 @@ def test_pieces_fit_into_a_step_all_through_a_long_prompt(noise: bool) -> None:
             pace.went(4, took * factor)
             continue
         assert size <= max(FEWEST, GROWTH * max(sizes[-5:], default=0))
-        over += took > 1.15 * (1 + SHARE) * own
+        over += size > FEWEST and took > 1.15 * (1 + SHARE) * own
         pace.joined(4, [(size, context)], took * factor)
         sizes.append(size)
         context += size

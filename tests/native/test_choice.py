@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from armillary.base.errors import InputError
-from armillary.engine.sampling import Choice, Chooser, Choosers, Sampling, Unusable, choose, choose_plain
+from armillary.engine.sampling import AHEAD, Choice, Chooser, Choosers, Sampling, Unusable, choose, choose_plain
 from armillary.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
@@ -258,8 +258,20 @@ def test_what_is_set_out_once_gives_the_same_step_after_step() -> None:
 
 def test_a_bias_of_no_token_ends_its_own_row_only() -> None:
     given = torch.tensor([[9.0, 0.0, 1.0]] * 2)
-    together = Choosers([Chooser(Sampling(temperature=0, logit_bias={7: 1.0}), [1]), Chooser(Sampling(temperature=0), [1])])
+    together = Choosers(
+        [Chooser(Sampling(temperature=0, logit_bias={7: 1.0}), [1]), Chooser(Sampling(temperature=0), [1])]
+    )
     for _ in range(2):
         poor, fine = together.choose(given)
         assert isinstance(poor, InputError)
         assert fine.token == 0
+
+
+def test_numbers_that_are_drawn_ahead_are_those_drawn_one_by_one() -> None:
+    """However many at a time; answers that begin together do not all draw ahead in one step."""
+    choosers = [Chooser(Sampling(max_new_tokens=400, seed=3), [1], stream=stream) for stream in (0, 0, 0, 1)]
+    one, *others = [[chooser.draw() for _ in range(400)] for chooser in choosers]
+    made = torch.Generator().manual_seed(3 * 0x9E3779B1)
+    assert one == [float(torch.rand((), dtype=torch.float64, generator=made)) for _ in range(400)]
+    assert others[0] == others[1] == one != others[2]
+    assert len(set(AHEAD)) > 4

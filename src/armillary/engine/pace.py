@@ -18,7 +18,7 @@ FIRST = 256  # while it is not known how long a token takes
 LEAST = 48  # by themselves, however slow: fewer take nearly as long
 MANY = 4 * LEAST  # from here on the time of a token by itself says what others would take
 FEWEST = 8  # in one call with the answers, however slow: fewer take nearly as long
-SHARE = 0.45  # of the time of a step of running answers: what a prompt may add to it
+SHARE = 0.4  # of the time of a step of running answers: what a prompt may add to it
 SHORT = 0.03  # seconds that tokens read by themselves may add in any case
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
 RECENT = 0.3  # weight of the last time in what is learnt
@@ -43,7 +43,9 @@ class Beside:
         self._seen: dict[int, deque[tuple[int, float]]] = {}  # by context: tokens, and seconds for each
 
     def saw(self, tokens: int, context: int, seconds: float) -> None:
-        self._seen.setdefault((context // self.NEAR).bit_length(), deque(maxlen=self.LAST)).append((tokens, seconds / tokens))
+        self._seen.setdefault((context // self.NEAR).bit_length(), deque(maxlen=self.LAST)).append(
+            (tokens, seconds / tokens)
+        )
 
     def known(self, context: int) -> tuple[int, float]:
         """Tokens of the longest piece of late, and seconds of a token; (0, 0) where nothing is known."""

@@ -92,8 +92,8 @@ def sheet(logits: Tensor) -> Sheet | None:
 class Rows:
     """Rows whose tokens are chosen together, again and again: what the call takes lies in one place.
 
-    places: of the rows among the scores; draws: uniform in [0, 1), to be written before each choice. What pointers of a row name has to be there when a choice is made, and every
-    id that a row names has to lie in the vocabulary.
+    places: of the rows among the scores; draws: uniform in [0, 1), to be written before each choice. What pointers of
+    a row name has to be there when a choice is made, and every id that a row names has to lie in the vocabulary.
     """
 
     def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:

@@ -158,6 +158,17 @@ def test_one_step_that_is_held_up_changes_little() -> None:
     assert before / 2 <= pace.budget(1, 0, 63) <= before
 
 
+def test_a_piece_that_was_too_long_is_taken_back_at_once() -> None:
+    """What shorter ones took says little of it: products go up by steps."""
+    pace, own = Pace(), 0.01
+    told(pace, 4, own)
+    for _ in range(4):
+        pace.joined(4, [(12, 0)], own * (1 + SHARE / 4))
+    assert pace.budget(4, 0, 60) == int(GROWTH * 12)
+    pace.joined(4, [(30, 0)], own * (1 + 3 * SHARE))
+    assert pace.budget(4, 0, 60) == pytest.approx(30 / 3, abs=1)
+
+
 def test_now_and_then_a_step_goes_without() -> None:
     """So that it stays known what a step takes; sooner, where it is not known yet."""
     pace = Pace()

@@ -259,7 +259,7 @@ class Engine:
     def _still_going(self) -> Together | None:
         """The answers of the last step, where they just take another token each."""
         going, self._going = self._going, None
-        if going is None or going.plan is None or self._new:
+        if going is None or going.plan is None:
             return None
         for run in going.runs:
             if run.answer.cancelled:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError
+from armillary.base.untracked import untrack
 from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
@@ -472,7 +473,10 @@ class Engine:
             finish = "stop" if writer is not None and writer.stopped else "length"
         if run.followers:
             self._follow(run)
-        piece = Piece(text, tuple(kept), finish)
+        chosen = tuple(kept)
+        piece = Piece(text, chosen, finish)
+        for value in (*chosen, chosen, piece):  # which stay, at every step
+            untrack(value)
         if finish is None:
             answer.give(piece)
         else:

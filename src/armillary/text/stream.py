@@ -26,6 +26,8 @@ class StreamDecoder:
         self._pieces = tokenizer.pieces
         self._rest = () if self._pieces is None else self._pieces.rest
         self._waiting: list[int] = []
+        self._held = b""  # the beginning of a character
+        self._first, self._strip = True, 0
         self._begin()
 
     def push(self, id: int) -> str:
@@ -68,6 +70,5 @@ class StreamDecoder:
         return rest
 
     def _begin(self) -> None:
-        self._held = b""  # the beginning of a character
-        self._first = True
+        self._held, self._first = b"", True
         self._strip = 0 if self._pieces is None else self._pieces.strip

@@ -475,7 +475,7 @@ class Engine:
             self._follow(run)
         chosen = tuple(kept)
         piece = Piece(text, chosen, finish)
-        for value in (*chosen, chosen, piece):  # which stay, at every step
+        for value in (*chosen, piece):  # which stay; the plain tuple between them the collector lets go by itself
             untrack(value)
         if finish is None:
             answer.give(piece)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
 import time
 
@@ -337,15 +335,3 @@ def test_a_row_that_is_full_is_told_where_each_takes_a_token(network) -> None:
         slots.extend([0, 1], [[1], [2]])
     found = slots.extend([1], [[7]])
     torch.testing.assert_close(found[0], Slots(network, 1, 4).extend([0], [[2, 4, 7]])[0])
-
-
-@pytest.mark.skipif(sys.implementation.name != "cpython", reason="another collector")
-def test_what_stays_of_an_answer_is_not_visited_by_the_collector(network) -> None:
-    """Neither while the answer goes on nor at its end: tokens, and pieces that nobody has taken yet."""
-    engine = Engine(network, slots=2, keep=False)
-    answer = engine.submit(Request(PROMPT, Sampling(max_new_tokens=20, temperature=0)))
-    while engine.step():
-        pass
-    pieces = list(answer.ready())
-    assert len(pieces) == 20 == len(answer.choices)
-    assert not any(map(gc.is_tracked, [*answer.choices, *pieces]))

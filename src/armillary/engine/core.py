@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError
-from armillary.base.untracked import untrack
 from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
@@ -473,10 +472,7 @@ class Engine:
             finish = "stop" if writer is not None and writer.stopped else "length"
         if run.followers:
             self._follow(run)
-        chosen = tuple(kept)
-        piece = Piece(text, chosen, finish)
-        for value in (*chosen, piece):  # which stay; the plain tuple between them the collector lets go by itself
-            untrack(value)
+        piece = Piece(text, tuple(kept), finish)
         if finish is None:
             answer.give(piece)
         else:

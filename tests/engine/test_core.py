@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 from engine_parts import in_pieces
 
-from armillary.base.errors import InputError
+from armillary.base.errors import InputError, UnsupportedError
 from armillary.engine import Engine, GenerationError, Request, Sampling
-from armillary.engine.request import Answer
+from armillary.engine.request import Answer, Piece
+from armillary.engine.scheduler import Scheduler
+from armillary.engine.slots import Slots
 from armillary.native import available
 from armillary.nn.network import ModelSettings, build
 
@@ -270,3 +273,65 @@ def test_who_waits_does_not_slow_who_reads(network, waiter) -> None:
         engine.step()
     *reading, _ = asked  # its own last token comes as an answer's do
     assert reading and all(answers == 0 for answers, _ in reading)
+
+
+@pytest.mark.parametrize("weights", ["auto", "plain"])
+def test_answers_that_just_go_on_are_not_planned_anew(network, weights, monkeypatch) -> None:
+    """And are what they are when every step is planned: they end by length, leave, run out of time, and others come."""
+
+    def answered(planned: bool) -> tuple[list[tuple[str | None, list[int]]], int, int]:
+        if planned:
+            monkeypatch.setattr(Scheduler, "again", lambda *_: False)
+        engine = Engine(network, slots=3, keep=False, weights=weights)
+        asked = [Sampling(max_new_tokens=30 + 5 * row, temperature=row / 2, seed=row, top_k=9) for row in range(4)]
+        answers = list[Answer]()
+
+        def leaves(piece: Piece) -> None:
+            if len(answers[1].choices) == 20:
+                answers[1].cancel()
+
+        for row, sampling in enumerate(asked):  # the last one waits for a place
+            listener = leaves if row == 1 else None
+            answers.append(engine.submit(Request(PROMPT[row:], sampling, priority=-row), listener))
+        plans, inner = [], engine.scheduler.plan
+        engine.scheduler.plan = lambda *given: plans.append(given) or inner(*given)
+        while engine.step():
+            if len(answers) == 4 and len(answers[0].choices) == 12:
+                answers.append(engine.submit(Request(PROMPT, Sampling(max_new_tokens=6, temperature=0), priority=3)))
+        monkeypatch.undo()
+        assert engine.memory.held == 0
+        return [(answer.finish, tokens(answer)) for answer in answers], engine.steps, len(plans)
+
+    found, steps, plans = answered(False)
+    expected, planned_steps, every = answered(True)
+    assert found == expected
+    assert [finish for finish, _ in found] == ["length", "cancelled", "length", "length", "length"]
+    assert steps == planned_steps == every - 1 > 3 * plans
+
+
+def test_an_answer_that_goes_on_ends_at_its_deadline(network) -> None:
+    engine = Engine(network, slots=2, keep=False)
+    asked = Sampling(max_new_tokens=40, temperature=0)
+    slow = lambda piece: time.sleep(0.01)  # noqa: E731
+    timed, other = engine.submit(Request(PROMPT, asked, timeout=0.15), slow), engine.submit(Request(PROMPT[1:], asked))
+    while engine.step():
+        pass
+    assert 1 < len(timed.choices) < 20
+    assert (timed.finish, other.finish) == ("deadline", "length")
+
+
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_a_row_that_is_full_is_told_where_each_takes_a_token(network) -> None:
+    slots = Slots(network, 2, 4)
+    assert slots.replay is not None
+    one = slots.extend([0, 1], [[1], [2]])
+    again = slots.extend([0, 1], [[3], [4]])
+    assert again.data_ptr() == one.data_ptr(), "the same memory, step after step"
+    for row, text in ((0, [1, 3]), (1, [2, 4])):
+        whole = Slots(network, 1, 4).extend([0], [text])
+        torch.testing.assert_close(again[row], whole[0])
+    slots.extend([0], [[5, 6]])
+    with pytest.raises(UnsupportedError, match="4 tokens"):
+        slots.extend([0, 1], [[1], [2]])
+    found = slots.extend([1], [[7]])
+    torch.testing.assert_close(found[0], Slots(network, 1, 4).extend([0], [[2, 4, 7]])[0])

@@ -6,6 +6,8 @@ when all is over nothing is held.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,6 +29,7 @@ class Machine(RuleBasedStateMachine):
         self.now = 0.0
         self.live: list[Sequence] = []
         self.ended: list[Sequence] = []
+        self.plan: Plan | None = None
 
     def reuse(self, sequence: Sequence) -> int:
         return min(sequence.known - 1, sequence.number % 3)
@@ -82,7 +85,21 @@ class Machine(RuleBasedStateMachine):
     def step(self, budget) -> None:
         self.now += 1
         before = {one: one.stage for one in self.live}
-        self.apply(self.scheduler.plan(self.now, budget), budget, before)
+        self.plan = self.scheduler.plan(self.now, budget)
+        self.apply(self.plan, budget, before)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(budget=st.integers(1, 40), later=st.sampled_from([0.1, 1.0, 30.0]))
+    def again(self, budget, later) -> None:
+        """A plan that holds once more is just the one that would be made."""
+        self.now += later
+        twin = copy.deepcopy(self.scheduler, {id(self): self})
+        if self.scheduler.again(self.plan, self.now):
+            plan = twin.plan(self.now, budget)
+            assert not plan.admitted + plan.preempted + plan.expired
+            assert told(plan) == told(self.plan)
+            before = {one: one.stage for one in self.live}
+            self.apply(Plan(self.plan.work), budget, before)
 
     def apply(self, plan: Plan, budget: int, before: dict[Sequence, str]) -> None:
         for sequence in plan.expired:
@@ -137,6 +154,10 @@ class Machine(RuleBasedStateMachine):
         assert not self.live, "somebody waits for ever"
         assert self.memory.held == 0
         assert len(self.scheduler._open) == SLOTS
+
+
+def told(plan: Plan) -> list[tuple[int, int, int]]:
+    return [(one.sequence.number, one.count, one.drafts) for one in plan.work]
 
 
 TestMachine = Machine.TestCase
@@ -213,3 +234,83 @@ def test_what_is_kept_is_not_given_up_for_a_sequence_that_does_not_fit_all_the_s
     scheduler.submit(Sequence(known=80, limit=90), 1)
     assert not scheduler.plan(2, 100).admitted
     assert memory.cached == 40
+
+
+def going(scheduler: Scheduler, *sequences: Sequence) -> Plan:
+    """The plan of the first step in which each of them takes one token."""
+    for one in sequences:
+        scheduler.submit(one, 0)
+    drain(scheduler, scheduler.plan(0, 1000))
+    plan = scheduler.plan(1, 1000)
+    drain(scheduler, plan)
+    return plan
+
+
+def test_a_plan_holds_until_something_changes() -> None:
+    """Somebody comes, somebody leaves, a deadline passes, an answer has come to its limit, or a new plan was made."""
+
+    def made(**more) -> tuple[Scheduler, Plan, Sequence]:
+        scheduler = Scheduler(3, Memory(10**6, 0, 1))
+        one, other = Sequence(known=5, limit=100, **more), Sequence(known=7, limit=50)
+        return scheduler, going(scheduler, one, other), other
+
+    scheduler, plan, _ = made()
+    for _ in range(3):
+        assert scheduler.again(plan, 10**6)
+        drain(scheduler, plan)
+    scheduler.submit(Sequence(known=1, limit=2), 0)
+    assert not scheduler.again(plan, 2)
+    scheduler, plan, other = made()
+    scheduler.finish(other)
+    assert not scheduler.again(plan, 2)
+    scheduler, plan, _ = made(deadline=5)
+    assert scheduler.again(plan, 4)
+    assert not scheduler.again(plan, 6)
+    scheduler, plan, other = made()
+    while scheduler.again(plan, 2):
+        drain(scheduler, plan)
+    assert other.known == other.limit
+    scheduler, plan, _ = made()
+    assert scheduler.plan(2, 1000).more
+    assert not scheduler.again(plan, 2)
+
+
+def test_a_plan_holds_as_long_as_its_bytes() -> None:
+    scheduler = Scheduler(2, Memory(400, FIXED, EACH, PAGE), overcommit=1000.0)
+    one = Sequence(known=5, limit=40)
+    plan = going(scheduler, one)
+    while scheduler.again(plan, 2):
+        drain(scheduler, plan)
+    assert scheduler.memory.of(one.known - 1) <= one.held < scheduler.memory.of(one.known)
+    assert one.known < one.limit
+
+
+def test_whoever_may_take_a_place_is_looked_at_in_every_step() -> None:
+    def plan(priority: int, slots: int) -> Plan:
+        scheduler = Scheduler(slots, Memory(100, 0, 1, page=1))
+        scheduler.submit(Sequence(known=60, limit=80), 0)
+        drain(scheduler, scheduler.plan(0, 1000))
+        scheduler.submit(Sequence(known=30, limit=40, priority=priority), 0)
+        return scheduler.plan(1, 1000)
+
+    assert plan(priority=0, slots=1).more, "there is no place"
+    assert plan(priority=1, slots=1).admitted, "the other one makes way"
+    assert not plan(priority=0, slots=2).more, "there is a place, and may be bytes"
+
+
+def test_tokens_of_a_plan_that_was_carried_out_again_count() -> None:
+    """As if each step had been planned by itself: who was served more waits longer."""
+    served = []
+    for repeats in (True, False):
+        scheduler = Scheduler(3, Memory(10**6, 0, 1))
+        plan = going(scheduler, *(Sequence(known=5, limit=100, key=key) for key in "aab"))
+        for _ in range(9):
+            if repeats:
+                assert scheduler.again(plan, 2)
+            else:
+                plan = scheduler.plan(2, 1000)
+            drain(scheduler, plan)
+        scheduler.submit(Sequence(known=1, limit=2, key="c"), 3)
+        served.append(scheduler.served)
+    assert served[0] == served[1]
+    assert served[0]["a"] == 2 * served[0]["b"] == 2 * (5 + 1 + 9)

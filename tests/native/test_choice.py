@@ -14,7 +14,18 @@ import pytest
 import torch
 from native_parts import VECTORS, built
 
-from armillary.engine.sampling import Choice, Chooser, Sampling, Unusable, choose, choose_along, choose_plain
+from armillary.base.errors import InputError
+from armillary.engine.sampling import (
+    AHEAD,
+    Choice,
+    Chooser,
+    Choosers,
+    Sampling,
+    Unusable,
+    choose,
+    choose_along,
+    choose_plain,
+)
 from armillary.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")
@@ -277,3 +288,44 @@ def test_along_guesses_until_scores_are_no_numbers() -> None:
     assert isinstance(first, Choice) and first.token == 5
     assert isinstance(second, Unusable)
     assert chooser.ids == [1, 5]
+
+
+def test_what_is_set_out_once_gives_the_same_step_after_step() -> None:
+    """Rows are written anew only when they change: against the plain form, whose choosers keep nothing."""
+    bounds = {"early": {"min_new_tokens": 3}, "late": {"temperature": 1.0, "min_new_tokens": 4, "target_new_tokens": 7}}
+    for names in ([name for name in ASKED if name != "alternatives"], list(ASKED), [*bounds, "greedy"], list(bounds)):
+        asked = [Sampling(max_new_tokens=64, seed=row, **(ASKED | bounds)[name]) for row, name in enumerate(names)]
+        native, plain = ([Chooser(one, [1, 2, 3, 3], ends=(0, 4)) for one in asked] for _ in range(2))
+        together = Choosers(native)
+        given = torch.empty(len(names), 1, 24)
+        for step in range(12):
+            given.copy_(scores(len(names), 24, torch.float32, step)[:, None])
+            given[:, :, 0] += 6.0 if step % 2 else -1.0  # the end, which bounds forbid or add to
+            found, expected = together.choose(given), choose_plain(given, plain)
+            assert [one.token for one in found] == [one.token for one in expected], (names, step)
+            assert [len(one.top) for one in found] == [len(one.top) for one in expected]
+        assert [one.ids for one in native] == [one.ids for one in plain]
+    bound = Choosers([Chooser(Sampling(min_new_tokens=3, temperature=0), [1], ends=(0,))])
+    given = torch.tensor([[9.0, 0.0, 1.0]])
+    assert [bound.choose(given)[0].token for _ in range(5)] == [2, 2, 2, 0, 0]
+
+
+def test_a_bias_of_no_token_ends_its_own_row_only() -> None:
+    given = torch.tensor([[9.0, 0.0, 1.0]] * 2)
+    together = Choosers(
+        [Chooser(Sampling(temperature=0, logit_bias={7: 1.0}), [1]), Chooser(Sampling(temperature=0), [1])]
+    )
+    for _ in range(2):
+        poor, fine = together.choose(given)
+        assert isinstance(poor, InputError)
+        assert fine.token == 0
+
+
+def test_numbers_that_are_drawn_ahead_are_those_drawn_one_by_one() -> None:
+    """However many at a time; answers that begin together do not all draw ahead in one step."""
+    choosers = [Chooser(Sampling(max_new_tokens=400, seed=3), [1], stream=stream) for stream in (0, 0, 0, 1)]
+    one, *others = [[chooser.draw() for _ in range(400)] for chooser in choosers]
+    made = torch.Generator().manual_seed(3 * 0x9E3779B1)
+    assert one == [float(torch.rand((), dtype=torch.float64, generator=made)) for _ in range(400)]
+    assert others[0] == others[1] == one != others[2]
+    assert len(set(AHEAD)) > 4

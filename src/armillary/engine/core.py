@@ -26,7 +26,7 @@ from armillary.engine.prefix import Match, Snapshot
 from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
-from armillary.engine.running import Running
+from armillary.engine.running import Running, Together
 from armillary.engine.sampling import Choice, Chooser, Mark, choose, choose_along, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
@@ -106,7 +106,9 @@ class Engine:
         self._side = {name: torch.full((slots,), -1) for name in network.side_names | network.takes}
         self._runs: dict[Progress, Running] = {}
         self._new: list[Running] = []
+        self._going: Together | None = None  # what the last step computed, where the next one may be the same again
         self._lock = threading.Lock()  # of what is in line and under way
+        self._no_grad = torch.no_grad()
         self._stepping = threading.RLock()  # one step at a time, whoever drives
         self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
         self._work = threading.Condition(self._lock)
@@ -211,20 +213,27 @@ class Engine:
         with self._stepping:
             if not torch.is_grad_enabled():
                 return self._step()
-            with torch.no_grad():
+            with self._no_grad:
                 return self._step()
 
     def _step(self) -> bool:
         with self._lock:
-            self._take_in()
-            while gone := [run for run in self._runs.values() if run.answer.cancelled]:
-                for run in gone:
-                    self._end(run, "cancelled")
-                self._take_in()  # who followed one of them: a plan may choose it now
-            self._guess()
-            budget = self._budget()
-            plan = self.scheduler.plan(time.monotonic(), budget)
-            self._place(plan)
+            going = self._still_going()
+            if going is None:
+                self._take_in()
+                while gone := [run for run in self._runs.values() if run.answer.cancelled]:
+                    for run in gone:
+                        self._end(run, "cancelled")
+                    self._take_in()  # who followed one of them: a plan may choose it now
+                self._guess()
+                budget = self._budget()
+                plan = self.scheduler.plan(time.monotonic(), budget)
+                self._place(plan)
+        if going is not None:
+            self.steps += 1
+            self._answers([going])
+            self.progressed = time.monotonic()
+            return True
         if not plan.work:
             return False
         self.steps += 1
@@ -235,21 +244,45 @@ class Engine:
         prompts = [one for one in plan.work if one not in answers]
         joined = self._joined(answers, prompts)
         pieces = [(one.count, one.sequence.computed) for one in joined]
-        failures, started = self.failures, time.monotonic()
-        for network, works in groups.items():
-            self._compute(works if network is not None else [*works, *joined])
-        if answers and self.failures == failures:
-            took = time.monotonic() - started
-            self.pace.joined(len(answers), pieces, took) if pieces else self.pace.went(len(answers), took)
-            if self.drafter is not None and not pieces:
-                self.odds.went(sum(one.count for one in answers), sum(one.drafts for one in answers), took)
+        calls = [
+            Together(works if network is not None else [*works, *joined], self._runs)
+            for network, works in groups.items()
+        ]
+        if plan.more and len(calls) == 1 and not calls[0].scored and self.drafter is None:
+            self._going, calls[0].plan = calls[0], plan
+        self._answers(calls, pieces)
         apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
         for one in apart:
-            self._compute([one])
+            self._compute(Together([one], self._runs))
         if self.failures == failures:
             self.pace.read(sum(one.count for one in apart), time.monotonic() - started)
         self.progressed = time.monotonic()
         return True
+
+    def _still_going(self) -> Together | None:
+        """The answers of the last step, where they just take another token each."""
+        going, self._going = self._going, None
+        if going is None or going.plan is None:
+            return None
+        for run in going.runs:
+            if run.answer.cancelled:
+                return None
+        if self.scheduler.again(going.plan, time.monotonic()):
+            self._going = going
+        return self._going
+
+    def _answers(self, calls: list[Together], pieces: Sequence[tuple[int, int]] = ()) -> None:
+        """Running answers go on, and the pieces of prompts that joined them."""
+        failures, started, rows = self.failures, time.monotonic(), 0
+        for call in calls:
+            rows += len(call.rows)
+            self._compute(call)
+        if calls and self.failures == failures:
+            took = time.monotonic() - started
+            self.pace.joined(rows - len(pieces), pieces, took) if pieces else self.pace.went(rows, took)
+            if self.drafter is not None and not pieces:
+                works = [one for call in calls for one in call.works]
+                self.odds.went(sum(one.count for one in works), sum(one.drafts for one in works), took)
 
     def _budget(self) -> int:
         """How many prompt tokens the next step may take."""
@@ -298,29 +331,26 @@ class Engine:
                 values[progress.slot] = len(request.ids) if name == "prefix" else request.side.get(name, -1)
             run.match = Match()
 
-    def _compute(self, works: list[Work]) -> None:
-        """One call of the network for sequences of one adapter that take a token (and guesses) each, for a piece of
-        a prompt, or for both (`_joined`)."""
-        works = sorted(works, key=lambda one: one.sequence.slot)
-        runs = [self._runs[one.sequence] for one in works]
-        chunks = list[list[int]]()
-        for one, run in zip(works, runs, strict=True):
-            known = run.ids[one.sequence.computed : one.sequence.computed + one.count]
-            chunks.append(known + run.drafts[: one.count - len(known)])
-        asked = any(one.drafts for one in works) or any(
-            run.answer.request.prompt_logprobs and one.sequence.computed < run.chooser.begun
-            for one, run in zip(works, runs, strict=True)
-        )
-        before = [
-            self.slots.snapshot(one.sequence.slot) if one.drafts and not self.slots.divisible else {} for one in works
-        ]
-        rows, computed = [one.sequence.slot for one in works], False
+    def _compute(self, call: Together) -> None:
+        """One call of the network, and what comes of it."""
+        works, runs, computed = call.works, call.runs, False
+        before: list[Snapshot] = []
+        if call.scored:
+            before = [
+                self.slots.snapshot(row) if one.drafts and not self.slots.divisible else {}
+                for row, one in zip(call.rows, works, strict=True)
+            ]
         try:
             logits = self.slots.extend(
-                rows, chunks, last=not asked, side=self._side, taps=self.taps, network=runs[0].network
+                call.rows,
+                call.chunks(),
+                last=not call.scored,
+                side=self._side,
+                taps=self.taps,
+                network=call.network,
             )
             computed = True
-            self._choose(works, runs, logits, before, asked)
+            self._choose(call, logits, before)
             self.failing = 0
         except Exception as error:
             answers = [one for one in works if one.sequence.decoding]
@@ -330,7 +360,7 @@ class Engine:
                 # does not end the others.
                 self._faulty("a step that was joined failed")
                 for part in [answers, *([one] for one in pieces)]:
-                    self._compute(part)
+                    self._compute(Together(part, self._runs))
                 return
             # Rows of other sequences are untouched: they were no part of the call.
             self._faulty("a step failed")
@@ -339,24 +369,29 @@ class Engine:
                     if run.answer.finish is None:
                         self._fail(run, error, told=True)
 
-    def _choose(
-        self, works: list[Work], runs: list[Running], logits: Tensor, before: list[Snapshot], asked: bool
-    ) -> None:
-        if not asked:
-            ready = [place for place, one in enumerate(works) if one.finishes]
-            for place, one in enumerate(works):
-                one.sequence.computed += one.count
-                if place not in ready:
-                    self.recall.paused(runs[place])
-            if ready:
-                self._pick([runs[place] for place in ready], logits if len(ready) == len(works) else logits[ready])
+    def _choose(self, call: Together, logits: Tensor, before: list[Snapshot]) -> None:
+        if call.plain and not call.scored:
+            for run in call.runs:
+                run.progress.computed += 1
+            self._pick(call.runs, call.choosers.choose(logits))
             return
-        for place, (one, run) in enumerate(zip(works, runs, strict=True)):
-            self._check_drafts(one, run, logits[place, : one.count], before[place])
+        if call.scored:
+            for place, (one, run) in enumerate(zip(call.works, call.runs, strict=True)):
+                self._check_drafts(one, run, logits[place, : one.count], before[place])
+            return
+        ready = [place for place, one in enumerate(call.works) if one.finishes]
+        for place, one in enumerate(call.works):
+            one.sequence.computed += one.count
+            if place not in ready:
+                self.recall.paused(call.runs[place])
+        if ready:
+            runs = [call.runs[place] for place in ready]
+            logits = logits if len(ready) == len(call.works) else logits[ready]
+            self._pick(runs, choose(logits, [run.chooser for run in runs]))
 
-    def _pick(self, runs: list[Running], logits: Tensor) -> None:
+    def _pick(self, runs: list[Running], chosen: list[Choice | Exception]) -> None:
         """One token for each; what steps into the choice of one answer may fail and end just that one."""
-        for run, found in zip(runs, choose(logits, [run.chooser for run in runs]), strict=True):
+        for run, found in zip(runs, chosen, strict=True):
             if isinstance(found, Choice):
                 if self.recall.keeps:
                     self.recall.paused(run)
@@ -439,10 +474,10 @@ class Engine:
                 if writer.stopped:
                     finish = "stop"
                     break
-        if finish is None and len(answer.choices) + len(kept) >= chooser.sampling.max_new_tokens:
+        run.progress.known = len(chooser.ids)
+        if finish is None and run.progress.known >= run.progress.limit:
             text += writer.close() if writer else ""
             finish = "stop" if writer is not None and writer.stopped else "length"
-        run.progress.known = len(chooser.ids)
         if run.followers:
             self._follow(run)
         piece = Piece(text, tuple(kept), finish)

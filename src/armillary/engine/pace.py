@@ -13,13 +13,11 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
-
 WHOLE = 2048  # prompt tokens in a step, at the most
 FIRST = 256  # while it is not known how long a token takes
 LEAST = 48  # by themselves, however slow: fewer take nearly as long
 MANY = 4 * LEAST  # from here on the time of a token by itself says what others would take
-FEWEST = 2  # in one call with the answers, however slow
+FEWEST = 8  # in one call with the answers, however slow: fewer take nearly as long
 SHARE = 0.4  # of the time of a step of running answers: what a prompt may add to it
 SHORT = 0.03  # seconds that tokens read by themselves may add in any case
 LONGEST = 5.0  # seconds of a step where nobody waits for the next token
@@ -27,39 +25,37 @@ RECENT = 0.3  # weight of the last time in what is learnt
 FRESH = 32  # steps with pieces after which one goes without, so that its own time stays known
 KNOWN = 3  # steps without pieces after which their time counts as known
 PATIENT = 4  # steps with pieces between steps that go without because their time is not known
-GROWTH = 2  # times as many tokens as the last piece had, at the most: what is learnt of few says little of many
+GROWTH = 1.25  # times as many tokens as the longest of the last pieces, at the most: a quick step may be by chance
 
 
 class Beside:
-    """What pieces add to a step that computes them in one call with its answers: with n tokens behind c earlier
-    ones, a n + b n c + d c seconds (products; attention; reading keys and values), by least squares over
-    recent pieces, older ones counting less and less."""
+    """What a token of a prompt adds to a step that computes it in one call with its answers, by how many came before
+    it, in powers of two: the median of what the last pieces there added, each by its number of tokens.
 
-    FORGET, RIDGE, UNIT = 0.97, 0.05, 1024.0
+    The times of steps are rough: most are held up a little, a few by a multiple, and a machine is now quicker, now
+    slower. So nothing is fitted to them. What pieces grow by is small, and what was too much is taken back at once,
+    since only pieces about as long as the longest ones count.
+    """
+
+    LAST, NEAR = 5, 512  # pieces that count; tokens between which it makes little difference
 
     def __init__(self) -> None:
-        self._squares, self._times = np.zeros((3, 3)), np.zeros(3)
-        self._rates: np.ndarray | None = None
+        self._seen: dict[int, deque[tuple[int, float]]] = {}  # by context: tokens, and seconds for each
 
-    def saw(self, pieces: Sequence[tuple[int, int]], seconds: float) -> None:
-        """pieces: tokens of each, and how many came before."""
-        x = self._features(pieces)
-        self._squares = self.FORGET * self._squares + np.outer(x, x)
-        self._times = self.FORGET * self._times + x * seconds
-        self._rates = None
+    def saw(self, tokens: int, context: int, seconds: float) -> None:
+        self._seen.setdefault((context // self.NEAR).bit_length(), deque(maxlen=self.LAST)).append(
+            (tokens, seconds / tokens)
+        )
 
-    def fitting(self, context: int, seconds: float, most: int) -> int:
-        """Tokens that come to so many seconds behind `context` earlier ones, at the most `most`."""
-        if self._rates is None:
-            self._rates = np.linalg.solve(self._squares + self.RIDGE * np.eye(3), self._times)
-        token, look, read = self._rates.tolist()
-        c = context / self.UNIT
-        each, left = token + look * c, seconds - read * c
-        return most if each * most <= left else max(0, int(left / each))
-
-    def _features(self, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
-        contexts = [(count, before / self.UNIT) for count, before in pieces]
-        return np.array([sum(n for n, _ in contexts), sum(n * c for n, c in contexts), sum(c for _, c in contexts)])
+    def known(self, context: int) -> tuple[int, float]:
+        """Tokens of the longest piece of late, and seconds of a token; (0, 0) where nothing is known."""
+        if not self._seen:
+            return 0, 0.0
+        # where there is nothing from there, what is known of the nearest context before it, or else behind it
+        wanted = (context // self.NEAR).bit_length()
+        seen = self._seen[min(self._seen, key=lambda at: (at > wanted, abs(at - wanted)))]
+        longest = max(tokens for tokens, _ in seen)
+        return longest, statistics.median(each for tokens, each in seen if 2 * tokens >= longest)
 
 
 class Pace:
@@ -70,7 +66,7 @@ class Pace:
         self.beside = Beside()
         self._steps: dict[int, deque[float]] = {}  # by the number of answers: the last times
         self._pieces = PATIENT  # steps with pieces since the last one without
-        self._last = FEWEST  # tokens of the last piece read with answers
+        self._doubt = False  # whether what a step takes without pieces may have changed since it was seen
 
     def read(self, tokens: int, seconds: float) -> None:
         """Tokens of prompts were read by themselves; a few say nothing of what many cost."""
@@ -80,7 +76,7 @@ class Pace:
     def went(self, answers: int, seconds: float) -> None:
         """So many running answers went a step on, without any piece."""
         self._steps.setdefault(answers, deque(maxlen=5)).append(seconds)
-        self._pieces = 0
+        self._pieces, self._doubt = 0, False
 
     def joined(self, answers: int, pieces: Sequence[tuple[int, int]], seconds: float) -> None:
         """So many answers went on, and pieces were read in the same call; pieces: tokens, and how many came
@@ -88,11 +84,12 @@ class Pace:
         own, tokens = self.step(answers), sum(count for count, _ in pieces)
         if own == 0:  # what they added cannot be told
             return
-        # a step that was held up by something else is no measure
-        added = min(max(0.0, seconds - own), 3 * SHARE * own)
-        self.beside.saw(pieces, added)
-        self.token = self.token or added / tokens
-        self._last = tokens
+        if seconds < own:  # without pieces the step would not have taken longer
+            self._steps.setdefault(answers, deque(maxlen=5)).append(seconds)
+            self._doubt = True
+        elif tokens <= FEWEST and seconds > (1 + SHARE) * own:
+            self._doubt = True
+        self.beside.saw(tokens, max(context for _, context in pieces), max(0.0, seconds - own))
 
     def step(self, answers: int) -> float:
         """Seconds of a step of so many answers, or of the nearest number that was seen; 0 when none was."""
@@ -111,14 +108,19 @@ class Pace:
                 return FIRST
             return max(LEAST, min(WHOLE, int(max(SHORT, seconds) / self.token)))
         self._pieces += 1
-        known = len(self._steps.get(answers, ())) >= KNOWN
+        known = len(self._steps.get(answers, ())) >= KNOWN and not self._doubt
         if self._pieces > (FRESH if known else PATIENT):
             self._pieces = 0
             return 0
         alone = int(seconds / self.token) if self.token else 0
         if alone > max(most, MANY):  # long steps, in which PyTorch's products read more
             return min(WHOLE, alone)
-        return max(min(FEWEST, most), self.beside.fitting(context, seconds, min(most, GROWTH * self._last)))
+        longest, each = self.beside.known(context)
+        fitting = int(seconds / each) if each > 0 else most
+        if longest == 0:
+            return min(FEWEST, most)
+        grown = max(longest + 1, int(GROWTH * longest))
+        return max(min(FEWEST, most), min(fitting, grown, most))
 
 
 def _learnt(before: float, now: float) -> float:

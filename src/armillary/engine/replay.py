@@ -90,6 +90,7 @@ class Replay:
         # were read together
         self.always = self.other or (quick and not self.tape.plain and not self.tape.single)
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
+        self._scores = self._shown = torch.empty(0)  # what the tape gave last, and as it is handed on
         if self.always:
             for parameter in network.parameters():
                 forget(parameter.detach())
@@ -133,7 +134,19 @@ class Replay:
         side: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As `Slots.extend`, often in memory that the next call overwrites."""
-        seen, found = self._counted(), list[list[Tensor]]([] for _ in rows)
+        seen, count = self._counted(), len(rows)
+        ids = [token for chunk in chunks for token in chunk]
+        if len(ids) == len(chunks) == count <= self.tape.rows and min(map(len, chunks)) == 1:
+            # every row takes one token, step after step: nothing is to be shared out
+            places = [seen[row] for row in rows]
+            if max(places) < self.capacity:
+                logits = self.tape.run(rows, places, ids, range(count), side)
+                for row in rows:
+                    seen[row] += 1
+                if logits is not self._scores:
+                    self._scores, self._shown = logits, logits[:, None]
+                return self._shown
+        found = list[list[Tensor]]([] for _ in rows)
         if any(seen[row] + len(chunk) > self.capacity for row, chunk in zip(rows, chunks, strict=True)):
             raise UnsupportedError(f"a sequence is longer than the {self.capacity} tokens that its row holds")
         done = [0] * len(rows)

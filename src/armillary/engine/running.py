@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from armillary.engine.adapter import Adapter
 from armillary.engine.prefix import Match
 from armillary.engine.request import Answer
-from armillary.engine.sampling import Chooser
+from armillary.engine.sampling import Chooser, Choosers
+from armillary.engine.scheduler import Plan, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.writer import Writer
 from armillary.nn.network import Network
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Running:
     """What the engine knows of one answer; match: where it goes on from; followers: copies that wait for it to have
     read their prompt."""
@@ -48,3 +50,41 @@ class Running:
     def origin(self) -> tuple[object, ...]:
         """Sequences that may go on from one another; an adapter goes by its numbers."""
         return (*self.answer.request.origin, None if self.adapter is None else self.adapter.digest)
+
+
+class Together:
+    """What one call of the network computes, by places: sequences of one adapter that take a token (and guesses) each,
+    pieces of prompts, or both. While the same answers go on step after step it stays as it is; plan: the one that
+    then holds.
+
+    scored: the scores of every token are looked at, not only of the last ones.
+    """
+
+    def __init__(self, works: list[Work], runs: Mapping[Progress, Running]) -> None:
+        self.works = sorted(works, key=lambda one: one.sequence.slot)
+        self.runs = [runs[one.sequence] for one in self.works]
+        self.rows = [one.sequence.slot for one in self.works]
+        self.network = self.runs[0].network
+        self.plain = all(one.count == 1 and one.sequence.decoding for one in self.works)
+        self.scored = any(one.drafts for one in self.works) or any(
+            run.answer.request.prompt_logprobs and run.progress.computed < run.chooser.begun for run in self.runs
+        )
+        self.plan: Plan | None = None
+        self._texts = [run.chooser.ids for run in self.runs]
+        self._choosers: Choosers | None = None
+
+    @property
+    def choosers(self) -> Choosers:
+        if self._choosers is None:
+            self._choosers = Choosers([run.chooser for run in self.runs])
+        return self._choosers
+
+    def chunks(self) -> list[list[int]]:
+        """The tokens of each row."""
+        if self.plain:
+            return [ids[-1:] for ids in self._texts]
+        found = []
+        for one, run in zip(self.works, self.runs, strict=True):
+            known = run.ids[one.sequence.computed : one.sequence.computed + one.count]
+            found.append(known + run.drafts[: one.count - len(known)])
+        return found

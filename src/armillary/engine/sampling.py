@@ -10,6 +10,7 @@ here but where a draw lies within about 1e-6 of the border between two tokens: s
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections import deque
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
-from armillary.native.choice import Ends, Problem, Row, choose_rows, sheet
+from armillary.native.choice import Ends, Problem, Row, Rows, Sheet, sheet
 
 
 class Sampling(Settings):
@@ -107,7 +108,11 @@ class Mark(Protocol):
     def begin(self) -> Step: ...
 
 
-AHEAD = 64  # numbers that are drawn at a time
+# Numbers that are drawn at a time, which does not change them. It is now more and now less, so that answers which began
+# together do not draw in the same step: between other work it takes a tenth of a millisecond each.
+AHEAD = range(64, 320, 48)
+_ahead = itertools.cycle(AHEAD)
+AGES = 1 << 40  # more choices than there will be
 
 
 class Choice(NamedTuple):
@@ -153,6 +158,20 @@ class Chooser:
         self.counted = Tally(() if sampling.presence_penalty or sampling.frequency_penalty else None)
         self.bounded = bool(self.ends) and (sampling.min_new_tokens > 0 or sampling.target_new_tokens is not None)
         self._row: _Row | None = None
+        # whether anything but the text itself hears of a token
+        self.told = bool(self.steps) or self.mark is not None or self.seen.counts_any or self.counted.counts_any
+
+    @property
+    def unmoved(self) -> int:
+        """For how many choices after the next one its row stays as it is."""
+        if self.steps or self.seen.counts_any or self.counted.counts_any:
+            return 0
+        if not self.bounded:
+            return AGES
+        left = self.sampling.min_new_tokens - self.generated
+        if self.sampling.target_new_tokens is not None:
+            return max(0, left - 1)
+        return left - 1 if left > 0 else AGES
 
     @property
     def generated(self) -> int:
@@ -160,7 +179,8 @@ class Chooser:
 
     def draw(self) -> float:
         """The next number in [0, 1) of its own stream, which is drawn ahead."""
-        self._drawn(1)
+        if not self._draws:
+            self._drawn(1)
         return self._draws.popleft()
 
     def ahead(self, count: int) -> list[float]:
@@ -172,7 +192,8 @@ class Chooser:
 
     def _drawn(self, count: int) -> None:
         while len(self._draws) < count:
-            self._draws.extend(torch.rand(AHEAD, dtype=torch.float64, generator=self._generator).tolist())
+            more = min(next(_ahead), self.sampling.max_new_tokens)
+            self._draws.extend(torch.rand(more, dtype=torch.float64, generator=self._generator).tolist())
 
     def stepped(self, scores: Tensor) -> Tensor:
         """Scores [V] float32, which may be changed, with constraints applied."""
@@ -253,12 +274,13 @@ class Tally:
 
     def __init__(self, tokens: Iterable[int] | None) -> None:
         self.tokens, self.counts = array("q"), array("f")
-        self._places: dict[int, int] | None = None if tokens is None else {}
+        self.counts_any = tokens is not None
+        self._places: dict[int, int] = {}
         for token in tokens or ():
             self.add(token)
 
     def add(self, token: int) -> None:
-        if self._places is None:
+        if not self.counts_any:
             return
         place = self._places.setdefault(token, len(self.tokens))
         if place == len(self.tokens):
@@ -312,30 +334,85 @@ class _Row:
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
     """One token for each row of logits [n, V] or [n, 1, V], by the chooser of the row; or what went wrong with that
     row: Unusable where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
-    scores = sheet(logits)
-    if scores is None:
-        return choose_plain(logits, choosers)
-    found: dict[int, Choice | Exception] = {}
-    rows, places, draws = list[Row](), list[int](), list[float]()
-    for at, chooser in enumerate(choosers):
-        if chooser.mark is not None:
-            (found[at],) = choose_plain(logits[at : at + 1], [chooser])
-            continue
-        try:
-            rows.append(chooser.row(logits, at))
-        except Exception as error:
-            found[at] = error
-            continue
-        places.append(at)
-        draws.append(0.0 if chooser.greedy else chooser.draw())
-    for at, row, (problem, token, logprob) in zip(places, rows, choose_rows(scores, rows, places, draws), strict=True):
-        if problem:
-            found[at] = _unusable(problem)
+    return Choosers(choosers).choose(logits)
+
+
+class Choosers:
+    """The choosers of sequences that go on together, step after step: what stays the same is set out once.
+
+    Between two steps little of Python is left in the processor's caches, so that what is touched counts, more than
+    what is done with it.
+    """
+
+    def __init__(self, choosers: Sequence[Chooser]) -> None:
+        self._choosers = list(choosers)
+        self._together = not any(chooser.steps or chooser.mark is not None for chooser in choosers)
+        self._moving = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.plain]
+        self._rest = 0  # choices before which no row has to be written anew
+        self._drawing = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.greedy]
+        self._accept = [chooser.accept if chooser.told else chooser.ids.append for chooser in choosers]
+        self._tops = any(chooser.sampling.alternatives for chooser in choosers)
+        self._rows: Rows | None = None
+        self._logits: Tensor | None = None
+        self._sheet: Sheet | None = None
+
+    def choose(self, logits: Tensor) -> list[Choice | Exception]:
+        """As `choose` above."""
+        if logits is not self._logits:  # a tape gives the same tensor again and again
+            self._logits, self._sheet = logits, sheet(logits)
+        scores = self._sheet
+        if scores is None:
+            return choose_plain(logits, self._choosers)
+        if not self._together:
+            return self._one_by_one(logits, scores)
+        rows = self._rows
+        if rows is None:
+            try:
+                made = [chooser.row(logits, at) for at, chooser in enumerate(self._choosers)]
+            except InputError:
+                self._together = False
+                return self._one_by_one(logits, scores)
+            rows = self._rows = Rows(made, range(len(made)))
+        if self._rest:
+            self._rest -= 1
         else:
-            wanted = min(row.tops, scores.width)
-            top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
-            found[at] = _chosen(choosers[at], token, logprob, top)
-    return [found[at] for at in range(len(choosers))]
+            for at, chooser in self._moving:
+                chooser.row(logits, at)
+            self._rest = min((chooser.unmoved for _, chooser in self._moving), default=AGES)
+        draws = rows.draws
+        for at, chooser in self._drawing:
+            draws[at] = chooser.draw()
+        found = rows.choose(scores)
+        problems, tokens, logprobs = found[::3], list(map(int, found[1::3])), found[2::3]
+        if self._tops or any(problems):
+            each = zip(self._choosers, rows.rows, problems, tokens, logprobs, strict=True)
+            return [_chosen(*one, scores.width) for one in each]
+        for accept, token in zip(self._accept, tokens, strict=True):
+            accept(token)
+        new = tuple.__new__  # what a named tuple of Python's does besides takes longer than a choice
+        return [new(Choice, (token, logprob, ())) for token, logprob in zip(tokens, logprobs, strict=True)]
+
+    def _one_by_one(self, logits: Tensor, scores: Sheet) -> list[Choice | Exception]:
+        """Where what is asked of one may fail, or needs its scores first."""
+        found: dict[int, Choice | Exception] = {}
+        rows, places = list[Row](), list[int]()
+        for at, chooser in enumerate(self._choosers):
+            if chooser.mark is not None:
+                (found[at],) = choose_plain(logits[at : at + 1], [chooser])
+                continue
+            try:
+                rows.append(chooser.row(logits, at))
+            except Exception as error:
+                found[at] = error
+                continue
+            places.append(at)
+        given = Rows(rows, places)
+        for place, at in enumerate(places):
+            given.draws[place] = 0.0 if self._choosers[at].greedy else self._choosers[at].draw()
+        each = iter(given.choose(scores))
+        for at, row, problem, token, logprob in zip(places, rows, each, each, each, strict=True):
+            found[at] = _chosen(self._choosers[at], row, problem, int(token), logprob, scores.width)
+        return [found[at] for at in range(len(self._choosers))]
 
 
 def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> list[Choice | Exception]:
@@ -345,15 +422,17 @@ def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> li
     given = None
     if chooser.plain and not chooser.sampling.alternatives and (scores := sheet(logits)) is not None:
         count = len(guesses) + 1
-        given = choose_rows(scores, [chooser.row(logits, 0)] * count, range(count), chooser.ahead(count))
+        rows = Rows([chooser.row(logits, 0)] * count, range(count))
+        rows.draws[:] = array("d", chooser.ahead(count))
+        given = rows.choose(scores)
     for step in range(len(guesses) + 1):
         if given is None:
             (choice,) = choose(logits[step : step + 1], [chooser])
         else:
-            problem, token, logprob = given[step]
+            problem, token, logprob = given[3 * step : 3 * step + 3]
             if not chooser.greedy:
                 chooser.draw()
-            choice = _unusable(problem) if problem else _chosen(chooser, token, logprob, ())
+            choice = _unusable(int(problem)) if problem else _accepted(chooser, int(token), logprob, ())
         found.append(choice)
         if (
             not isinstance(choice, Choice)
@@ -373,8 +452,10 @@ def guess_one(logits: Tensor, asked: Sampling, row: Row, draw: float, vocabulary
     if scores is not None:
         if vocabulary is not None:
             scores = scores._replace(width=min(vocabulary, scores.width))
-        ((problem, token, logprob),) = choose_rows(scores, [row], [0], [draw])
-        return (0, -math.inf) if problem else (token, logprob)
+        rows = Rows([row], [0])
+        rows.draws[0] = draw
+        problem, token, logprob = rows.choose(scores)
+        return (0, -math.inf) if problem else (int(token), logprob)
     line = logits.reshape(1, -1)[:, :vocabulary].float()
     own = torch.log_softmax(line, -1)
     if c_float(asked.temperature).value == 0:
@@ -385,7 +466,16 @@ def guess_one(logits: Tensor, asked: Sampling, row: Row, draw: float, vocabulary
     return (0, -math.inf) if math.isnan(logprob) else (token, logprob)
 
 
-def _chosen(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
+def _chosen(chooser: Chooser, row: Row, problem: float, token: int, logprob: float, width: int) -> Choice | Exception:
+    """What the C library found for a row."""
+    if problem:
+        return _unusable(int(problem))
+    wanted = min(row.tops, width)
+    top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
+    return _accepted(chooser, token, logprob, top)
+
+
+def _accepted(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
     try:
         chooser.accept(token)
     except Exception as error:
@@ -441,7 +531,7 @@ def choose_plain(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | E
     for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
         if row not in found:
             wanted = chooser.sampling.alternatives
-            found[row] = _chosen(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
+            found[row] = _accepted(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
     return [found[row] for row in range(len(choosers))]
 
 

@@ -14,6 +14,7 @@ above 1 it is admitted on a part of that, and when memory runs out the lowest an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,7 +26,7 @@ KEYS = 1024  # whose use is remembered after they left
 Stage = Literal["waiting", "running", "done"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """The progress of one answer.
 
@@ -75,12 +76,19 @@ class Work:
 @dataclass
 class Plan:
     """One step: what to compute, in this order: first `preempted` give up their places, then `admitted`
-    take theirs. `expired` have missed their deadlines and are over."""
+    take theirs. `expired` have missed their deadlines and are over.
+
+    more: for how many further steps it stays the right one (`Scheduler.again`), until a deadline passes, at the
+    moment `until`; made: after so many changes of who waits and who runs.
+    """
 
     work: list[Work] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     expired: list[Sequence] = field(default_factory=list)
+    more: int = 0
+    until: float = math.inf
+    made: int = 0
 
 
 @dataclass
@@ -99,6 +107,12 @@ class Memory:
 
     def of(self, tokens: int) -> int:
         return self.fixed + -(-tokens // self.page) * self.page * self.each
+
+    def room(self, held: int, most: int) -> int:
+        """Tokens, up to `most`, for which so many bytes are enough."""
+        if self.of(most) <= held:
+            return most
+        return (held - self.fixed) // (self.page * self.each) * self.page
 
     @property
     def free(self) -> int:
@@ -129,6 +143,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.served: dict[str, float] = {}
         self._open = sorted(range(slots), reverse=True)
+        self._changes = 0
+        self._repeated: tuple[Plan, int] | None = None  # how often a plan was carried out again, and is not counted yet
 
     def check(self, sequence: Sequence) -> None:
         """Raises InputError for a sequence that can never fit."""
@@ -141,6 +157,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Put it in line (see `check`)."""
+        self._change()
         sequence.arrival = now
         if not any(other.key == sequence.key for other in self.waiting + self.running):
             # a key that was away does not bring back what it did not use
@@ -150,6 +167,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence is over, for whatever reason; its place and bytes are free."""
+        self._change()
         if sequence.stage == "running":
             self._release(sequence)
         elif sequence in self.waiting:
@@ -160,14 +178,51 @@ class Scheduler:
 
     def plan(self, now: float, budget: int) -> Plan:
         """The next step, of at most `budget` tokens beyond one for each sequence that decodes."""
+        self._change()
         plan = Plan()
         for sequence in [*self.waiting, *self.running]:
-            if sequence.deadline is not None and now > sequence.deadline:
-                plan.expired.append(sequence)
-                self.finish(sequence)
+            if sequence.deadline is not None:
+                if now > sequence.deadline:
+                    plan.expired.append(sequence)
+                    self.finish(sequence)
+                else:
+                    plan.until = min(plan.until, sequence.deadline)
         self._admit(plan, now)
         self._share(plan, now, budget)
+        plan.made, plan.more = self._changes, self._repeats(plan)
         return plan
+
+    def again(self, plan: Plan, now: float) -> bool:
+        """Whether a plan that was carried out, so that every sequence of it has come one token further, is the next
+        one, too, and nothing has to be weighed anew; if so, it counts as given out once more."""
+        if plan.made != self._changes or plan.more == 0 or now > plan.until:
+            return False
+        plan.more -= 1
+        self._repeated = plan, 1 if self._repeated is None else self._repeated[1] + 1
+        return True
+
+    def _change(self) -> None:
+        """Plans made before no longer hold, and what was done by them is counted."""
+        self._changes += 1
+        if self._repeated is not None:
+            plan, times = self._repeated
+            self._repeated = None
+            for one in plan.work:
+                self.served[one.sequence.key] += times * one.count
+
+    def _repeats(self, plan: Plan) -> int:
+        """Steps after this one in which all that runs takes a token each, with the bytes that it has, and none of those
+        that wait can take a place."""
+        if len(plan.work) < len(self.running) or any(one.count != 1 for one in plan.work):
+            return 0
+        if self.waiting and (
+            self._open or min(one.priority for one in self.running) < max(one.priority for one in self.waiting)
+        ):
+            return 0
+        if not all(one.decoding for one in self.running):
+            return 0
+        rooms = (self.memory.room(one.held, one.limit - 1) - one.known for one in self.running)
+        return max(0, min(rooms, default=0))
 
     # -- places
 

@@ -10,6 +10,8 @@ from armillary.text import StreamDecoder
 class Writer:
     """Text of one answer; `stopped` once a stop text has come, which is left out."""
 
+    __slots__ = ("decoder", "held", "stopped", "stops")
+
     def __init__(self, decoder: StreamDecoder, stops: Sequence[str]) -> None:
         self.decoder, self.stops = decoder, [stop for stop in stops if stop]
         self.held = ""

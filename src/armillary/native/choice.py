@@ -107,22 +107,24 @@ def sheet(logits: Tensor) -> Sheet | None:
     return Sheet(logits.data_ptr(), strides[0] * size, logits.shape[-1], size == 2)
 
 
-def choose_rows(
-    scores: Sheet, rows: Sequence[Row], places: Sequence[int], draws: Sequence[float]
-) -> list[tuple[int, int, float]]:
-    """Problem, token and log-probability for the rows at `places` of the scores. draws: uniform in [0, 1). What
-    pointers of the rows name has to be there until then, and every id that a row names has to lie in the vocabulary."""
-    count = len(rows)
-    threads = min(count, torch.get_num_threads()) if count * scores.width >= SPLIT else 1
-    given = (
-        array("q", map(addressof, rows)),
-        array("q", places),
-        array("d", draws),
-        array("d", bytes(sizeof(Found) * count)),
-    )
-    call = function("choose_rows", _ARGUMENTS, c_int32, _MIRROR)
-    at = [one.buffer_info()[0] for one in given]
-    if call(*at, count, scores.address, scores.step, scores.width, scores.bf16, threads):
-        raise MemoryError("no memory for the choice of tokens")
-    found = iter(given[3].tolist())
-    return [(int(problem), int(token), logprob) for problem, token, logprob in zip(found, found, found, strict=True)]
+class Rows:
+    """Rows whose tokens are chosen together, again and again: what the call takes lies in one place.
+
+    places: of the rows among the scores; draws: uniform in [0, 1), to be written before each choice. What pointers of
+    a row name has to be there when a choice is made, and every id that a row names has to lie in the vocabulary.
+    """
+
+    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        self.rows, count = list(rows), len(rows)
+        self.draws, self._found = array("d", bytes(8 * count)), array("d", bytes(sizeof(Found) * count))
+        self._given = array("q", map(addressof, rows)), array("q", places)
+        self._at = [one.buffer_info()[0] for one in (*self._given, self.draws, self._found)]
+        self._call = function("choose_rows", _ARGUMENTS, c_int32, _MIRROR)
+
+    def choose(self, scores: Sheet) -> list[float]:
+        """Of each row three numbers, one after another: problem, token, log-probability."""
+        count = len(self.rows)
+        threads = min(count, torch.get_num_threads()) if count * scores.width >= SPLIT else 1
+        if self._call(*self._at, count, scores.address, scores.step, scores.width, scores.bf16, threads):
+            raise MemoryError("no memory for the choice of tokens")
+        return self._found.tolist()

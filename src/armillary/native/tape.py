@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Literal
 
@@ -145,7 +145,7 @@ _MIRROR = (
     },
 )
 _WRITE = [
-    *(POINTER(Record), c_int64, POINTER(Call), c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
+    *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
     *(c_double, c_double, c_double, POINTER(c_int64), POINTER(c_double)),
 ]
 
@@ -155,14 +155,16 @@ class Program:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = (Record * len(records))(*records)
-        self._run = function("tape_run", [POINTER(Record), c_int64, POINTER(Call), c_int64], None, _MIRROR)
+        self._given = addressof(self.records), len(records)
+        self._run = function("tape_run", [c_void_p, c_int64, c_void_p, c_int64], None, _MIRROR)
 
-    def run(self, call: Call, threads: int) -> None:
-        self._run(self.records, len(self.records), byref(call), threads)
+    def run(self, call: int, threads: int) -> None:
+        """call: where a `Call` lies."""
+        self._run(*self._given, call, threads)
 
     def go_on(
         self,
-        call: Call,
+        call: int,
         threads: int,
         scores: tuple[int, int],
         row: Row,
@@ -175,17 +177,17 @@ class Program:
         most = len(draws)
         found, sure, given = (c_int64 * most)(), (c_double * most)(), (c_double * most)(*draws)
         made = run(
-            *(self.records, len(self.records), byref(call), threads, *scores, byref(row), given, most),
+            *(*self._given, call, threads, *scores, byref(row), given, most),
             *(*bounds, found, sure),
         )
         if made < 0:
             raise MemoryError("no memory for the choice of tokens")
         return found[:made], sure[:made]
 
-    def run_in_turn(self, call: Call, threads: int, back: bool) -> None:
+    def run_in_turn(self, call: int, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""
-        run = function("tape_run_in_turn", [POINTER(Record), c_int64, POINTER(Call), c_int64, c_int64])
-        run(self.records, len(self.records), byref(call), threads, int(back))
+        run = function("tape_run_in_turn", [c_void_p, c_int64, c_void_p, c_int64, c_int64])
+        run(*self._given, call, threads, int(back))
 
 
 def attend_floats(width: int) -> int:

@@ -8,7 +8,9 @@ each, is data of the call. A token is a row of every buffer; the tokens of one s
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import addressof
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +110,9 @@ class Tape(Buffers):
         self._memory = Memory()
         self._angles: dict[Any, Buffer] = {}
         self._picked = False
-        self._into = np.zeros((4, rows), np.int64)
-        self._at: int = self._into.ctypes.data
+        self._call = Call()
+        self._given: tuple[array[int], ...] = ()  # what the call points to
+        self._shown: dict[int, Tensor] = {}  # scores, by how many were asked for
 
     # -- records
 
@@ -466,6 +469,8 @@ class Tape(Buffers):
             return
         self.scratch = -(-self.scratch // 16) * 16  # whole lines of the cache
         self._room = torch.empty(self.threads * self.scratch)
+        self._call.scratch, self._call.room = self.scratch, self._room.data_ptr()
+        self._at = addressof(self._call)
         stretch: list[Record] = []
         for step in [*self._steps, None]:
             if isinstance(step, Record):
@@ -501,36 +506,32 @@ class Tape(Buffers):
     ) -> Tensor:
         """Take in tokens, those of a sequence one after another and the sequences' rows ascending; returns
         the scores [len(picked), V] of those asked for, in memory that the next call overwrites."""
-        count = len(ids)
-        call = self._call(slots, places, ids, picked)
+        asked = len(picked)
+        self._set_out(slots, places, ids, picked)
         turn: Turn | None = None
         for part in self._program:
             if isinstance(part, Program):
-                part.run(call, self.threads)
+                part.run(self._at, self.threads)
             else:
                 if turn is None:
-                    rows, where, tokens = (self._into[line, :count].copy() for line in range(3))
+                    rows, where, tokens = (np.array(one, np.int64) for one in (slots, places, ids))
                     turn = Turn(rows, where, tokens, side or {})
                 part(turn)
-        width = self._logits.width
-        return self._logits.tensor.view(-1)[: len(picked) * width].view(len(picked), width)
+        shown = self._shown.get(asked)
+        if shown is None:
+            width = self._logits.width
+            shown = self._shown[asked] = self._logits.tensor.view(-1)[: asked * width].view(asked, width)
+        return shown
 
-    def _call(self, slots: Sequence[int], places: Sequence[int], ids: Sequence[int], picked: Sequence[int]) -> Call:
+    def _set_out(self, slots: Sequence[int], places: Sequence[int], ids: Sequence[int], picked: Sequence[int]) -> None:
+        """What the next call takes in."""
         count = len(ids)
         assert 0 < count <= self.rows
-        for line, values in enumerate((slots, places, ids, picked)):
-            self._into[line, : len(values)] = values
-        base, line_ = self._at, self._into.strides[0]
-        return Call(
-            count,
-            len(picked),
-            self.scratch,
-            self._room.data_ptr(),
-            base + 2 * line_,
-            base,
-            base + line_,
-            base + 3 * line_,
-        )
+        # Between two steps nothing of Python, and less of PyTorch, is in the processor's caches: little is touched.
+        self._given = given = array("q", ids), array("q", slots), array("q", places), array("q", picked)
+        call = self._call
+        call.rows, call.picks = count, len(picked)
+        call.ids, call.slots, call.places, call.picked = [one.buffer_info()[0] for one in given]
 
     def go_on(
         self,
@@ -549,12 +550,12 @@ class Tape(Buffers):
         draw, all. row: how they are chosen, of the first `vocabulary` entries. Only where all branches have native
         steps."""
         count = len(ids)
-        call = self._call([slot] * count, range(start, start + count), ids, [count - 1])
+        self._set_out([slot] * count, range(start, start + count), ids, [count - 1])
         (program,) = self._program
         assert isinstance(program, Program)
         width = self._logits.width
         scores = self._logits.at, width if vocabulary is None else min(width, vocabulary)
-        return program.go_on(call, self.threads, scores, row, draws, bounds)
+        return program.go_on(self._at, self.threads, scores, row, draws, bounds)
 
 
 def kind_of(held: Tensor) -> Kind:

@@ -24,10 +24,10 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._pieces = tokenizer.pieces
+        self._rest = () if self._pieces is None else self._pieces.rest
         self._waiting: list[int] = []
+        self._held = b""  # the beginning of a character
         self._first, self._strip = True, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._broken = False  # whether the decoder holds the beginning of a character
         self._begin()
 
     def push(self, id: int) -> str:
@@ -35,22 +35,27 @@ class StreamDecoder:
 
         Raises TokenizerError for an id outside the vocabulary.
         """
-        data = self._tokenizer.token_bytes(id) if self._pieces is not None else b""
+        data = self._rest[id] if 0 <= id < len(self._rest) else None
+        if data is None and self._pieces is not None:
+            data = self._tokenizer.token_bytes(id)
         if self._tokenizer.is_special(id):
             return ""
         if self._pieces is None:
             self._waiting.append(id)
             return ""
+        assert data is not None
         if self._first:
             data, self._first = self._pieces.first[id] or b"", False
         if self._strip:
             cut = min(self._strip, len(data) - len(data.lstrip(b" ")))
             data = data[cut:]
             self._strip = 0 if data else self._strip - cut
-        if not self._broken and data.isascii():
+        if self._held:
+            data = self._held + data
+        elif data.isascii():
             return data.decode("ascii")
-        text = self._decoder.decode(data)
-        self._broken = bool(self._decoder.getstate()[0])
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
         return text
 
     def finish(self) -> str:
@@ -58,14 +63,12 @@ class StreamDecoder:
 
         The decoder is then as new.
         """
-        rest = self._decoder.decode(b"", True)
+        rest = codecs.utf_8_decode(self._held, "replace", True)[0]
         if self._pieces is None:
             rest, self._waiting = self._tokenizer.decode(self._waiting), []
         self._begin()
         return rest
 
     def _begin(self) -> None:
-        self._decoder.reset()
-        self._broken = False
-        self._first = True
+        self._held, self._first = b"", True
         self._strip = 0 if self._pieces is None else self._pieces.strip

@@ -6,6 +6,8 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import openai
 import uvicorn
@@ -101,3 +103,14 @@ class Served:
             assert not engine.busy
             assert engine.memory.held == 0
             assert not engine.scheduler.running
+
+
+def after_the_first(engine: Engine, broken: Callable[..., Any]) -> Callable[..., Any]:
+    """For `Slots.extend`: it works until an answer has a token."""
+    plain = engine.slots.extend
+
+    def extend(*given: Any, **more: Any) -> Any:
+        begun = any(run.answer.choices for run in engine._runs.values())
+        return (broken if begun else plain)(*given, **more)
+
+    return extend

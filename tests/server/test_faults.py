@@ -15,7 +15,7 @@ import tracemalloc
 import httpx
 import openai
 import pytest
-from server_parts import Served, hosted
+from server_parts import Served, after_the_first, hosted
 
 from armillary.server import Door, Server, body
 from armillary.server.body import checked, parse
@@ -297,17 +297,24 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else(caplog) -> None:
         slots.extend = nothing
         with pytest.raises(openai.InternalServerError, match="finite"):
             client.chat.completions.create(**ASK)
-        with pytest.raises(openai.APIError, match="finite"):
+        with pytest.raises(openai.InternalServerError, match="finite"):  # a stream that has not begun has a status
+            list(client.chat.completions.create(**ASK, stream=True))
+        del slots.extend
+        slots.extend = after_the_first(running.server.models["tiny"].engine, nothing)
+        with caplog.at_level("INFO", "armillary.server"), pytest.raises(openai.APIError, match="finite"):
             list(client.chat.completions.create(**ASK, stream=True))
         del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
         running.quiet()
         assert httpx.get(f"{running.url}/ready").status_code == 200
         text = httpx.get(f"{running.url}/metrics").text
-        assert 'armillary_answers_total{finish="error",model="tiny"} 3.0' in text
+        assert 'armillary_answers_total{finish="error",model="tiny"} 4.0' in text
         counted = 'armillary_requests_total{route="/v1/chat/completions",status="%d"} %d.0'
-        assert counted % (500, 2) in text  # the stream that failed had begun with 200
-        assert counted % (200, 4) in text
+        assert counted % (500, 3) in text
+        assert counted % (200, 4) in text  # the stream that failed had begun: that it did is counted apart
+        assert 'armillary_stream_failures_total{model="tiny",reason="generation_failed"} 1.0' in text
+        lines = [record for record in caplog.records if record.getMessage() == "request"]
+        assert [(line.status, line.failed) for line in lines if line.failed] == [(200, "generation_failed")]
     finally:
         running.close()
 

@@ -21,9 +21,9 @@ import uvicorn
 
 from armillary.base.errors import InputError
 from armillary.server.app import Server
-from armillary.server.connection import Connection, descriptors
+from armillary.server.connection import HEAD, descriptors, quickest
 
-_EXTRAS = ("route", "status", "client", "id", "seconds", "finish")
+_EXTRAS = ("route", "status", "client", "id", "seconds", "finish", "failed")
 LEAVING = 2  # seconds in which clients may read what was said to them before the end
 _FRAMES = 6  # of an exception, the innermost
 
@@ -74,7 +74,7 @@ def leave() -> None:
 def config(server: Server) -> uvicorn.Config:
     return uvicorn.Config(
         server,
-        http=Connection,
+        http=quickest,
         ws="none",
         log_config=None,
         access_log=False,
@@ -83,7 +83,7 @@ def config(server: Server) -> uvicorn.Config:
         timeout_keep_alive=30,
         backlog=min(2048, descriptors() // 8),  # asyncio accepts as many at once, and there must be room for them
         timeout_graceful_shutdown=LEAVING,
-        h11_max_incomplete_event_size=65536,
+        h11_max_incomplete_event_size=HEAD,
     )
 
 

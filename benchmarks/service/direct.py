@@ -1,8 +1,8 @@
 """An engine in a process of its own, asked directly: what a server is measured against.
 
-`python -m service.direct FOLDER SLOTS`, from benchmarks/, opens the model as `armillary serve` does and answers lines of JSON:
-{"prompt": text} with the seconds from its ids to the first token of an answer; {"beside": n} once n long answers run;
-{"end": true} once they are gone. Between lines it does nothing but what runs beside.
+`python -m service.direct FOLDER SLOTS`, from benchmarks/, opens the model as `armillary serve` does and answers lines
+of JSON: {"prompt": text} with the seconds from its ids to the first token of an answer; {"beside": n} once n long
+answers run; {"end": true} once they are gone. Between lines it does nothing but what runs beside.
 """
 
 from __future__ import annotations

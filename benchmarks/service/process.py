@@ -68,7 +68,8 @@ def environment(threads: int | None = 1) -> dict[str, str]:
 
 class Process:
     """options: of the command; log: where its stderr goes, by default a file beside the model; startup: source of a
-    module that Python imports first (`sitecustomize`); files: the most descriptors that it may have; threads: of its steps, None: as it chooses."""
+    module that Python imports first (`sitecustomize`); files: the most descriptors that it may have; threads: of
+    its steps, None: as it chooses."""
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ def hosted(slots: int = 4, most: int = 16, context: int = 2048) -> Hosted:
 class Served:
     """A server on a thread of its own."""
 
-    def __init__(self, server: Server, buffer: int | None = None) -> None:
+    def __init__(self, server: Server, buffer: int | None = None, http: type | None = None) -> None:
         self.server = server
         self.listening = socket.socket()
         if buffer is not None:  # of each connection, for what is to be read
@@ -71,7 +71,9 @@ class Served:
         self.listening.bind(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.inner = uvicorn.Server(config(server))
+        given = config(server)
+        given.http = http or given.http
+        self.inner = uvicorn.Server(given)
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self.thread.start()
         while not self.inner.started:

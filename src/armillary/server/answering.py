@@ -174,9 +174,7 @@ class Answered(Response):
         self.context.door.charge(self.job.client, tokens - self._charged)
         self._charged = tokens
 
-    async def _one(
-        self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]
-    ) -> None:
+    async def _one(self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]) -> None:
         open_ = len(answers)
         while open_:
             got = await pieces.get()

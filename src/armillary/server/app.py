@@ -122,6 +122,8 @@ class Server:
     def _post(self, path: str, form: type[BaseModel], call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
             self.door.admit(client)
+            if path.startswith("/v1/"):
+                self._admit()
             if self.upstream is not None:
                 given = await read_as_it_is(request, form)
                 return self.upstream.post(self.context, client, path.removeprefix("/v1"), given, self._marks(request))
@@ -140,6 +142,18 @@ class Server:
                 self._prepared -= 1
 
         return self._guarded(path, handle)
+
+    def _admit(self) -> None:
+        """Before a body is read: where no model has room, nobody is let in, whatever is asked."""
+        for hosted in self.models.values():
+            pace = hosted.engine.pace.token if hosted.generates else 0.0
+            try:
+                hosted.load.admit(1, 0, pace)
+                return
+            except HTTPError as error:
+                problem = error
+        if self.models:
+            raise problem
 
     def _plain(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:

@@ -100,6 +100,8 @@ def _named(error: ValidationError, data: Any) -> HTTPError:
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     problem = (kinds or unknown or sorted(problems, key=_far))[0]
     path = _path(problem["loc"], data, absent=problem["type"] in ("extra_forbidden", "missing"))
+    if problem["type"] == "union_tag_invalid":
+        return _no_member(path, problem["input"], problem["ctx"]["expected_tags"])
     if problem["type"] == "extra_forbidden":
         return HTTPError(400, f"unknown parameter '{path[:200]}'", param=path, code="unknown_parameter")
     if problem["type"] == "missing":
@@ -110,6 +112,17 @@ def _named(error: ValidationError, data: Any) -> HTTPError:
     return HTTPError(
         400, f"'{path}': {problem['msg']}" if path else problem["msg"], param=path or None, code="invalid_value"
     )
+
+
+def _no_member(path: str, given: Any, known: str) -> HTTPError:
+    """Of a union whose members are told apart by their type (`items.kind_of`)."""
+    if not isinstance(given, dict):
+        return HTTPError(400, f"'{path}' is not an object", param=path, code="invalid_value")
+    path, known = f"{path}.type", known.replace("'a ", "'")
+    if given.get("type") is None:
+        return HTTPError(400, f"'{path}' is missing", param=path, code="missing_parameter", hint=f"one of {known}")
+    what = f"'{path}' is '{str(given['type'])[:100]}', which is not known"
+    return HTTPError(400, what, param=path, code="invalid_value", hint=f"one of {known}")
 
 
 def _far(problem: Mapping[str, Any]) -> tuple[bool, int]:

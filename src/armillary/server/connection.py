@@ -38,8 +38,11 @@ def descriptors() -> int:
 
 
 class Connection(Protocol):
-    """What both readers share. headers: seconds from the first byte of a request, or from the connection's begin, to the last of its
-    headers; reads: seconds that a client may leave what was sent unread."""
+    """What both readers share.
+
+    headers: seconds from the first byte of a request, or from the connection's begin, to the last of its headers;
+    reads: seconds that a client may leave what was sent unread.
+    """
 
     headers_within = 20.0
     reads_within = 30.0

@@ -216,3 +216,22 @@ def test_warming_walks_through_an_answer(monkeypatch) -> None:
     grammars.close()
     assert seen[-1].token in TOKENIZER.ends
     json.loads(TOKENIZER.decode([one.token for one in seen[:-1]]))
+
+
+def test_what_can_only_go_on_in_one_way_is_encoded_once(monkeypatch) -> None:
+    """Of two answers to one schema the second asks the tokenizer for nothing, and both are allowed the same."""
+    asked = []
+    plain = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: asked.append(text) or plain(text))
+    grammars, ids, found, counts = Grammars(TOKENIZER), plain('{"name":"ab","kind":"cat","age":1}'), [], []
+    for _ in range(2):
+        constraint, free = grammars.constraint("json_schema", SCHEMA), []
+        before = len(asked)
+        for token in ids:
+            free.append(torch.isfinite(constraint.apply(torch.zeros(TOKENIZER.size), ())).tolist())
+            constraint.accept(token)
+        found.append(free)
+        counts.append(len(asked) - before)
+    grammars.close()
+    assert counts[0] > 5 and counts[1] == 0
+    assert found[0] == found[1]

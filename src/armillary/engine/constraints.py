@@ -8,6 +8,7 @@ its constraint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ REFERENCES = 256
 PATTERN = 1024  # characters
 VALUES = 2000  # of an enumeration
 KEPT = 64  # compiled grammars
+FORCED, FORCED_LENGTH = 8192, 256  # texts whose tokens are kept, and the longest of them
 WAITING = 8  # callers at a time
 WARMING = {
     "type": "object",
@@ -280,8 +282,15 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
             self.tokens += [b""] * (vocabulary - tokenizer.size)
             self.special_token_ids = [id for id in range(tokenizer.size) if tokenizer.is_special(id)]
 
+            self._known = functools.lru_cache(FORCED)(self._ids)
+
         def __call__(self, text: bytes | str) -> list[int]:
-            return tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+            # What can only go on in one way is asked for at every token of it, in every answer to a schema: right after
+            # a step a tokenizer takes half a millisecond for that.
+            return list(self._known(text) if len(text) <= FORCED_LENGTH else self._ids(text))
+
+        def _ids(self, text: bytes | str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace")))
 
     return LLTokenizer(Wrapped(), n_vocab=vocabulary, eos_token=list(tokenizer.ends))  # type: ignore[arg-type]
 

@@ -54,7 +54,7 @@ STUCK = 30.0  # seconds without a step, while there is work, after which the ser
 FAILING = 3  # steps in a row
 WORKERS = 32  # requests whose texts are prepared at a time
 SHORT = 512  # characters of a text that a request brings
-SWITCH = 0.0005  # seconds after which a thread that wants to go on is let in; Python's own 0.005 is a token's time
+SWITCH = 0.0001  # seconds after which a thread that wants to go on is let in; Python's own 0.005 is a token's time
 ENDING = 10.0  # seconds for models to end what they are in the middle of
 LEFT = 499  # in place of a status, when the client left before there was one
 

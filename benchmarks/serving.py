@@ -2,26 +2,24 @@
 else to do and beside 4 running answers), the longest gaps of running answers while a long prompt is read, and the
 price of a schema.
 
-Everything is measured against the same network asked directly, in the same process; only whole answers that follow
-a schema are asked of `armillary serve`, in fresh processes, against answers of as many tokens without one.
+The engine's steps and gaps are measured in this process. The first token and answers with a schema are asked of
+`armillary serve` as it starts by itself, in processes of its own: the first token by a client outside, on a connection
+that stands and on new ones, against an engine that another process asks directly, in turn, while the other is idle;
+whole answers with a schema in fresh processes, against answers of as many tokens without one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-import socket
 import statistics
 import tempfile
-import threading
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 import armillary
 from armillary.engine.constraints import Grammars
@@ -30,10 +28,9 @@ from armillary.engine.request import Request
 from armillary.engine.sampling import Sampling
 from armillary.nn.network import ModelSettings, build
 from armillary.nn.ops import computes_bf16
-from armillary.server import Hosted, Load, Server
-from armillary.server.run import config
 from armillary.text import TokenizerSettings, train_tokenizer
 from common import DEPTH, HEADS, HIDDEN, KV_HEADS, WIDTH, report
+from service.added import measured
 from service.process import Process
 
 BATCH, TOKENS, LONG, REPEATS = 8, 64, 4000, 20
@@ -135,62 +132,13 @@ def gaps(net, tokenizer) -> dict[str, float]:
     }
 
 
-def first_token(net, tokenizer) -> dict[str, float]:
-    """From the request's bytes to the first event, against the engine asked directly with the same ids."""
-    engine = Engine(net, tokenizer, slots=BATCH, keep=False).start()
-    server = Server([Hosted("m", net, tokenizer, engine, Load(64))])
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    inner = uvicorn.Server(config(server))
-    thread = threading.Thread(target=lambda: asyncio.run(inner.serve([listening])), daemon=True)
-    thread.start()
-    while not inner.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
-    prompt = "x" * 32
-    ids = server.models["m"].prompts(prompt)[0]
-    body = {"model": "m", "prompt": prompt, "max_tokens": 1, "min_tokens": 1, "temperature": 0, "stream": True}
-    data = json.dumps(body).encode()
-
-    def over() -> float:
-        asked = urllib.request.Request(url, data, {"content-type": "application/json"})
-        start = time.perf_counter()
-        with urllib.request.urlopen(asked) as answer:
-            answer.readline()
-            took = time.perf_counter() - start
-            answer.read()
-        return took
-
-    def direct() -> float:
-        start = time.perf_counter()
-        answer = engine.submit(Request(tuple(ids), Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0)))
-        next(iter(answer))
-        return time.perf_counter() - start
-
-    over(), direct()
-    pairs = [(over(), direct()) for _ in range(REPEATS)]
-    alone = {
-        "first token over HTTP ms": 1000 * statistics.median(one for one, _ in pairs),
-        "first token asked directly ms": 1000 * statistics.median(other for _, other in pairs),
-        "server adds ms": 1000 * statistics.median(one - other for one, other in pairs),
-    }
-    lasting = Sampling(max_new_tokens=LONG, min_new_tokens=LONG, temperature=1.0)
-    running = [engine.submit(Request(tuple(range(20, 52)), lasting, stream=row)) for row in range(BESIDE)]
-    while not all(answer.choices for answer in running):
-        time.sleep(0.005)
-    # a request waits for the end of a step, wherever in it it comes: medians of many, each for itself
-    pairs = [(over(), direct()) for _ in range(6 * REPEATS)]
-    assert all(answer.finish is None for answer in running), "the other answers ended too early"
-    for answer in running:
-        answer.cancel()
-    inner.should_exit = True
-    thread.join()
-    http, asked = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return alone | {
-        "beside 4 answers, first token over HTTP ms": 1000 * http,
-        "beside 4 answers, first token asked directly ms": 1000 * asked,
-        "beside 4 answers, server adds ms": 1000 * (http - asked),
-    }
+def first_token(net) -> dict[str, float]:
+    """From a request's first byte to the event of the first token, over HTTP and asked directly (`service.added`)."""
+    tokenizer = train_tokenizer(TokenizerSettings(kind="byte", chat_template="{{ messages[0].content }}"), [])
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "tiny"
+        armillary.save(armillary.Model(net, tokenizer), model)
+        return measured(model, BESIDE)
 
 
 def schemas(tokenizer) -> dict[str, float]:
@@ -212,7 +160,7 @@ def schemas(tokenizer) -> dict[str, float]:
         for token in tokenizer.encode('{"name":"'):
             free = scores.clone()  # which are changed in place
             start = time.perf_counter()
-            allowed = constraint.apply(free, [])
+            allowed = constraint.apply(free, ())
             masks.append(time.perf_counter() - start)
             assert allowed[token] == 0
             constraint.accept(token)
@@ -292,7 +240,7 @@ def answers(net, tokenizer) -> dict[str, float]:
 
 def main() -> None:
     net, tokenizer = network(LONG + 2 * TOKENS)
-    figures = overhead(net, tokenizer) | first_token(net, tokenizer) | gaps(net, tokenizer) | schemas(tokenizer)
+    figures = overhead(net, tokenizer) | first_token(net) | gaps(net, tokenizer) | schemas(tokenizer)
     figures |= answers(net, tokenizer)
     beside = figures["gap while 4,000 tokens are read, p99 ms"]
     figures["p99 gap beside a long prompt over median alone"] = beside / figures["gap between tokens alone, median ms"]
@@ -302,7 +250,7 @@ def main() -> None:
         {
             "engine's share of a step": (0.05, "max"),
             "server adds ms": (1.0, "max"),
-            "beside 4 answers, server adds ms": (1.0, "max"),
+            f"beside {BESIDE} streams, server adds ms": (1.0, "max"),
             "p99 gap beside a long prompt over median alone": (2.0, "max"),
             "first answer with a schema, more than without ms": (20.0, "max"),
             "later answers with a schema, slower by": (0.05, "max"),

@@ -59,9 +59,17 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def environment(threads: int | None = 1) -> dict[str, str]:
+    """Of a process that computes; with one thread a core is left for the client."""
+    around = {key: value for key, value in os.environ.items() if key not in ("ARMILLARY_API_KEYS", "OMP_NUM_THREADS")}
+    around |= {"PYTHONPATH": str(SOURCE)} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    return around
+
+
 class Process:
     """options: of the command; log: where its stderr goes, by default a file beside the model; startup: source of a
-    module that Python imports first (`sitecustomize`); files: the most descriptors that it may have."""
+    module that Python imports first (`sitecustomize`); files: the most descriptors that it may have; threads: of
+    its steps, None: as it chooses."""
 
     def __init__(
         self,
@@ -73,10 +81,10 @@ class Process:
         startup: str | None = None,
         files: int | None = None,
         slots: int = SLOTS,
+        threads: int | None = 1,
     ) -> None:
         self.log = log or model.parent / f"log-{time.monotonic_ns()}"
-        around = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
-        around |= {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}  # a core is left for the client
+        around = environment(threads)
         if keys:
             around["ARMILLARY_API_KEYS"] = ",".join(f"{name}:{secret}" for name, secret in KEYS.items())
         if startup is not None:

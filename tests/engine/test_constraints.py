@@ -12,8 +12,10 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from armillary.base.errors import InputError
+from armillary.engine import constraints
 from armillary.engine.constraints import Grammars
 from armillary.engine.core import Engine
 from armillary.engine.request import GenerationError, Request
@@ -186,3 +188,50 @@ def test_closing_in_the_middle_of_it_leaves_no_process(monkeypatch) -> None:
     grammars.close()
     assert not grammars._warming.is_alive()
     assert all(one.poll() is not None for one in started)
+
+
+def test_a_mask_forbids_what_the_automaton_forbids_and_all_that_is_no_token(grammars) -> None:
+    """By llguidance's own list of allowed tokens; beyond the tokenizer's there are scores of tokens that are none."""
+    wide = Grammars(TOKENIZER, TOKENIZER.size + 70)
+    constraint = wide.constraint("regex", "a[bc]|d")
+    for token, width in zip(TOKENIZER.encode("ac"), (TOKENIZER.size + 70, TOKENIZER.size), strict=True):
+        listed = list(constraint._matcher.compute_logit_bias())
+        scores = torch.arange(width, dtype=torch.float32)
+        found = constraint.apply(scores.clone(), ())
+        free = torch.tensor([bool(place < len(listed) and listed[place]) for place in range(width)])
+        assert bool(free.any()) and not bool(free.all())
+        assert torch.equal(found, torch.where(free, scores, -torch.inf))
+        constraint.accept(token)
+    wide.close()
+
+
+def test_warming_walks_through_an_answer(monkeypatch) -> None:
+    """The whole way that the first answer takes: compiled here, chosen from, to its end."""
+    seen = []
+    inner = constraints.choose
+    monkeypatch.setattr(constraints, "choose", lambda *given: seen.append(inner(*given)[0]) or seen[-1:])
+    grammars = Grammars(TOKENIZER)
+    grammars.warm()
+    grammars._warming.join(30)
+    grammars.close()
+    assert seen[-1].token in TOKENIZER.ends
+    json.loads(TOKENIZER.decode([one.token for one in seen[:-1]]))
+
+
+def test_what_can_only_go_on_in_one_way_is_encoded_once(monkeypatch) -> None:
+    """Of two answers to one schema the second asks the tokenizer for nothing, and both are allowed the same."""
+    asked = []
+    plain = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: asked.append(text) or plain(text))
+    grammars, ids, found, counts = Grammars(TOKENIZER), plain('{"name":"ab","kind":"cat","age":1}'), [], []
+    for _ in range(2):
+        constraint, free = grammars.constraint("json_schema", SCHEMA), []
+        before = len(asked)
+        for token in ids:
+            free.append(torch.isfinite(constraint.apply(torch.zeros(TOKENIZER.size), ())).tolist())
+            constraint.accept(token)
+        found.append(free)
+        counts.append(len(asked) - before)
+    grammars.close()
+    assert counts[0] > 5 and counts[1] == 0
+    assert found[0] == found[1]

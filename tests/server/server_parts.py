@@ -6,6 +6,8 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import openai
 import uvicorn
@@ -61,7 +63,7 @@ def hosted(slots: int = 4, most: int = 16, context: int = 2048) -> Hosted:
 class Served:
     """A server on a thread of its own."""
 
-    def __init__(self, server: Server, buffer: int | None = None) -> None:
+    def __init__(self, server: Server, buffer: int | None = None, http: type | None = None) -> None:
         self.server = server
         self.listening = socket.socket()
         if buffer is not None:  # of each connection, for what is to be read
@@ -69,7 +71,9 @@ class Served:
         self.listening.bind(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.inner = uvicorn.Server(config(server))
+        given = config(server)
+        given.http = http or given.http
+        self.inner = uvicorn.Server(given)
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self.thread.start()
         while not self.inner.started:
@@ -101,3 +105,14 @@ class Served:
             assert not engine.busy
             assert engine.memory.held == 0
             assert not engine.scheduler.running
+
+
+def after_the_first(engine: Engine, broken: Callable[..., Any]) -> Callable[..., Any]:
+    """For `Slots.extend`: it works until an answer has a token."""
+    plain = engine.slots.extend
+
+    def extend(*given: Any, **more: Any) -> Any:
+        begun = any(run.answer.choices for run in engine._runs.values())
+        return (broken if begun else plain)(*given, **more)
+
+    return extend

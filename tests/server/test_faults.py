@@ -15,7 +15,7 @@ import tracemalloc
 import httpx
 import openai
 import pytest
-from server_parts import Served, hosted
+from server_parts import Served, after_the_first, hosted
 
 from armillary.server import Door, Server, body
 from armillary.server.body import checked, parse
@@ -103,6 +103,40 @@ TOOL = {"type": "function", "function": {"name": "a"}}
             "input.0.role",
             "'system', 'developer', 'user' or 'assistant'",
         ),
+        (
+            "responses",
+            {"input": [{"type": "wizard", "content": "a"}]},
+            "input.0.type",
+            "'input.0.type' is 'wizard', which is not known: one of 'message', 'function_call', 'function_call_output'",
+        ),
+        ("responses", {"input": [{"type": ["wizard"]}]}, "input.0.type", "is '['wizard']', which is not known"),
+        ("responses", {"input": ["a"]}, "input.0", "'input.0' is not an object"),
+        ("responses", {"input": [{"type": "function_call", "name": "a"}]}, "input.0.call_id", "is missing"),
+        (
+            "responses",
+            {"input": "a", "text": {"format": {}}},
+            "text.format.type",
+            "is missing: one of 'text', 'json_object'",
+        ),
+        (
+            "responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "schema": {}}}},
+            "text.format.name",
+            "'text.format.name' is missing",
+        ),
+        (  # as chats have it
+            "responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}},
+            "text.format.json_schema",
+            "unknown parameter 'text.format.json_schema'",
+        ),
+        (
+            "responses",
+            {"input": "a", "text": {"format": {"type": "xml"}}},
+            "text.format.type",
+            "is 'xml', which is not known: one of 'text', 'json_object', 'json_schema'",
+        ),
+        ("responses", {"input": "a", "text": {"format": 3}}, "text.format", "is not an object"),
         ("embeddings", {"input": []}, "input", "at least 1 item"),
     ],
 )
@@ -111,6 +145,20 @@ def test_errors_name_the_field_and_the_bound(served, path, asked, param, words) 
     assert found.status_code == 400
     assert found.json()["error"]["param"] == param
     assert words in found.json()["error"]["message"]
+
+
+def test_a_long_name_of_a_field_comes_back_cut(served) -> None:
+    for path, asked in (
+        ("completions", {"prompt": "a", "b" * 100_000: 1}),
+        ("responses", {"input": [{"type": "c" * 100_000}]}),
+        ("responses", {"input": [{"role": "user", "content": "a", "d" * 100_000: 1}]}),
+        ("completions", {"prompt": "a", "logit_bias": {"e" * 100_000: "f"}}),
+    ):
+        found = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny"} | asked, headers=HEADERS, timeout=30)
+        assert found.status_code == 400
+        error = found.json()["error"]
+        assert len(error["param"]) <= 200
+        assert len(error["message"]) <= 2000
 
 
 @pytest.mark.parametrize("item", ["null", "[]", '{"a": 1}'])
@@ -164,6 +212,24 @@ def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(served, monkeypatch) -
     assert max(read) <= 16 * 2048
     found = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "text": "a" * 1_000_001}, headers=HEADERS)
     assert found.json()["error"]["param"] == "text"
+
+
+def test_a_template_that_drops_what_was_said_before_is_judged_by_what_is_left(served, monkeypatch) -> None:
+    """Of words that could not fit, only the last message is rendered: the answer is the one to it alone."""
+    tokenizer = served.server.models["tiny"].tokenizer
+    long = [{"role": "user", "content": "a" * 100_000}, {"role": "assistant", "content": "b" * 100_000}]
+    last = {"role": "user", "content": "hello"}
+
+    def ask(messages):
+        more = {"model": "tiny", "messages": messages, "max_tokens": 4, "temperature": 0}
+        return httpx.post(f"{served.url}/v1/chat/completions", json=more, headers=HEADERS, timeout=30)
+
+    assert ask([*long, last]).json()["error"]["code"] == "context_length_exceeded", "the control: ours drops nothing"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[-1].content }}")
+    found, alone = ask([*long, last]).json(), ask([last]).json()
+    assert found["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"] == len("hello")
+    assert found["choices"][0]["message"] == alone["choices"][0]["message"]
+    assert ask([last, {"role": "user", "content": "a" * 100_000}]).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_wrong_methods_paths_and_types(served) -> None:
@@ -297,17 +363,24 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else(caplog) -> None:
         slots.extend = nothing
         with pytest.raises(openai.InternalServerError, match="finite"):
             client.chat.completions.create(**ASK)
-        with pytest.raises(openai.APIError, match="finite"):
+        with pytest.raises(openai.InternalServerError, match="finite"):  # a stream that has not begun has a status
+            list(client.chat.completions.create(**ASK, stream=True))
+        del slots.extend
+        slots.extend = after_the_first(running.server.models["tiny"].engine, nothing)
+        with caplog.at_level("INFO", "armillary.server"), pytest.raises(openai.APIError, match="finite"):
             list(client.chat.completions.create(**ASK, stream=True))
         del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
         running.quiet()
         assert httpx.get(f"{running.url}/ready").status_code == 200
         text = httpx.get(f"{running.url}/metrics").text
-        assert 'armillary_answers_total{finish="error",model="tiny"} 3.0' in text
+        assert 'armillary_answers_total{finish="error",model="tiny"} 4.0' in text
         counted = 'armillary_requests_total{route="/v1/chat/completions",status="%d"} %d.0'
-        assert counted % (500, 2) in text  # the stream that failed had begun with 200
-        assert counted % (200, 4) in text
+        assert counted % (500, 3) in text
+        assert counted % (200, 4) in text  # the stream that failed had begun: that it did is counted apart
+        assert 'armillary_stream_failures_total{model="tiny",reason="generation_failed"} 1.0' in text
+        lines = [record for record in caplog.records if record.getMessage() == "request"]
+        assert [(line.status, line.failed) for line in lines if line.failed] == [(200, "generation_failed")]
     finally:
         running.close()
 
@@ -377,6 +450,40 @@ def test_a_signal_ends_the_process_whatever_clients_and_templates_do(tmp_path) -
         assert found[0].status_code == 503
         assert found[0].json()["error"]["code"] == "shutting_down"
         assert b" 503 " in half.recv(4096)
+    finally:
+        process.kill()
+
+
+def test_a_second_signal_ends_at_once(tmp_path) -> None:
+    """A stream is told that the server ends; a template that does not come back is not waited for."""
+    folder = saved(tmp_path / "tiny", "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
+    command = [sys.executable, "-m", "armillary", "serve", folder, "--port", "0", "--drain", "600"]
+    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = url_of(process)
+
+        def ask() -> None:
+            with pytest.raises(httpx.HTTPError):
+                httpx.post(f"{url}/chat/completions", json=ASK, timeout=60).raise_for_status()
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        lasting = {"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 2000, "min_tokens": 2000}
+        with httpx.stream("POST", f"{url}/completions", json=lasting, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            for _ in range(20):
+                assert "error" not in next(lines), "the first signal waits"
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            said = list(lines)
+            assert process.wait(20) == 0
+            took = time.monotonic() - begun
+        assert any("shutting down" in line for line in said)
+        assert took < 3  # a busy machine; it takes 0.4 s, and took 1.3 s where threads were waited for
+        asking.join(20)
     finally:
         process.kill()
 

@@ -6,7 +6,7 @@ import json
 
 import openai
 import pytest
-from server_parts import TOOLS, Served, hosted
+from server_parts import TOOLS, Served, after_the_first, hosted
 
 from armillary.server import Server
 from armillary.server.items import Kept
@@ -129,14 +129,20 @@ def test_what_is_not_there_is_refused_by_name(served, options, field) -> None:
 def test_a_failure_in_a_stream_is_an_event() -> None:
     running = Served(Server([hosted()]))
     try:
-        slots = running.server.models["tiny"].engine.slots
-        inner = slots.extend
-        slots.extend = lambda *args, **kwargs: inner(*args, **kwargs) * float("nan")
+        engine = running.server.models["tiny"].engine
+        slots, inner = engine.slots, engine.slots.extend
+
+        def broken(*args, **kwargs):
+            return inner(*args, **kwargs) * float("nan")
+
+        slots.extend = after_the_first(engine, broken)
         events = list(running.client().responses.create(**ASK, stream=True))
         assert events[-1].type == "response.failed"
         assert "finite" in events[-1].response.error.message
-        with pytest.raises(openai.InternalServerError):
-            running.client().responses.create(**ASK)
+        slots.extend = broken
+        for stream in (False, True):  # one that has not begun says so by its status
+            with pytest.raises(openai.InternalServerError, match="finite"):
+                running.client().responses.create(**ASK, stream=stream)
     finally:
         running.close()
 

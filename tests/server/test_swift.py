@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.util
 import json
 import socket
 import sys
@@ -120,3 +121,18 @@ def test_a_server_prepares_constraints_and_leaves_no_process() -> None:
     assert trial is not None and trial.poll() is None
     one.close()
     assert trial.poll() is not None
+
+
+def test_without_the_quick_loop_and_reader_the_plain_ones_serve(monkeypatch) -> None:
+    """They are extras of the extra: what is installed decides, and both ways are tested (`test_connection`)."""
+    serving = sys.modules["armillary.server.run"]
+    made = serving._quickest_loop()
+    assert made is None or made.__module__.startswith("uvloop")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert serving._quickest_loop() is None
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    monkeypatch.delitem(sys.modules, "uvicorn.protocols.http.httptools_impl", raising=False)
+    spec = importlib.util.find_spec("armillary.server.connection")
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.quickest is again.H11

@@ -8,6 +8,7 @@ its constraint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -19,10 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError
+from armillary.engine.sampling import Choice, Chooser, Sampling, choose
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
@@ -34,7 +37,21 @@ REFERENCES = 256
 PATTERN = 1024  # characters
 VALUES = 2000  # of an enumeration
 KEPT = 64  # compiled grammars
+FORCED, FORCED_LENGTH = 8192, 256  # texts whose tokens are kept, and the longest of them
 WAITING = 8  # callers at a time
+WARMING = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string", "maxLength": 3},
+        "b": {"enum": ["c", "d"]},
+        "e": {"type": "array", "items": {"type": "integer"}, "maxItems": 1},
+        "f": {"type": "number"},
+        "g": {"type": ["boolean", "null"]},
+    },
+    "required": ["a", "b", "e", "f", "g"],
+    "additionalProperties": False,
+}
+WALKED = 64  # tokens
 CLOSED = "constraints are no longer compiled: what served them is closed"
 WAIT = 10.0  # seconds for the trial: its own limit is on time of the processor
 
@@ -53,15 +70,25 @@ class Constraint:
 
     def __init__(self, matcher: Any, vocabulary: int, name: str = "constraint") -> None:
         self._matcher, self._vocabulary, self.name = matcher, vocabulary, name
+        self._bits = np.zeros(-(-vocabulary // 32), np.uint32)  # a token's is set where it is allowed
+        self._address, self._size = self._bits.ctypes.data, self._bits.nbytes
 
     def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        """Scores [V] float32, changed in place."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._size)
         self._check()
-        if len(allowed) != len(scores):
-            allowed = torch.nn.functional.pad(allowed[: len(scores)], (0, max(0, len(scores) - len(allowed))))
-        if not bool(allowed.any()):
+        if not scores.is_cpu:
+            return scores.copy_(self.apply(scores.cpu(), ids))
+        # Right after a step nothing of PyTorch is in the processor's caches, and each of its operations costs tens of
+        # microseconds, a call of NumPy some: for a vocabulary of bytes that is more than the automaton takes.
+        row = scores.numpy()
+        allowed = np.unpackbits(self._bits.view(np.uint8), count=min(len(row), self._vocabulary), bitorder="little")
+        forbidden = allowed == 0
+        if forbidden.all():
             raise InputError(f"the answer came to where its '{self.name}' allows no token at all")
-        return scores.masked_fill_(allowed.to(scores.device) == 0, -torch.inf)
+        row[: len(allowed)][forbidden] = -np.inf
+        row[len(allowed) :] = -np.inf
+        return scores
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
@@ -91,15 +118,21 @@ class Grammars:
         self._warming: threading.Thread | None = None
 
     def warm(self) -> None:
-        """Do in the background what the first constraint would have to wait for: the helper process starts, and the
-        vocabulary is read. Does nothing where constraints cannot be compiled; the first one will say so."""
+        """Do in the background what the first constraint would have to wait for: the helper process starts, the
+        vocabulary is read, and an answer is chosen. Does nothing where constraints cannot be compiled; the first one
+        will say so."""
         if self._warming is None:
             self._warming = threading.Thread(target=self._warm, name="armillary-grammars", daemon=True)
             self._warming.start()
 
     def _warm(self) -> None:
         try:
-            self.constraint("json_schema", {"type": "object"})
+            following = self.constraint("json_schema", WARMING)
+            chooser = Chooser(Sampling(temperature=0), (), ends=self._tokenizer.ends, steps=(following,))
+            for _ in range(WALKED):  # what is used for the first time is read from the disk, and finds itself a place
+                (chosen,) = choose(torch.zeros(1, self.vocabulary), [chooser])
+                if not isinstance(chosen, Choice) or chosen.token in chooser.ends:
+                    break
         except ImportError:
             pass
         except Exception:
@@ -249,8 +282,15 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> Any:
             self.tokens += [b""] * (vocabulary - tokenizer.size)
             self.special_token_ids = [id for id in range(tokenizer.size) if tokenizer.is_special(id)]
 
+            self._known = functools.lru_cache(FORCED)(self._ids)
+
         def __call__(self, text: bytes | str) -> list[int]:
-            return tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+            # What can only go on in one way is asked for at every token of it, in every answer to a schema: right after
+            # a step a tokenizer takes half a millisecond for that.
+            return list(self._known(text) if len(text) <= FORCED_LENGTH else self._ids(text))
+
+        def _ids(self, text: bytes | str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace")))
 
     return LLTokenizer(Wrapped(), n_vocab=vocabulary, eos_token=list(tokenizer.ends))  # type: ignore[arg-type]
 

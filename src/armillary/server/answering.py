@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -26,10 +26,14 @@ from armillary.server.hosted import Hosted
 from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
 from armillary.server.turns import Spoken
+from armillary.server.within import within
 
 log = logging.getLogger("armillary.server")
+HELD = 0.25  # seconds that the head of a stream waits for its first token
 ALIVE = 15.0  # seconds between comments that keep a silent stream open
 READS = 30.0  # seconds that a client may take to read what was sent
+LEFT, SILENT = "the client left", "nothing was said for a while"  # among the pieces
+Pieces: TypeAlias = "asyncio.Queue[tuple[int, Piece] | str]"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -123,9 +127,9 @@ class Answered(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job, answers = self.job, list[Answer]()
         post = self.context.post(asyncio.get_running_loop())
-        pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        pieces: Pieces = asyncio.Queue()
         load, count = job.hosted.load, sum(len(group) for group in job.groups)
-        entered = 0
+        entered, leaving = 0, None
         try:
             engine = job.hosted.engine
             load.admit(count, job.prompt_tokens, engine.pace.token)
@@ -139,13 +143,8 @@ class Answered(Response):
                 places = range(first, first + len(group))
                 answers += engine.submit_copies(group, [_listener(post, pieces, place) for place in places])
             leaving = asyncio.create_task(gone(receive))
-            work = asyncio.create_task(self._work(scope, receive, send, pieces, answers))
-            done, _ = await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (leaving, work):
-                task.cancel()
-            await asyncio.gather(leaving, work, return_exceptions=True)
-            if work in done:
-                work.result()
+            leaving.add_done_callback(lambda _: pieces.put_nowait(LEFT))
+            await (self._stream if self.whole is None else self._one)(scope, receive, send, pieces, answers)
         except Exception as error:
             if self._started:
                 raise
@@ -157,6 +156,8 @@ class Answered(Response):
             response = JSONResponse(problem.body(), problem.status, headers=problem.headers() | self.given)
             await response(scope, receive, send)
         finally:
+            if leaving is not None:
+                leaving.cancel()
             load.answers -= entered
             load.waiting_tokens -= sum(self._unread.values())
             state = scope.setdefault("state", {})
@@ -173,63 +174,83 @@ class Answered(Response):
         self.context.door.charge(self.job.client, tokens - self._charged)
         self._charged = tokens
 
-    async def _work(
-        self, scope: Scope, receive: Receive, send: Send, pieces: asyncio.Queue[Any], answers: list[Answer]
-    ) -> None:
-        if self.whole is not None:
-            open_ = len(answers)
-            while open_:
-                place, piece = await pieces.get()
-                self._read(place)
-                open_ -= piece.finish is not None
-            problems = [found for found in map(problem_of, answers) if found is not None]
-            if problems:
-                raise problems[0]
-            self.job.heard(answers)
-            self._charge(answers)
-            self._started = True
-            await JSONResponse(self.whole(answers), headers=self._marks())(scope, receive, send)
-            return
-        assert self.first is not None and self.piece is not None and self.last is not None
-        head = [(name.encode(), value.encode()) for name, value in self._marks().items()]
-        head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        self._started = True
-        await sent(send, {"type": "http.response.start", "status": 200, "headers": head})
-        await self._event(send, self.first())
+    async def _one(self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]) -> None:
         open_ = len(answers)
         while open_:
-            try:
-                async with asyncio.timeout(ALIVE):  # wait_for would lose a cancellation that meets a piece
-                    batch = [await pieces.get()]
-            except TimeoutError:
-                await sent(send, {"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
-                continue
-            while not pieces.empty():
-                batch.append(pieces.get_nowait())
-            events = []
-            for place, piece in batch:
-                self._read(place)
-                open_ -= piece.finish is not None
-                problem = None if piece.finish is None else problem_of(answers[place])
-                if problem is not None:
-                    events += self.failed(problem)
-                else:
-                    events += self.piece(place, piece, answers[place])
-            await self._event(send, events)
+            got = await pieces.get()
+            if got is LEFT:
+                return
+            place, piece = cast("tuple[int, Piece]", got)
+            self._read(place)
+            open_ -= piece.finish is not None
+        problems = [found for found in map(problem_of, answers) if found is not None]
+        if problems:
+            raise problems[0]
+        assert self.whole is not None
         self.job.heard(answers)
         self._charge(answers)
-        await self._event(send, self.last(answers))
+        self._started = True
+        await JSONResponse(self.whole(list(answers)), headers=self._marks())(scope, receive, send)
+
+    async def _stream(
+        self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]
+    ) -> None:
+        """The head leaves with the first token, so that both arrive at once, and a stream whose answers fail before it
+        has a status that says so; but it does not wait long."""
+        assert self.first is not None and self.piece is not None and self.last is not None
+        loop, open_, events = asyncio.get_running_loop(), len(answers), self.first()
+        said = loop.time()
+        silent = loop.call_later(HELD, pieces.put_nowait, SILENT)
+        try:
+            while open_:
+                waiting, got = len(events), await pieces.get()
+                while True:
+                    if got is LEFT:
+                        return
+                    if got is SILENT:
+                        if not self._started or loop.time() - said >= ALIVE:
+                            events, waiting, said = await self._tell(send, events, b": alive\n\n"), 0, loop.time()
+                        silent = loop.call_at(said + ALIVE, pieces.put_nowait, SILENT)
+                    else:
+                        place, piece = cast("tuple[int, Piece]", got)
+                        self._read(place)
+                        open_ -= piece.finish is not None
+                        problem = None if piece.finish is None else problem_of(answers[place])
+                        if problem is not None and not (self._started or open_ or any(one.choices for one in answers)):
+                            raise problem
+                        events += self._failed(scope, problem) if problem else self.piece(place, piece, answers[place])
+                    if pieces.empty():
+                        break
+                    got = pieces.get_nowait()
+                if open_ and len(events) > waiting:
+                    events, said = await self._tell(send, events), loop.time()
+        finally:
+            silent.cancel()
+        self.job.heard(answers)
+        self._charge(answers)
         end = b"data: [DONE]\n\n" if self.done else b""
-        await sent(send, {"type": "http.response.body", "body": end, "more_body": False})
+        await self._tell(send, [*events, *self.last(list(answers))], end, more=False)
+
+    async def _tell(self, send: Send, events: Sequence[Any], end: bytes = b"", more: bool = True) -> list[Any]:
+        """Send events, before the first the head; nothing is left to tell."""
+        if not self._started:
+            head = [(name.encode(), value.encode()) for name, value in self._marks().items()]
+            head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            self._started = True
+            await sent(send, {"type": "http.response.start", "status": 200, "headers": head})
+        body = "".join(map(written, events)).encode() + end
+        await sent(send, {"type": "http.response.body", "body": body, "more_body": more})
+        return []
+
+    def _failed(self, scope: Scope, problem: HTTPError) -> list[Any]:
+        """The status of a stream is sent before it is known how it ends: what fails is noted apart."""
+        scope["state"]["failed"] = problem.code
+        self.context.metrics.broken.labels(self.job.hosted.name, problem.code or "").inc()
+        return self.failed(problem)
 
     def _read(self, place: int) -> None:
         """Something came of an answer: its prompt is no longer in line."""
         self.job.hosted.load.waiting_tokens -= self._unread.pop(place, 0)
-
-    async def _event(self, send: Send, events: Sequence[Any]) -> None:
-        if events:
-            body = "".join(map(written, events))
-            await sent(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
 
     def _marks(self) -> dict[str, str]:
         return self.given | self.job.client.headers()
@@ -246,14 +267,13 @@ def written(event: Any) -> str:
     return f"{name}data: {_ENCODER.encode(event)}\n\n"
 
 
-def _listener(post: Post, pieces: asyncio.Queue[Any], place: int) -> Callable[[Piece], None]:
+def _listener(post: Post, pieces: Pieces, place: int) -> Callable[[Piece], None]:
     return lambda piece: post.put(pieces, (place, piece))
 
 
 async def sent(send: Send, message: Message) -> None:
     """A client that does not read is given up."""
-    async with asyncio.timeout(READS):
-        await send(message)
+    await within(READS, send(message))
 
 
 async def gone(receive: Receive) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from armillary.server.errors import HTTPError
+from armillary.server.within import within
 
 LARGEST = 8 * 2**20  # bytes
 DEEPEST = 64
@@ -47,18 +48,20 @@ async def _both(request: Request, form: type[B]) -> tuple[Any, B]:
 
 
 async def _bytes(request: Request) -> bytes:
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > LARGEST:
-                    raise HTTPError(413, f"the body is larger than {LARGEST} bytes", code="body_too_large")
-                chunks.append(chunk)
-    except TimeoutError:
-        raise HTTPError(408, f"the body did not come within {PATIENCE:g} s") from None
-    except ClientDisconnect:
-        raise HTTPError(400, "the client left before its request was complete") from None
+    chunks, size, loop = list[bytes](), 0, asyncio.get_running_loop()
+    until, more = loop.time() + PATIENCE, True
+    while more:
+        try:
+            message = await within(until - loop.time(), request.receive())
+        except TimeoutError:
+            raise HTTPError(408, f"the body did not come within {PATIENCE:g} s") from None
+        if message["type"] == "http.disconnect":
+            raise HTTPError(400, "the client left before its request was complete")
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        size += len(chunk)
+        if size > LARGEST:
+            raise HTTPError(413, f"the body is larger than {LARGEST} bytes", code="body_too_large")
+        chunks.append(chunk)
     return b"".join(chunks)
 
 
@@ -68,7 +71,7 @@ def parse(data: bytes) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise HTTPError(400, "the body is not UTF-8", code="invalid_json") from None
-    depth, count = _nesting(text)
+    depth, count = _nesting(text) if text.count("[") + text.count("{") > DEEPEST else (0, 0)
     if depth > DEEPEST:
         raise HTTPError(400, f"the JSON is nested deeper than {DEEPEST}", code="invalid_json")
     if count > NESTED:
@@ -97,6 +100,8 @@ def _named(error: ValidationError, data: Any) -> HTTPError:
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     problem = (kinds or unknown or sorted(problems, key=_far))[0]
     path = _path(problem["loc"], data, absent=problem["type"] in ("extra_forbidden", "missing"))
+    if problem["type"] == "union_tag_invalid":
+        return _no_member(path, problem["input"], problem["ctx"]["expected_tags"])
     if problem["type"] == "extra_forbidden":
         return HTTPError(400, f"unknown parameter '{path[:200]}'", param=path, code="unknown_parameter")
     if problem["type"] == "missing":
@@ -107,6 +112,17 @@ def _named(error: ValidationError, data: Any) -> HTTPError:
     return HTTPError(
         400, f"'{path}': {problem['msg']}" if path else problem["msg"], param=path or None, code="invalid_value"
     )
+
+
+def _no_member(path: str, given: Any, known: str) -> HTTPError:
+    """Of a union whose members are told apart by their type (`items.kind_of`)."""
+    if not isinstance(given, dict):
+        return HTTPError(400, f"'{path}' is not an object", param=path, code="invalid_value")
+    path, known = f"{path}.type", known.replace("'a ", "'")
+    if given.get("type") is None:
+        return HTTPError(400, f"'{path}' is missing", param=path, code="missing_parameter", hint=f"one of {known}")
+    what = f"'{path}' is '{str(given['type'])[:100]}', which is not known"
+    return HTTPError(400, what, param=path, code="invalid_value", hint=f"one of {known}")
 
 
 def _far(problem: Mapping[str, Any]) -> tuple[bool, int]:

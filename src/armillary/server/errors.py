@@ -6,6 +6,7 @@ from typing import Any
 
 from armillary.base.errors import ArmillaryError
 
+LONGEST = 200  # characters of a field's name; a message may have ten times as many
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -37,10 +38,11 @@ class HTTPError(ArmillaryError):
         retry: float | None = None,
     ) -> None:
         super().__init__(what, hint=hint)
-        self.status, self.param, self.code, self.retry = status, param, code, retry
+        self.status, self.code, self.retry = status, code, retry
+        self.param = None if param is None else param[:LONGEST]  # it may be a client's own words
 
     def body(self) -> dict[str, Any]:
-        message = f"{self.what}: {self.hint}" if self.hint else self.what
+        message = (f"{self.what}: {self.hint}" if self.hint else self.what)[: 10 * LONGEST]
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 

@@ -118,10 +118,15 @@ class Hosted:
         except ArmillaryError as error:
             raise HTTPError(400, error.what, param="input", hint=error.hint) from None
 
+    @property
+    def _most(self) -> int:
+        """Tokens of a prompt."""
+        return self.network.settings.context if self._engine is None else self._engine.capacity
+
     def _fits(self, text: Any, param: str) -> None:
         """Raises HTTPError for a text that is sure to be too long, before all of it is encoded: megabytes take seconds
         and hundreds of times their size."""
-        most = self.network.settings.context if self._engine is None else self._engine.capacity
+        most = self._most
         if not isinstance(text, str) or len(text) <= LETTERS * most:
             return
         count = len(self.tokenizer.encode(text[: LETTERS * most]))
@@ -154,10 +159,14 @@ class Hosted:
         known = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"strict"})} for tool in tools
         ] or None
-        words = [message.text for message in messages] + [json.dumps(known)] * bool(known)
-        self._fits("".join(words), param)
+        words = sum(len(message.text) for message in messages) + (0 if known is None else len(json.dumps(known)))
+        long = words > LETTERS * self._most
         try:
+            if long:  # a template may leave out most of it, so what it makes of the words is judged
+                self._fits(self.tokenizer.chat(plain, tools=known), param)
             ids = self.tokenizer.encode_chat(plain, tools=known)
+        except HTTPError:
+            raise
         except ArmillaryError as error:
             raise HTTPError(400, error.what, param=param, hint=error.hint) from None
         ends = set()
@@ -165,15 +174,17 @@ class Hosted:
         counts = {1 if messages[0].role in ("system", "developer") else 0, len(plain) - 1, len(plain)}
         for count in counts if known else counts - {0}:
             try:
+                if long:
+                    self._fits(self.tokenizer.chat(plain[:count], generate=False, tools=known), param)
                 part = self.tokenizer.encode_chat(plain[:count], generate=False, tools=known)
-            except ArmillaryError:  # a template may refuse a part of a conversation
+            except ArmillaryError:  # a template may refuse a part of a conversation, or leave in what the whole has not
                 continue
             same = 0
             while same < min(len(part), len(ids)) and part[same] == ids[same]:
                 same += 1
             ends.add(same)
         spoken = Spoken(tuple(ids), tuple(ids), tuple(sorted(end for end in ends if 0 < end < len(ids))))
-        return self._recalled(spoken, plain, known, space)
+        return spoken if long else self._recalled(spoken, plain, known, space)
 
     def _recalled(self, spoken: Spoken, messages: list[dict[str, Any]], tools: Any, space: str) -> Spoken:
         """With the latest answer, and all before it, in the tokens in which it was given, if they are known."""
@@ -236,7 +247,7 @@ class Hosted:
         for name in ("min_tokens", "target_tokens"):
             if (getattr(asked, name) or 0) > limit:
                 raise HTTPError(400, f"'{name}' is more than the {limit} tokens that the answer may have", param=name)
-        sampling = Sampling(
+        sampling = _sampling(
             max_new_tokens=limit,
             min_new_tokens=limit if asked.ignore_eos else asked.min_tokens,
             target_new_tokens=asked.target_tokens,
@@ -311,3 +322,9 @@ class Hosted:
         """One vector per row of ids, as `Model.embed` makes them."""
         found: list[list[float]] = embed(self.network, rows).tolist()
         return found
+
+
+def _sampling(**asked: Any) -> Sampling:
+    """Only what is not as it is by default is looked at: each field costs some µs."""
+    defaults = Sampling.model_fields
+    return Sampling(**{name: value for name, value in asked.items() if value != defaults[name].default})

@@ -68,9 +68,13 @@ class ResultItem(Form):
         return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
 
 
+def kind_of(item: Any) -> str:
+    """The tag of a union's member: with a space in it, as no field of what is sent has (`body._path`)."""
+    return f"a {item.get('type') if isinstance(item, dict) else getattr(item, 'type', None)}"
+
+
 def _kind(item: Any) -> str:
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
-    return f"a {kind}"
+    return kind_of({"type": "message"} | item if isinstance(item, dict) else item)
 
 
 Item = Annotated[
@@ -108,8 +112,16 @@ class SchemaFormat(JsonSchema):
         return self.schema_
 
 
+Format = Annotated[
+    Annotated[TextFormat, Tag("a text")]
+    | Annotated[TextFormat, Tag("a json_object")]
+    | Annotated[SchemaFormat, Tag("a json_schema")],
+    Discriminator(kind_of),
+]
+
+
 class TextAsked(Form):
-    format: TextFormat | SchemaFormat = TextFormat(type="text")
+    format: Format = TextFormat(type="text")
 
 
 class ResponsesRequest(Form):

@@ -16,6 +16,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests by route and status", "route", "status")
         self.rejections = self._counter("rejections", "Requests that were turned away, by reason", "reason")
+        self.broken = self._counter("stream_failures", "Answers that failed in a stream, by reason", "model", "reason")
         self.finished = self._counter("answers", "Answers by reason of their end", "model", "finish")
         self.tokens = self._counter("tokens", "Tokens by kind: prompt, reused, generated", "model", "kind")
         self.guesses = self._counter("guesses", "Guessed tokens: checked, right", "model", "kind")

@@ -11,10 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armillary.engine.constraints import KEPT as GRAMMARS
+from armillary.server.items import KEPT as RESPONSES
+from armillary.server.turns import ENTRIES as CONVERSATIONS
 from service.load import Call, Seen, ask, completion
 from service.process import KEYS, Figures, Process, Reach, serving, warm
 
 WORKERS, LEAVING = 6, 0.2
+REMEMBERED = 10_000  # words, by the tokenizers library
 WORDS = ["the", "model", "reads", "what", "was", "written", "and", "says", "which", "word", "comes", "next"]
 SCHEMA = {
     "type": "object",
@@ -96,6 +100,33 @@ def _slope(samples: list[Sample], name: str) -> float:
     middle, mean = sum(times) / len(times), sum(values) / len(values)
     above = sum((t - middle) * (v - mean) for t, v in zip(times, values, strict=True))
     return above / sum((t - middle) ** 2 for t in times)
+
+
+async def fill(server: Process) -> None:
+    """Bring every store that is bounded by number to its bound, with things as large as the traffic's largest: words
+    that the tokenizer remembers, compiled grammars, responses, and conversations, which are bounded by tokens, too.
+    (States that are kept fill by `warm`.)"""
+    draw = random.Random(3)
+    long = " ".join(draw.choices(WORDS, k=150))  # as long as the traffic's; one beginning, so that it is read once
+    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED))
+    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key)]
+    base: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
+    for place in range(GRAMMARS):
+        calls.append(Call(base | {"prompt": "x", "regex": f"[a-f]{{{place + 1}}}"}, "/v1/completions", server.key))
+    for place in range(RESPONSES):
+        body = {"model": "tiny", "input": f"{long} {place}", "max_output_tokens": 1}
+        calls += [Call(body, "/v1/responses", key) for key in KEYS.values()]
+    for place in range(CONVERSATIONS):
+        messages = [{"role": "user", "content": f"{long} {place}"}]
+        calls.append(Call(base | {"messages": messages}, "/v1/chat/completions", server.key))
+    left = iter(calls)
+
+    async def one() -> None:
+        for call in left:
+            found = await ask(server.port, call)
+            assert found.status == 200, (call.path, found.status, found.error, found.body[:200])
+
+    await asyncio.gather(*(one() for _ in range(WORKERS)))
 
 
 async def _mixed(server: Process, seconds: float) -> tuple[list[Sample], list[Seen]]:

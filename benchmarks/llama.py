@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ class Model:
 
 def main() -> None:
     model = Model(*json.loads(sys.argv[1]))
-    print("null", flush=True)
+    patched = " with a library of its own" if "LLAMA_CPP_LIB_PATH" in os.environ else ""
+    print(json.dumps(f"llama-cpp-python {model.api.__version__}{patched}"), flush=True)
     for line in sys.stdin:
         name, *given = json.loads(line)
         print(json.dumps(getattr(model, name)(*given)), flush=True)

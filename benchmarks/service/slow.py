@@ -33,7 +33,8 @@ LARGE = {  # some MB of events: more than the system's buffers hold
 
 
 def run(model: Path, tiny: bool) -> tuple[Figures, Reach]:
-    rounds, seconds = (1, 2.0) if tiny else (2, 40.0)
+    # who does not read is cut off 30 s after the system's buffers, some MB, are full
+    rounds, seconds, longer = (1, 2.0, 2.0) if tiny else (2, 40.0, 60.0)
     cut: list[str] = []
     seen: dict[str, list[Seen]] = {name: [] for name in ("alone", "trickling", "readers", "never read")}
     with serving(model, "--memory", "0.0625", keys=True, slots=16) as server:
@@ -42,13 +43,13 @@ def run(model: Path, tiny: bool) -> tuple[Figures, Reach]:
             asyncio.run(_measured(server, others, 1 if tiny else 10, []))
         usual = most = server.rss
         for _ in range(rounds):
-            for name, others in (
-                ("alone", nobody),
-                ("trickling", trickling),
-                ("readers", reading),
-                ("never read", deaf),
+            for name, others, lasting in (
+                ("alone", nobody, seconds),
+                ("trickling", trickling, seconds),
+                ("readers", reading, longer),
+                ("never read", deaf, longer),
             ):
-                found, peak = asyncio.run(_measured(server, others, seconds, cut))
+                found, peak = asyncio.run(_measured(server, others, lasting, cut))
                 seen[name] += found
                 most = max(most, peak) if others in (trickling, deaf) else most
         server.quiet(60)

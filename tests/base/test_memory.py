@@ -46,6 +46,22 @@ gc.collect()
 assert seen() is None  # what comes later is looked through as before
 """
 
+BACK = """
+import ctypes, sys, time
+from armillary.base.memory import give_back
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(50_000) for _ in range(2000)]
+for block in blocks: ctypes.memset(ctypes.c_void_p(block), 1, 50_000)
+for place, block in enumerate(blocks):
+    if place % 20: libc.free(block)  # what stays stands between what is free
+before = resident()
+if "give" in sys.argv: give_back(0.05)
+time.sleep(0.5)
+print(round(before - resident()))
+"""
+
 
 def said(source: str, *words: str, **more: str) -> list[str]:
     around = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
@@ -69,6 +85,12 @@ def test_what_the_environment_says_holds() -> None:
     heaps, fast = said(HEAPS, "share", MALLOC_ARENA_MAX="3", MKL_DISABLE_FAST_MM="0")
     assert int(heaps) > 1
     assert fast == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_what_is_free_between_what_stays_is_given_back() -> None:
+    assert int(said(BACK)[0]) < 10  # the control, in MiB: of itself it stays
+    assert int(said(BACK, "give")[0]) > 60  # of 95 MB that are free
 
 
 def test_what_is_loaded_is_not_looked_through_again() -> None:

@@ -10,8 +10,12 @@ import ctypes
 import gc
 import os
 import sys
+import threading
+import time
+from typing import Any
 
 _ARENA_MAX = -8  # glibc's M_ARENA_MAX
+EVERY = 60.0  # seconds
 
 
 def share() -> None:
@@ -20,10 +24,9 @@ def share() -> None:
     # MKL keeps the buffers of its products, some 10 MB, for every thread that ever made one
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
     # glibc gives each thread a heap of its own, whose free parts no other thread takes
-    if sys.platform == "linux" and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ):
-        option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have neither
-        if option is not None:
-            option(_ARENA_MAX, 1)
+    option = _of_glibc("mallopt")
+    if option is not None and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ):
+        option(_ARENA_MAX, 1)
 
 
 def settle() -> None:
@@ -31,3 +34,23 @@ def settle() -> None:
     with PyTorch's objects, in which no token comes and no request is heard."""
     gc.collect()
     gc.freeze()
+
+
+def give_back(every: float = EVERY) -> None:
+    """From now on, give the system back what is free in the heap, again and again: between things that stay, glibc
+    would hold it for ever, and more of it from hour to hour. Takes some milliseconds of a thread of its own."""
+    trim = _of_glibc("malloc_trim")
+    if trim is None:
+        return
+
+    def work() -> None:
+        while True:
+            time.sleep(every)
+            trim(0)
+
+    threading.Thread(target=work, name="armillary-memory", daemon=True).start()
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of the C library, None where it is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

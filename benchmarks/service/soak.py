@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armillary.engine.constraints import KEPT as GRAMMARS
+from armillary.server.app import WORKERS as THREADS
 from armillary.server.items import KEPT as RESPONSES
 from armillary.server.turns import ENTRIES as CONVERSATIONS
 from service.load import Call, Seen, ask, completion
@@ -129,6 +130,9 @@ async def fill(server: Process) -> None:
     for place in range(CONVERSATIONS):
         messages = [{"role": "user", "content": f"{long} {place}"}]
         calls.append(Call(base | {"messages": messages}, "/v1/chat/completions", server.key))
+    # threads that prepare texts begin when all the others are busy
+    slow = Call({"model": "tiny", "input": long}, "/v1/embeddings", server.key)
+    await asyncio.gather(*(ask(server.port, slow) for _ in range(THREADS)))
     left = iter(calls)
 
     async def one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_it_knows_where_an_answer_ends(cut) -> None:
 
 def test_connections_are_used_again() -> None:
     canned = Canned(STREAM)
-    found = canned.asked(lambda port: closed_loop(port, [CALL] * 1000, 3, 0.05))
+    found = canned.asked(lambda port: closed_loop(port, itertools.repeat(CALL), 3, 0.05))
     assert len(found) > 3
     assert all(one.complete for one in found)
     assert canned.connections == 3
@@ -87,8 +88,8 @@ def test_connections_are_used_again() -> None:
 
 def test_arrivals_are_those_of_the_seed_and_refusals_are_told() -> None:
     canned = Canned(REFUSED)
-    found = canned.asked(lambda port: open_loop(port, iter([CALL] * 1000), 100, 0.3, seed=1))
-    again = canned.asked(lambda port: open_loop(port, iter([CALL] * 1000), 100, 0.3, seed=1))
+    found = canned.asked(lambda port: open_loop(port, itertools.repeat(CALL), 100, 0.3, seed=1))
+    again = canned.asked(lambda port: open_loop(port, itertools.repeat(CALL), 100, 0.3, seed=1))
     assert [round(one.due - found[0].due, 6) for one in found] == [round(one.due - again[0].due, 6) for one in again]
     assert {(one.status, one.body, one.headers["retry-after"], one.complete) for one in found} == {
         (429, b"later", "2", False)

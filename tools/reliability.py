@@ -66,18 +66,20 @@ Signals, a kill and a full disk meet six streams of 1,500 tokens. The clock that
     "soak": """10. Soak
 
 Six clients of two tenants send whatever the server takes: completions, conversations that grow, streams, copies, \
-schemas, tools, responses, embeddings and wrong requests; one in five leaves at a random moment. Slopes are of least \
-squares over the last two thirds, since caches fill before.""",
+schemas, tools, responses, embeddings and wrong requests; one in five leaves at a random moment. What the server \
+keeps (states, conversations, responses, grammars, words of the tokenizer) is filled to its bounds first. Slopes are \
+of least squares over the last two thirds of the time: in the first, each kind of work comes to meet every other.""",
     "isolation": """11. Isolation
 
-Time to the first token of prompts of 1,500 tokens, in rounds of random order: what another tenant has asked, what \
-nobody has, and, as the control, what the same tenant has. Intervals are of 95 % for the median of the ratios. Then \
-requests of all kinds, right and wrong, carry words and keys that may be in no log.""",
+Time to the first token of prompts of 1,500 tokens, in rounds of random order: all but the last eight are what \
+another tenant has asked, what nobody has, and, as the control, what the same tenant has. Intervals are of 95 % for \
+the median of the ratios. Then requests of all kinds, right and wrong, carry words and keys that may be in no log.""",
     "numbers": """12. Load numbers
 
 Prompts of 64 tokens, answers of 32, Poisson arrivals at shares of the capacity. TTFT, ITL and TPOT are defined in \
 `benchmarks/service/load.py`, the client; all times count from when a request was due. guidellm, where it is \
-installed, measures the same load once; what it calls ITL is TPOT here.""",
+installed, measures the same load once, at a quarter of the capacity; what it calls ITL is TPOT here. A line of 32 \
+answers may be full for a moment also below the capacity: who comes then is refused, and counted.""",
 }
 
 

@@ -1,5 +1,9 @@
 """12. Load numbers: latencies at shares of what the server can do, by the client of our own, and by guidellm at one of
 them. What guidellm calls ITL is TPOT here (`load` has the definitions); its TTFT counts from when a request was sent.
+
+guidellm 0.8.1 sends a hundred requests at once when it begins (of those that are planned before its clock is set, the
+due times lie decades ago). More than the server has in line would be refused, so it is told to have no more than
+that under way.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from service.load import closed_loop, open_loop, prompts, summary
 from service.process import SLOTS, Figures, Process, Reach, serving, warm
 
 PROMPT, TOKENS = 64, 32
-SHARES, BOTH = (0.25, 0.5, 0.75, 0.9), 0.5  # of the capacity; that at which both clients measure
+SHARES = (0.25, 0.5, 0.75, 0.9)  # of the capacity
+CALM, BOTH = 0.5, 0.25  # up to which nobody is refused; that at which both clients measure
+MOST = 4 * SLOTS  # answers that `armillary serve` has under way, waiting ones included
 SHOWN = tuple(f"{name} {word} ms" for name in ("TTFT", "ITL", "TPOT", "latency") for word in ("p50", "p99"))
 INSTALL = """  guidellm is not there, and its part is left out. It brings some 100 packages: give it a place of its own.
     python -m venv /tmp/guidellm && /tmp/guidellm/bin/pip install guidellm==0.8.1
@@ -34,10 +40,13 @@ def run(model: Path, tiny: bool, guidellm: str) -> tuple[Figures, Reach]:
             found = asyncio.run(open_loop(server.port, prompts(PROMPT, TOKENS, seed), rate, seconds, seed))
             ours = summary(found)
             name = f"at {share:.0%} of it"
-            figures |= {f"{name}: requests": len(found), f"{name}: answered": sum(one.complete for one in found)}
+            good, refused = sum(one.complete for one in found), sum(one.status == 429 for one in found)
+            figures |= {f"{name}: requests": len(found), f"{name}: answered": good, f"{name}: refused": refused}
+            figures[f"{name}: neither"] = len(found) - good - refused
             figures |= {f"{name}: {key}": ours[key] for key in (*SHOWN, "late p99 ms")}
             reach[f"{name}: late p99 ms"] = (10, "max")
-            if share <= BOTH:
+            reach[f"{name}: neither"] = (0, "max")
+            if share <= CALM:
                 reach[f"{name}: answered"] = (len(found), "min")
             if share == BOTH:
                 theirs = _guidellm(guidellm, server, model, rate, seconds)
@@ -60,8 +69,9 @@ def _guidellm(command: str, server: Process, model: Path, rate: float, seconds: 
     words = [command, "run", "--disable-console", "--tokenizer", f"kind=hf_auto,model={model}"]
     where = f"kind=openai_http,target=http://127.0.0.1:{server.port},model=tiny,request_format=/v1/completions"
     words += ["--backend", where, "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={TOKENS}"]
-    words += ["--profile", f"kind=poisson,rate={rate:.3f}", "--constraint", f"kind=max_duration,seconds={seconds:g}"]
-    around = os.environ | {"HF_HUB_OFFLINE": "1"}
+    words += ["--profile", f"kind=poisson,rate={rate:.3f},max_concurrency={MOST}"]
+    words += ["--constraint", f"kind=max_duration,seconds={seconds:g}"]
+    around = os.environ | {"HF_HUB_OFFLINE": "1", "GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # a core is the server's
     subprocess.run([*words, "--output", f"kind=json,path={into}"], env=around, check=True, timeout=seconds + 240)
     metrics = json.loads(into.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]

@@ -81,6 +81,6 @@ async def _flood(server: Process, rate: float, seconds: float) -> tuple[list, li
             await asyncio.sleep(0.25)
 
     watching = asyncio.create_task(watch())
-    found = await open_loop(server.port, prompts(PROMPT, TOKENS, 2), rate, seconds, seed=8)
+    found = await open_loop(server.port, prompts(PROMPT, TOKENS, 2), rate, seconds, seed=8, width=2 * MOST)
     watching.cancel()
     return found, memory

@@ -1,5 +1,10 @@
 """10. Soak: everything the server is asked for, mixed, one request in five broken off, for a long time. What it takes
-of the machine may not grow with what it has done."""
+of the machine may not grow with what it has done.
+
+The server keeps something of what it was asked, each kind up to a bound: states (`--memory`), the last conversations,
+responses, compiled grammars, words that the tokenizer knows. All of them are filled before anything is measured. What
+the process then takes is also what its busiest moment needed: so the first third of the time does not count.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armillary.engine.constraints import KEPT as GRAMMARS
+from armillary.server.app import WORKERS as THREADS
+from armillary.server.items import KEPT as RESPONSES
+from armillary.server.turns import ENTRIES as CONVERSATIONS
 from service.load import Call, Seen, ask, completion
 from service.process import KEYS, Figures, Process, Reach, serving, warm
 
 WORKERS, LEAVING = 6, 0.2
+REMEMBERED = 10_000  # words, by the tokenizers library
 WORDS = ["the", "model", "reads", "what", "was", "written", "and", "says", "which", "word", "comes", "next"]
 SCHEMA = {
     "type": "object",
@@ -41,12 +51,15 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
     with serving(model, "--memory", "0.0625", keys=True) as server:
         said = server.said()
         warm(server, 1 if tiny else 20)
+        if not tiny:
+            asyncio.run(fill(server))
+        full_rss = server.rss
         samples, seen = asyncio.run(_mixed(server, seconds))
         took = server.quiet()
         left = sum(server.under_way().values())
         same, full = int(server.said() == said), server.filled()
         status = server.end()
-    kept = [one for one in samples if one.at - samples[0].at > seconds / 3]  # before that, caches fill
+    kept = [one for one in samples if one.at - samples[0].at > seconds / 3]
     each = (kept[-1].requests - kept[0].requests) / (kept[-1].at - kept[0].at)
     statuses = Counter(one.status for one in seen if one.error != "left")
     wrong = [one for one in seen if one.error != "left" and one.status not in _expected(one)]
@@ -59,7 +72,9 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
         "broken off": sum(one.error == "left" for one in seen),
         **{f"status {status}": count for status, count in sorted(statuses.items()) if status},
         "unexpected answers": len(wrong),
-        "RSS MiB": kept[-1].rss,
+        "RSS MiB when stores are full": full_rss,
+        "RSS MiB after a third": kept[0].rss,
+        "RSS MiB at the end": kept[-1].rss,
         "RSS slope MiB per hour": 3600 * _slope(kept, "rss"),
         "RSS slope bytes per request": 2**20 * _slope(kept, "rss") / each,
         "threads": max(one.threads for one in kept),
@@ -96,6 +111,36 @@ def _slope(samples: list[Sample], name: str) -> float:
     middle, mean = sum(times) / len(times), sum(values) / len(values)
     above = sum((t - middle) * (v - mean) for t, v in zip(times, values, strict=True))
     return above / sum((t - middle) ** 2 for t in times)
+
+
+async def fill(server: Process) -> None:
+    """Bring every store that is bounded by number to its bound, with things as large as the traffic's largest: words
+    that the tokenizer remembers, compiled grammars, responses, and conversations, which are bounded by tokens, too.
+    (States that are kept fill by `warm`.)"""
+    draw = random.Random(3)
+    long = " ".join(draw.choices(WORDS, k=150))  # as long as the traffic's; one beginning, so that it is read once
+    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED))
+    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key)]
+    base: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
+    for place in range(GRAMMARS):
+        calls.append(Call(base | {"prompt": "x", "regex": f"[a-f]{{{place + 1}}}"}, "/v1/completions", server.key))
+    for place in range(RESPONSES):
+        body = {"model": "tiny", "input": f"{long} {place}", "max_output_tokens": 1}
+        calls += [Call(body, "/v1/responses", key) for key in KEYS.values()]
+    for place in range(CONVERSATIONS):
+        messages = [{"role": "user", "content": f"{long} {place}"}]
+        calls.append(Call(base | {"messages": messages}, "/v1/chat/completions", server.key))
+    # threads that prepare texts begin when all the others are busy
+    slow = Call({"model": "tiny", "input": long}, "/v1/embeddings", server.key)
+    await asyncio.gather(*(ask(server.port, slow) for _ in range(THREADS)))
+    left = iter(calls)
+
+    async def one() -> None:
+        for call in left:
+            found = await ask(server.port, call)
+            assert found.status == 200, (call.path, found.status, found.error, found.body[:200])
+
+    await asyncio.gather(*(one() for _ in range(WORKERS)))
 
 
 async def _mixed(server: Process, seconds: float) -> tuple[list[Sample], list[Seen]]:

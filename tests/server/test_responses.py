@@ -172,7 +172,8 @@ def test_the_store_is_bounded() -> None:
         kept.put("a", {"id": str(number)}, talk)
     assert [kept.get("a", str(number)) is not None for number in range(5)] == [False, False, True, True, True]
     assert kept.get("b", "4") is None
-    kept.put("a", {"id": "large"}, [Message(role="user", content="x" * 1800)])
+    assert kept.get("a", "4") == ({"id": "4"}, talk)
+    kept.put("a", {"id": "large"}, [Message(role="user", content="x" * 1900)])
     assert kept.get("a", "4") is None
     assert kept.get("a", "large") is not None
     kept.put("a", {"id": "too large"}, [Message(role="user", content="x" * 3000)])

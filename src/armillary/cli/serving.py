@@ -83,7 +83,9 @@ def serve(
     Example: armillary serve runs/demo
     """
     from armillary.base.errors import InputError
+    from armillary.base.memory import give_back, settle, share
 
+    share()
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -161,7 +163,10 @@ def serve(
         note(f"serving {upstream or ', '.join(one.name for one in hosted)} on http://{shown}:{port}/v1")
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
-    run(Server(hosted, door, behind, tracing), host, port, drain, started)
+    serving = Server(hosted, door, behind, tracing)
+    settle()
+    give_back()
+    run(serving, host, port, drain, started)
     leave()
 
 

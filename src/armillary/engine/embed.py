@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from armillary.nn.heads.base import Pool, pooled
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.network import Network
 from armillary.text import Tokenizer
+
+_turn = threading.RLock()  # one at a time: each uses all the threads there are, and what it computes takes memory
 
 
 def whole(tokenizer: Tokenizer, ids: Sequence[int], longest: int | None = None) -> list[int]:
@@ -55,7 +58,8 @@ def embed(
     hidden: in place of `network.hidden`, for one that is watched.
     """
     ids, padding = padded(rows, network.device)
-    states = (hidden or network.hidden)(ids, padding=padding)
-    if isinstance(network.settings.head, EmbeddingHeadSettings):
-        return network.head(states, padding).float()  # type: ignore[no-any-return]
-    return pooled(states, padding, pool).float()
+    with _turn:
+        states = (hidden or network.hidden)(ids, padding=padding)
+        if isinstance(network.settings.head, EmbeddingHeadSettings):
+            return network.head(states, padding).float()  # type: ignore[no-any-return]
+        return pooled(states, padding, pool).float()

@@ -10,6 +10,7 @@ whatever else the states depend on.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ def nbytes(entries: Entries) -> int:
 class Node:
     """The tokens since the parent, and what is kept of them."""
 
-    tokens: tuple[int, ...]
+    tokens: array[int]  # as a tuple they take nine times the memory
     entries: Entries
     parent: Node | None
     snapshot: Snapshot | None = None
@@ -39,7 +40,7 @@ class Node:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.entries) + self.snapshot_bytes
+        return nbytes(self.entries) + self.snapshot_bytes + self.tokens.itemsize * len(self.tokens)
 
     @property
     def snapshot_bytes(self) -> int:
@@ -100,13 +101,13 @@ class Prefixes:
         self, ids: Sequence[int], cut: Callable[[int, int], Entries], snapshot: Snapshot | None, space: Hashable = ""
     ) -> None:
         """Keep a sequence; cut(start, stop) gives the entries of tokens that are not kept yet."""
-        node = self._roots.setdefault(space, Node((), {}, None))
+        node = self._roots.setdefault(space, Node(array("i"), {}, None))
         self._clock += 1
         at = 0
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
-                child = Node(tuple(ids[at:]), cut(at, len(ids)), node)
+                child = Node(array("i", ids[at:]), cut(at, len(ids)), node)
                 node.children[ids[at]] = child
                 self.nbytes += child.nbytes
             same = _common(child.tokens, ids, at)
@@ -157,10 +158,10 @@ def _halves(entries: Entries, at: int) -> tuple[Entries, Entries]:
     return first, rest
 
 
-def _common(tokens: tuple[int, ...], ids: Sequence[int], at: int) -> int:
+def _common(tokens: array[int], ids: Sequence[int], at: int) -> int:
     """How many of `tokens` stand in ids from `at` on."""
     most = min(len(tokens), len(ids) - at)
-    if tuple(ids[at : at + most]) == tokens[:most]:
+    if array("i", ids[at : at + most]) == tokens[:most]:
         return most
     return next(step for step in range(most) if tokens[step] != ids[at + step])
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from armillary.server.protocol import (
     TOOLS,
@@ -181,31 +181,39 @@ def messages(given: str | Sequence[MessageItem | CallItem | ResultItem]) -> list
 
 
 class Kept:
-    """Responses that can be gone on from, the latest of each key; safe from several threads."""
+    """Responses that can be gone on from, the latest of each key, as the bytes of their JSON: as objects they take
+    five times as much. Safe from several threads."""
 
     def __init__(self, most: int = KEPT, size: int = BYTES) -> None:
         self.most, self.size = most, size
-        self._of: dict[str, OrderedDict[str, tuple[dict[str, Any], list[Message], int]]] = {}
+        self._of: dict[str, OrderedDict[str, tuple[bytes, bytes]]] = {}
         self._taken: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def put(self, key: str, response: dict[str, Any], conversation: list[Message]) -> None:
-        taken = len(json.dumps(response)) + sum(len(message.model_dump_json()) for message in conversation)
+        one = json.dumps(response).encode(), _CONVERSATION.dump_json(conversation, exclude_none=True)
         with self._lock:
             mine = self._of.setdefault(key, OrderedDict())
-            mine[response["id"]] = (response, conversation, taken)
-            self._taken[key] = self._taken.get(key, 0) + taken
+            mine[response["id"]] = one
+            self._taken[key] = self._taken.get(key, 0) + _size(one)
             while len(mine) > self.most or self._taken[key] > self.size:
-                self._taken[key] -= mine.popitem(last=False)[1][2]
+                self._taken[key] -= _size(mine.popitem(last=False)[1])
 
     def get(self, key: str, id: str) -> tuple[dict[str, Any], list[Message]] | None:
         with self._lock:
             found = self._of.get(key, OrderedDict()).get(id)
-            return None if found is None else found[:2]
+        return None if found is None else (json.loads(found[0]), _CONVERSATION.validate_json(found[1]))
 
     def forget(self, key: str, id: str) -> bool:
         with self._lock:
             found = self._of.get(key, OrderedDict()).pop(id, None)
             if found is not None:
-                self._taken[key] -= found[2]
+                self._taken[key] -= _size(found)
             return found is not None
+
+
+_CONVERSATION = TypeAdapter(list[Message])
+
+
+def _size(one: tuple[bytes, bytes]) -> int:
+    return sum(map(len, one))

@@ -1,0 +1,97 @@
+"""Memory and pauses of a process that serves: what one thread gives back others take, and what was loaded is not looked
+through again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAPS = """
+import ctypes, os, sys, tempfile, threading
+from armillary.base.memory import share
+if "share" in sys.argv:
+    share()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def take():
+    libc.malloc(100_000)
+    together.wait()
+together = threading.Barrier(4)
+threads = [threading.Thread(target=take) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc.fopen.restype = ctypes.c_void_p
+with tempfile.NamedTemporaryFile() as place:  # glibc's own account of its heaps
+    file = ctypes.c_void_p(libc.fopen(place.name.encode(), b"w"))
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+    print(open(place.name).read().count("<heap nr="))
+print(os.environ.get("MKL_DISABLE_FAST_MM"))
+"""
+
+FROZEN = """
+import gc, weakref
+from armillary.base.memory import settle
+loaded = [[] for _ in range(1000)]
+settle()
+assert gc.get_freeze_count() > 1000
+assert not any(one is loaded for one in gc.get_objects())  # what Python looks through
+class Node: pass
+one = Node(); one.itself = one; seen = weakref.ref(one)
+del one
+gc.collect()
+assert seen() is None  # what comes later is looked through as before
+"""
+
+BACK = """
+import ctypes, sys, time
+from armillary.base.memory import give_back
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(50_000) for _ in range(2000)]
+for block in blocks: ctypes.memset(ctypes.c_void_p(block), 1, 50_000)
+for place, block in enumerate(blocks):
+    if place % 20: libc.free(block)  # what stays stands between what is free
+before = resident()
+if "give" in sys.argv: give_back(0.05)
+time.sleep(0.5)
+print(round(before - resident()))
+"""
+
+
+def said(source: str, *words: str, **more: str) -> list[str]:
+    around = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-c", source, *words], env=around | more, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_threads_share_one_heap() -> None:
+    if "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        pytest.skip("another C library")
+    apart, _ = said(HEAPS)
+    assert int(apart) > 1  # the control: left as they are, threads have heaps of their own
+    assert said(HEAPS, "share") == ["1", "1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_what_the_environment_says_holds() -> None:
+    heaps, fast = said(HEAPS, "share", MALLOC_ARENA_MAX="3", MKL_DISABLE_FAST_MM="0")
+    assert int(heaps) > 1
+    assert fast == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_what_is_free_between_what_stays_is_given_back() -> None:
+    assert int(said(BACK)[0]) < 10  # the control, in MiB: of itself it stays
+    assert int(said(BACK, "give")[0]) > 60  # of 95 MB that are free
+
+
+def test_what_is_loaded_is_not_looked_through_again() -> None:
+    said(FROZEN)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from armillary.native.tape import TILE, Kind, prepared_bytes
+from armillary.native.pack import Kind
+from armillary.native.tape import TILE, prepared_bytes
 
 WHOLE = 0  # the part of a buffer that an operation touches: all of it, whoever wrote what
 ROWS = -1  # or the rows that fall to a thread; above 0: the thread's share of so many units

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from armillary.native.choice import Row
+from armillary.native.pack import KINDS, Kind
 from armillary.native.tape import (
     ACTIVATIONS,
-    KINDS,
     Call,
     Code,
-    Kind,
     Memory,
     Program,
     Record,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armillary.native.tape import TILE, Code, Kind, prepared_bytes
+from armillary.native.pack import Kind
+from armillary.native.tape import TILE, Code, prepared_bytes
 from armillary.nn.buffers import WHOLE, Buffer
 from armillary.nn.linear import ExpertLinear, Linear
 from armillary.nn.tape import NoStep, Tape, split

@@ -18,6 +18,7 @@ from armillary.base.errors import InputError
 from armillary.engine import constraints
 from armillary.engine.constraints import Grammars
 from armillary.engine.core import Engine
+from armillary.engine.guesses import Guesses
 from armillary.engine.request import GenerationError, Request
 from armillary.engine.sampling import Sampling
 from armillary.nn.network import ModelSettings, build
@@ -81,9 +82,9 @@ def test_patterns_and_guesses(engine, grammars) -> None:
             text = next(text for text in texts if text[: len(ids)] == list(ids))
             return [*text[len(ids) : len(ids) + 2], ord("#")][:most]
 
-    engine.drafter = Half()
+    engine.guesses = Guesses(Half())
     guessed = engine.run([asked(grammars.constraint("regex", pattern), seed) for seed in range(3)])
-    engine.drafter = None
+    engine.guesses = None
     for one, other in zip(plain, guessed, strict=True):
         assert re.fullmatch(pattern, one.text) or one.finish == "length"
         assert one.text == other.text

@@ -19,10 +19,10 @@ from torch import Tensor
 from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
-from armillary.engine.drafts import Drafter, Manner
-from armillary.engine.odds import Odds
+from armillary.engine.drafts import Drafter
+from armillary.engine.guesses import Guesses
 from armillary.engine.pace import Pace
-from armillary.engine.prefix import Match, Snapshot
+from armillary.engine.prefix import TOKEN, Match, Snapshot
 from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
@@ -38,7 +38,6 @@ from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
-GUESSES = 8  # at a time, of a drafter that does not say how many it makes
 
 
 class Engine:
@@ -73,7 +72,7 @@ class Engine:
         taps: Taps | None = None,
         weights: Held = "auto",
     ) -> None:
-        self.network, self.tokenizer, self.taps, self.drafter = network, tokenizer, taps, drafter
+        self.network, self.tokenizer, self.taps = network, tokenizer, taps
         self.mark = mark
         if taps is not None and weights not in ("auto", "plain"):
             raise InputError("taps show plain steps", hint="leave weights out, or the taps")
@@ -93,13 +92,13 @@ class Engine:
         keep = keep and form == "decoder" and not self.lossy
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
-            self.memory.total = self.memory.of(self.capacity) * slots * 3 // 2
+            self.memory.total = (self.memory.of(self.capacity) + TOKEN * self.capacity) * slots * 3 // 2
         self.recall = Recall(self.slots, self.memory, keep)
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink
         )
         self.pace = Pace()
-        self.odds = Odds(getattr(drafter, "count", GUESSES))
+        self.guesses = None if drafter is None else Guesses(drafter)
         self.steps = self.failures = self.failing = 0
         self.progressed = time.monotonic()
         # −1 where nothing is said of what may be left out
@@ -225,7 +224,9 @@ class Engine:
                     for run in gone:
                         self._end(run, "cancelled")
                     self._take_in()  # who followed one of them: a plan may choose it now
-                self._guess()
+                if self.guesses is not None:
+                    running = [run for run in self._runs.values() if run.progress.stage == "running"]
+                    self.guesses.make([run for run in running if run.progress.decoding])
                 budget = self._budget()
                 plan = self.scheduler.plan(time.monotonic(), budget)
                 self._place(plan)
@@ -248,7 +249,7 @@ class Engine:
             Together(works if network is not None else [*works, *joined], self._runs)
             for network, works in groups.items()
         ]
-        if plan.more and len(calls) == 1 and not calls[0].scored and self.drafter is None:
+        if plan.more and len(calls) == 1 and not calls[0].scored and self.guesses is None:
             self._going, calls[0].plan = calls[0], plan
         self._answers(calls, pieces)
         apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
@@ -280,9 +281,8 @@ class Engine:
         if calls and self.failures == failures:
             took = time.monotonic() - started
             self.pace.joined(rows - len(pieces), pieces, took) if pieces else self.pace.went(rows, took)
-            if self.drafter is not None and not pieces:
-                works = [one for call in calls for one in call.works]
-                self.odds.went(sum(one.count for one in works), sum(one.drafts for one in works), took)
+            if self.guesses is not None and not pieces:
+                self.guesses.went([one for call in calls for one in call.works], took)
 
     def _budget(self) -> int:
         """How many prompt tokens the next step may take."""
@@ -426,13 +426,8 @@ class Engine:
         right = len(given) - 1
         run.answer.drafted += one.drafts
         run.answer.accepted += right
-        if run.asked:
-            # an end cuts what is right short, and says nothing of the rest
-            made = right if right < one.drafts and given[-1].token == guesses[right] else one.drafts
-            chances = self.odds.chances(run.kind)
-            chances.saw(run.asked, made, right)
-            chances.learn(run.sure[:made], right)
-            run.asked = 0
+        if self.guesses is not None:
+            self.guesses.came(run, guesses, given)
         if right < one.drafts:
             self._forget(run, start + known + right, start, before)
         progress.computed = start + known + right
@@ -540,38 +535,6 @@ class Engine:
         return self.recall.match(self._runs[progress])
 
     # -- around
-
-    def _guess(self) -> None:
-        if self.drafter is None:
-            return
-        going = [run for run in self._runs.values() if run.progress.stage == "running" and run.progress.decoding]
-        for run in going:
-            progress = run.progress
-            if run.drafts:
-                continue
-            most, least = self.odds.count(run.kind, len(going))
-            most = min(most, progress.limit - progress.known - 1)
-            if most > 0:
-                started = time.perf_counter()
-                run.drafts, run.sure = self._guessed(run, most, least)
-                # not the time of a draft that first has to read what came while nobody asked it
-                if progress.known <= run.read + self.odds.most + 1:
-                    self.odds.asked(len(run.drafts), time.perf_counter() - started)
-                run.read, run.asked = progress.known, most if run.drafts else 0
-                if not run.drafts:
-                    self.odds.chances(run.kind).saw(most, 0, 0)
-            progress.drafts = len(run.drafts)
-
-    def _guessed(self, run: Running, most: int, least: float) -> tuple[list[int], list[float]]:
-        """Guesses, and what probabilities they are said to have."""
-        assert self.drafter is not None
-        write = getattr(self.drafter, "write", None)
-        if write is None:
-            return self.drafter.propose(run.ids, most), []
-        power = self.odds.chances(run.kind).power
-        manner = Manner(run.chooser.sampling, run.chooser.ahead(most), least, power)
-        found: tuple[list[int], list[float]] = write(run.ids, most, manner)
-        return found
 
     def _drive(self, answer: Answer) -> bool:
         """Somebody waits for an answer: go on, unless the engine goes by itself (False)."""

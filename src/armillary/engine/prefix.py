@@ -23,6 +23,9 @@ Entries = Mapping[Name, Mapping[str, Tensor]]  # of the tokens of one edge: [G, 
 Snapshot = Mapping[Name, State]
 
 
+TOKEN = array("i").itemsize  # bytes of a token that is kept
+
+
 def nbytes(entries: Entries) -> int:
     return sum(t.numel() * t.element_size() for parts in entries.values() for t in parts.values())
 
@@ -40,7 +43,7 @@ class Node:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.entries) + self.snapshot_bytes + self.tokens.itemsize * len(self.tokens)
+        return nbytes(self.entries) + self.snapshot_bytes + TOKEN * len(self.tokens)
 
     @property
     def snapshot_bytes(self) -> int:

@@ -83,7 +83,7 @@ def serve(
     Example: armillary serve runs/demo
     """
     from armillary.base.errors import InputError
-    from armillary.base.memory import give_back, settle, share
+    from armillary.base.memory import give_back, share
 
     share()
     try:
@@ -164,7 +164,6 @@ def serve(
 
     door = Door(keys, requests_per_minute=rpm, tokens_per_minute=tpm)
     serving = Server(hosted, door, behind, tracing)
-    settle()
     give_back()
     run(serving, host, port, drain, started)
     leave()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import ipaddress
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any, TextIO
 import uvicorn
 
 from armillary.base.errors import InputError
+from armillary.base.memory import settle
 from armillary.server.app import Server
 from armillary.server.connection import HEAD, descriptors, quickest
 
@@ -58,10 +58,7 @@ def run(server: Server, host: str, port: int, drain: float, started: Callable[[i
     except OSError as error:
         listening.close()
         raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    # What is there now stays: it is not gone through whenever Python looks for garbage, which takes a fifth of a second
-    # in which nobody is served.
-    gc.collect()
-    gc.freeze()
+    settle()
     with asyncio.Runner(loop_factory=_quickest_loop()) as runner:
         runner.run(_serve(server, listening, drain, started))
     server.dismiss()

@@ -68,7 +68,8 @@ def test_the_head_comes_with_the_first_token(read, monkeypatch) -> None:
         first = one.recv(65536)
         assert first.startswith(b"HTTP/1.1 200")
         assert b'"text"' in first
-        until(one, b"[DONE]")
+        if b"[DONE]" not in first:
+            until(one, b"[DONE]")
     assert written[0].startswith(b"HTTP/1.1 200") and b'"text"' in written[1]
     assert inner is connections.Joining._flush
 

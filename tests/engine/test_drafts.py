@@ -240,3 +240,16 @@ def test_a_draft_with_fewer_entries_guesses_nothing_after_one_that_it_lacks() ->
     before = drafter.propose(known, 4)
     assert drafter.propose([*known, VOCABULARY + 1], 4) == []
     assert drafter.propose(known, 4) == before
+
+
+def test_states_of_a_draft_are_part_of_the_memory() -> None:
+    block = {"mixer": {"kind": "attention", "heads": 2, "position": "rope"}, "channel": "gated"}
+    settings = ModelSettings(width=16, depth=1, vocabulary=VOCABULARY, context=64, block=block)
+    network, draft = (build(settings, seed=seed).eval() for seed in (1, 2))
+    drafter = DraftModel(draft, rows=2, weights="plain")
+    # keys and values of 16 numbers of 4 bytes for each of 64 tokens in 2 rows
+    assert drafter.nbytes == 2 * 2 * 16 * 4 * 64
+    engine = Engine(network, slots=2, drafter=drafter, memory=drafter.nbytes + 100_000)
+    assert engine.memory.total == 100_000
+    with pytest.raises(InputError, match="the draft's states can come to 16384 bytes"):
+        Engine(network, slots=2, drafter=drafter, memory=drafter.nbytes)

@@ -44,9 +44,9 @@ class Engine:
     """Generates answers.
 
     slots: answers at a time; capacity: most tokens of one, by default the network's context; memory: bytes
-    for states, running and kept, by default what the slots can come to and half as much again; keep:
-    whether later requests may go on from earlier ones; overcommit: above 1, more answers are begun
-    than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
+    for states, running and kept and a draft's, by default what the slots can come to and half as much again
+    besides the draft's; keep: whether later requests may go on from earlier ones; overcommit: above 1, more answers
+    are begun than memory is sure to hold, and the newest makes way when it ends; drafter: guesses tokens, which
     are then checked together; mark: a watermark on every answer that does not bring its own (one that acts
     through the draw leaves greedy answers as they are); cache: how keys and values are kept: with one that
     drops tokens nothing is shared or guessed; kv: "int8" is short for the cache `Int8`; weights: how the
@@ -90,6 +90,13 @@ class Engine:
         )
         # a prefix that sees itself both ways cannot be gone on from in the middle, nor what was dropped from
         keep = keep and form == "decoder" and not self.lossy
+        if memory is not None and (own := getattr(drafter, "nbytes", 0)):
+            if memory <= own:
+                raise InputError(
+                    f"the draft's states can come to {own} bytes, and there are {memory} for all",
+                    hint="more memory, fewer slots, or no draft",
+                )
+            memory -= own
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
             self.memory.total = (self.memory.of(self.capacity) + TOKEN * self.capacity) * slots * 3 // 2

@@ -28,8 +28,8 @@ from armillary.text import Tokenizer
 class Drafter(Protocol):
     """Guesses how a sequence goes on.
 
-    `count` says how many tokens it guesses at the most, if it has one. One that has `write`, too, is asked by it, with
-    what is known of how the tokens are chosen (`DraftModel`).
+    `count` says how many tokens it guesses at the most, if it has one, `nbytes` what its states can come to. One that
+    has `write`, too, is asked by it, with what is known of how the tokens are chosen (`DraftModel`).
     """
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
@@ -108,6 +108,12 @@ class DraftModel:
         self._slots = Slots(network, rows, network.settings.context, weights=weights, loose=True)
         self._rows = {place: _Row() for place in range(rows)}  # the one used longest ago first
         self._lock = threading.Lock()  # several engines may ask
+
+    @property
+    def nbytes(self) -> int:
+        """What its states can come to."""
+        slots = self._slots
+        return slots.count * (slots.fixed + slots.each * slots.capacity)
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         return self.write(ids, most, Manner(GREEDY, [0.0] * most))[0]

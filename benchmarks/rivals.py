@@ -44,9 +44,10 @@ class Way(NamedTuple):
 
 
 def ways() -> list[Way]:
-    threads = sorted({1, torch.get_num_threads()})
-    spins = [os.environ.get("GOMP_SPINCOUNT"), None]
-    return [Way(*each) for each in itertools.product(threads, dict.fromkeys(spins), (True, False), (False, True))]
+    """One thread waits for nobody."""
+    together = [(torch.get_num_threads(), spins) for spins in dict.fromkeys([os.environ.get("GOMP_SPINCOUNT"), None])]
+    waits = dict.fromkeys([*together, (1, None)])
+    return [Way(*wait, *how) for wait, how in itertools.product(waits, itertools.product((True, False), (False, True)))]
 
 
 class Llama:

@@ -22,7 +22,7 @@ from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
 from armillary.engine.guesses import Guesses
 from armillary.engine.pace import Pace
-from armillary.engine.prefix import TOKEN, Match, Snapshot
+from armillary.engine.prefix import TOKEN, Match, Snapshot, least
 from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
@@ -99,7 +99,8 @@ class Engine:
             memory -= own
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
-            self.memory.total = (self.memory.of(self.capacity) + TOKEN * self.capacity) * slots * 3 // 2
+            beside = 4 * least(state for _, _, state in self.slots.state.each())  # a few beginnings of each
+            self.memory.total = (self.memory.of(self.capacity) + TOKEN * self.capacity + beside) * slots * 3 // 2
         self.recall = Recall(self.slots, self.memory, keep)
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink

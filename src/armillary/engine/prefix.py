@@ -11,7 +11,7 @@ whatever else the states depend on.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,10 +24,18 @@ Snapshot = Mapping[Name, State]
 
 
 TOKEN = array("i").itemsize  # bytes of a token that is kept
+BESIDE = (
+    512  # bytes that a tensor takes besides its numbers, and about as many a node: for short texts that is the most
+)
 
 
 def nbytes(entries: Entries) -> int:
-    return sum(t.numel() * t.element_size() for parts in entries.values() for t in parts.values())
+    return sum(t.nbytes + BESIDE for parts in entries.values() for t in parts.values())
+
+
+def least(states: Iterable[State]) -> int:
+    """Bytes that a kept beginning takes besides the numbers of its states."""
+    return BESIDE * (1 + sum(2 + len(state.tensors) for state in states))
 
 
 @dataclass(eq=False)
@@ -43,11 +51,13 @@ class Node:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.entries) + self.snapshot_bytes + TOKEN * len(self.tokens)
+        return nbytes(self.entries) + self.snapshot_bytes + TOKEN * len(self.tokens) + BESIDE
 
     @property
     def snapshot_bytes(self) -> int:
-        return 0 if self.snapshot is None else sum(state.nbytes for state in self.snapshot.values())
+        if self.snapshot is None:
+            return 0
+        return sum(state.nbytes for state in self.snapshot.values()) + least(self.snapshot.values())
 
 
 @dataclass(frozen=True)
@@ -147,11 +157,13 @@ class Prefixes:
     def _split(self, node: Node, at: int) -> Node:
         """Put a node in the middle of an edge; returns it."""
         assert node.parent is not None
+        before = node.nbytes
         first, rest = _halves(node.entries, at)
         above = Node(node.tokens[:at], first, node.parent, used=node.used)
         node.parent.children[above.tokens[0]] = above
         node.tokens, node.entries, node.parent = node.tokens[at:], rest, above
         above.children[node.tokens[0]] = node
+        self.nbytes += above.nbytes + node.nbytes - before
         return above
 
 

@@ -36,7 +36,7 @@ from rivals import Llama, Transformers, fastest, missing
 LARGE = Shape(width=1024, depth=30, heads=16, kv_heads=8, hidden=2816, vocabulary=32768)
 PROMPT, TOKENS, STREAMS = 256, 16, 16
 ROOM = PROMPT + 64 * TOKENS
-WHOLE = 192  # tokens of an answer through the whole engine: the first ones come while other prompts are read
+WHOLE = 512  # tokens of an answer through the whole engine: the first ones come while other prompts are read
 PEERS = {"float32": "F32", "bf16": "F16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 # what is to be reached: the share of the floor where the weights exceed a processor's cache, and times the peer
 FLOORS = {"float32": 0.85, "bf16": 0.85, "float16": 0.85, "int8": 0.7}
@@ -168,6 +168,7 @@ class Whole:
         assert all(len(row) == WHOLE for row in times)
         self.whole.append(STREAMS * WHOLE / (max(row[-1] for row in times) - start))
         first, last = max(row[0] for row in times), min(row[-1] for row in times)
+        assert first < last, "no moment in which all of them were answered"
         return sum(first < at <= last for row in times for at in row) / (last - first)
 
 

@@ -99,8 +99,10 @@ class Engine:
             memory -= own
         self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
         if memory is None:
-            beside = 4 * least(state for _, _, state in self.slots.state.each())  # a few beginnings of each
-            self.memory.total = (self.memory.of(self.capacity) + TOKEN * self.capacity + beside) * slots * 3 // 2
+            each = self.memory.of(self.capacity)
+            if keep:  # and what a few beginnings of each take besides
+                each += TOKEN * self.capacity + 4 * least(state for _, _, state in self.slots.state.each())
+            self.memory.total = each * slots * 3 // 2
         self.recall = Recall(self.slots, self.memory, keep)
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink

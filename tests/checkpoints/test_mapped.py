@@ -11,6 +11,7 @@ import torch
 
 from armillary.checkpoints import load, mapped, save
 from armillary.checkpoints.mapped import Mapped, forget
+from armillary.engine import replay
 from armillary.engine.slots import Slots
 from armillary.nn.network import ModelSettings, Network, build
 
@@ -70,8 +71,6 @@ def test_what_is_written_stays_in_memory(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's account of memory is read")
 @torch.no_grad()
 def test_an_engine_leaves_them_in_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from armillary.engine import replay
-
     monkeypatch.setattr(replay, "tiles", lambda: True)
     made = load(folder, device="cpu", mapped=True).network
     up = made.get_parameter("blocks.0.channel.inner.up.weight")

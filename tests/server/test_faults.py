@@ -418,12 +418,17 @@ def url_of(process: subprocess.Popen) -> str:
     return line.split(" on ")[1].strip()
 
 
+def stubborn(folder, drain: int) -> subprocess.Popen:
+    """A server whose chat template does not come back."""
+    saved(folder, "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
+    command = [sys.executable, "-m", "armillary", "serve", str(folder), "--port", "0", "--drain", str(drain)]
+    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
 def test_a_signal_ends_the_process_whatever_clients_and_templates_do(tmp_path) -> None:
     """A body that does not come, an answer that is not read, and a template that takes a hundred years."""
-    folder = saved(tmp_path / "tiny", "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
-    command = [sys.executable, "-m", "armillary", "serve", folder, "--port", "0", "--drain", "1"]
-    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = stubborn(tmp_path / "tiny", drain=1)
     try:
         url = url_of(process)
         port = int(url.split(":")[2].partition("/")[0])
@@ -456,10 +461,7 @@ def test_a_signal_ends_the_process_whatever_clients_and_templates_do(tmp_path) -
 
 def test_a_second_signal_ends_at_once(tmp_path) -> None:
     """A stream is told that the server ends; a template that does not come back is not waited for."""
-    folder = saved(tmp_path / "tiny", "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4)
-    command = [sys.executable, "-m", "armillary", "serve", folder, "--port", "0", "--drain", "600"]
-    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_API_KEYS"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = stubborn(tmp_path / "tiny", drain=600)
     try:
         url = url_of(process)
 

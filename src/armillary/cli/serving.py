@@ -34,7 +34,7 @@ def serve(
     capacity: Annotated[
         int | None, typer.Option(help="Most tokens of a prompt and its answer; by default the model's context.", min=2)
     ] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB for states, running and kept.", min=0)] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB for states: running, kept and a draft's.", min=0)] = None,
     guess: Guess = False,
     draft: Annotated[
         list[str] | None,

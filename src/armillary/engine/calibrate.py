@@ -23,9 +23,9 @@ CLEARLY = 0.95  # of the time with more threads: what fewer must take to be chos
 
 def chosen_weights(network: Network, largest: Tensor, packed: Packed, loose: bool = False) -> Weights:
     """The quickest of those that lose nothing; loose: of bf16 and int8, whatever they lose."""
-    able: list[Weights] = ["float32", *(kind for kind, dtype in EXACT.items() if loses_nothing(network, dtype))]
-    if loose:
-        able = ["bf16", "int8"]
+    able: list[Weights] = ["bf16", "int8"] if loose else ["float32"]
+    if not loose:
+        able += [kind for kind, dtype in EXACT.items() if loses_nothing(network, dtype)]
     if len(able) == 1:
         return able[0]
     if largest.numel() * 4 < ALONE:

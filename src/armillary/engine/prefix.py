@@ -24,9 +24,7 @@ Snapshot = Mapping[Name, State]
 
 
 TOKEN = array("i").itemsize  # bytes of a token that is kept
-BESIDE = (
-    512  # bytes that a tensor takes besides its numbers, and about as many a node: for short texts that is the most
-)
+BESIDE = 512  # bytes that a tensor takes besides its numbers, and about as many a node: of short texts the most
 
 
 def nbytes(entries: Entries) -> int:

@@ -77,18 +77,18 @@ class Replay:
         assert weights != "plain"
         largest = _largest(network, state, capacity)
         self.weights: Weights = chosen_weights(network, largest, packed, loose) if weights == "auto" else weights
-        # weights that plain steps do not see
+        # weights that plain steps do not see; by itself only what is loose chooses such
         self.other = self.weights in ("int8", "int4") or (
-            weights in EXACT and not loses_nothing(network, EXACT[weights])
+            self.weights in EXACT and (weights != "auto" or loose) and not loses_nothing(network, EXACT[self.weights])
         )
-        # PyTorch multiplies with fp16 on a CPU by far more slowly than with anything else
-        quick = tiles() or torch.float16 in {network.dtype, *(p.dtype for p in network.parameters())}
-        self.most = PIECE if self.other or quick else MOST
+        # steps of any size: PyTorch multiplies with fp16 on a CPU by far more slowly than with anything else
+        whole = tiles() or torch.float16 in {network.dtype, *(p.dtype for p in network.parameters())}
+        self.most = PIECE if self.other or whole else MOST
         self.threads = chosen_threads(network, largest, self.weights, packed)
         self.tape = self._recorded()
         # weights that lost something make every step here, so that an answer does not depend on which of its tokens
         # were read together
-        self.always = self.other or (quick and not self.tape.plain and not self.tape.single)
+        self.always = self.other or (whole and not self.tape.plain and not self.tape.single)
         self._seen: list[int] | None = None  # tokens of each row, while the states do not know
         self._scores = self._shown = torch.empty(0)  # what the tape gave last, and as it is handed on
         if self.always:

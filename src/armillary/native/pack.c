@@ -1,7 +1,5 @@
 /* Weights in 8 and 4 bits, row by row: what pack.py says, quickly. w [n, k] in float32, bf16 or fp16. */
-#include "wide.h"
-
-enum { GROUP = 32 };
+#include "record.h"
 
 static void widen(const void *w, int kind, int64_t at, int64_t count, float *line) {
 #define WIDENED(KIND) for (int64_t i = 0; i < count; i++) line[i] = get_one(w, at + i, KIND)

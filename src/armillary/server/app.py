@@ -130,7 +130,7 @@ class Server:
             asked = await read(request, form)
             hosted = self.models.get(getattr(asked, "model", ""))
             if hosted is not None and path.startswith("/v1/"):  # who will be turned away costs no more than this
-                hosted.load.admit(1, 0, hosted.engine.pace.token if hosted.generates else 0.0)
+                hosted.admit()
             # templates, tokenizers and grammars take their time: others are not to wait for it
             work: Callable[[], Response] = partial(call, asked, client, self._marks(request))
             if _short(asked):
@@ -146,9 +146,8 @@ class Server:
     def _admit(self) -> None:
         """Before a body is read: where no model has room, nobody is let in, whatever is asked."""
         for hosted in self.models.values():
-            pace = hosted.engine.pace.token if hosted.generates else 0.0
             try:
-                hosted.load.admit(1, 0, pace)
+                hosted.admit()
                 return
             except HTTPError as error:
                 problem = error

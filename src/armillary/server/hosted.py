@@ -93,6 +93,10 @@ class Hosted:
     def generates(self) -> bool:
         return self._engine is not None
 
+    def admit(self) -> None:
+        """One more request, before anything is done for it. Raises HTTPError 429 or 503 (`Load.admit`)."""
+        self.load.admit(1, 0, self.engine.pace.token if self.generates else 0.0)
+
     # -- text
 
     def prompts(self, given: str | Sequence[Any]) -> list[list[int]]:

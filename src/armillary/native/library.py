@@ -95,7 +95,7 @@ def function(name: str, arguments: Sequence[Any], result: Any = None, mirror: Mi
         assert loaded is not None
         if mirror is not None:
             _compare(loaded, *mirror)
-        found = _functions[name] = getattr(loaded, name)
+        found = _functions[name] = loaded[name]  # one of our own: as an attribute it would be shared, with its types
         found.argtypes, found.restype = arguments, result
     return found
 

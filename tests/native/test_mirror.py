@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ctypes import c_int64, c_void_p
 from typing import Any
 
 import pytest
@@ -48,3 +49,11 @@ def test_members_that_changed_places_are_an_error() -> None:
     wrong = {**tape._MIRROR[1], **library.members("call_t", swapped)}
     with pytest.raises(RuntimeError, match=r"call_t\.rows is 8 and 0, call_t\.picks is 0 and 8"):
         library.function("tape_run", [], None, ("tape_mirror", wrong))
+
+
+def test_a_function_keeps_its_types_whatever_else_asks_for_it() -> None:
+    """Without them a pointer is taken for a number of 32 bits."""
+    first = library.function("tape_run", [c_void_p, c_int64, c_void_p, c_int64])
+    library._functions.clear()
+    library.function("tape_run", [])
+    assert list(first.argtypes) == [c_void_p, c_int64, c_void_p, c_int64]

@@ -17,6 +17,28 @@
 #define KINDS(X) X(F32) X(BF16) X(INT8) X(INT4) X(INT64) X(F16)
 enum kind { KINDS(LISTED) };
 
+/* Sums may be taken in another order, but not across this: what cancels has to cancel first. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+#define AS_WRITTEN(x) __builtin_assoc_barrier(x)
+#elif __has_builtin(__arithmetic_fence)
+#define AS_WRITTEN(x) __arithmetic_fence(x)
+#endif
+#endif
+#if !defined(AS_WRITTEN)
+#define AS_WRITTEN(x) (x)
+#endif
+
+/* a b + c, rounded once where the processor can, in vectors and at their ends alike: of two products the compiler may
+ * round now the one and now the other. */
+static inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return AS_WRITTEN(a * b + c);
+#endif
+}
+
 static inline float from_bf16(uint16_t x) {
     union { uint32_t u; float f; } v;
     v.u = (uint32_t)x << 16;
@@ -87,7 +109,7 @@ static inline float largest_size(const float *x, int64_t n) {
 static inline float exp_down(float x) {
     x = x < -87.0f ? -87.0f : x;
     float n = __builtin_rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x));
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;

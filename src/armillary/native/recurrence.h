@@ -302,7 +302,7 @@ INLINE void cell_row(const int kind, int64_t n, int64_t from, int64_t to, const 
     _Pragma("omp simd") for (int64_t i = from; i < to; i++) {
         float new;
         if (kind == LSTM) {
-            float held = sigmoid_of(SUM(1)) * c[i] + sigmoid_of(SUM(0)) * tanh_of(SUM(2));
+            float held = fused(sigmoid_of(SUM(1)), c[i], sigmoid_of(SUM(0)) * tanh_of(SUM(2)));
             c[i] = held;
             new = sigmoid_of(SUM(3)) * tanh_of(held);
         } else if (kind == GRU) {

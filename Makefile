@@ -44,10 +44,12 @@ lint: $(VENV)/.test
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-# Two workers of one thread each suit two cores better than one of two.
+# Two workers of one thread each suit two cores better than one of two. Some tests start commands, each of which
+# would compile all sources again where bytecode is not kept.
 check: export OMP_NUM_THREADS := 1
 check: export TOKENIZERS_PARALLELISM := false
 check: export HF_HUB_OFFLINE := 1
+check: export PYTHONDONTWRITEBYTECODE :=
 check: $(VENV)/.test
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 

@@ -366,9 +366,9 @@ def test_the_readme_shows_commands_that_are_run() -> None:
 
 
 def make_corpus(folder: Path) -> None:
-    """Some text to train on: this project's own pages and sources."""
+    """Some text to train on: this project's own pages, and a part of its sources."""
     folder.mkdir()
-    for path in [*PAGES, *SOURCES]:
+    for path in [*PAGES, *SOURCES[::5]]:
         shutil.copy(path, folder / "-".join(path.relative_to(ROOT).parts))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from armillary.native import available, library, rows
+from armillary.native.library import _build as built
 from armillary.native.library import compiler
 
 needs_library = pytest.mark.skipif(not available(), reason="there is no C compiler here")
@@ -185,6 +187,21 @@ def test_a_broken_compiler_is_named(tmp_path, monkeypatch) -> None:
     finally:
         monkeypatch.undo()
         library.cache_clear()
+
+
+def test_of_several_processes_one_compiles(tmp_path) -> None:
+    """The others wait for it: each opens the lock for itself, here as threads do."""
+    fake = tmp_path / "cc"
+    fake.write_text(
+        f"#!/bin/sh\necho once >> {tmp_path}/calls\nsleep 0.2\nfor word; do\n"
+        '[ "$last" = -o ] && echo made > "$word"\nlast=$word\ndone\n'
+    )
+    fake.chmod(0o755)
+    target = tmp_path / "kernels.so"
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: built(str(fake), target), range(3)))
+    assert found == [None] * 3 and target.read_text() == "made\n"
+    assert (tmp_path / "calls").read_text() == "once\n"
 
 
 @needs_library

@@ -7,7 +7,9 @@ ARMILLARY_NATIVE=0 to do without.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -150,8 +152,12 @@ def _openmp() -> tuple[str, ...]:
 
 
 def _build(chosen: str, target: Path) -> str | None:
-    """Compile into place; returns what went wrong, or None."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    """Compile into place, unless another process has meanwhile; returns what went wrong, or None."""
+    with open(target.with_suffix(".lock"), "wb") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with contextlib.suppress(OSError):  # without locks each compiles for itself, which only takes longer
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return None
         made = Path(folder) / "kernels.so"
         command = [*chosen.split(), *FLAGS, *map(str, SOURCES), "-o", str(made), *_openmp(), "-lm"]
         try:

@@ -8,9 +8,9 @@ import socket
 import time
 
 import pytest
-from server_parts import Served, after_the_first, hosted
+from server_parts import KEYS, Served, after_the_first, hosted
 
-from armillary.server import Server
+from armillary.server import Door, Server
 from armillary.server import connection as connections
 from armillary.server.within import within
 
@@ -149,6 +149,99 @@ def test_who_finds_no_room_is_told_before_his_body_is_read(read) -> None:
     for one in streams:
         one.close()
     read.quiet()
+
+
+def answers(data: bytes) -> list[tuple[bytes, dict[bytes, bytes], bytes]]:
+    """Status, headers and body of each that has a length."""
+    found = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.split(b"\r\n")
+        headers = {name.lower(): value for name, value in (line.split(b": ", 1) for line in lines)}
+        length = int(headers[b"content-length"])
+        found.append((first, headers, data[:length]))
+        data = data[length:]
+    return found
+
+
+def test_refusals_are_the_same_whoever_says_them(monkeypatch, caplog) -> None:
+    """Said by the connection or by the application: status, headers, body, what is counted and logged, for requests
+    of all kinds; and the connection goes on."""
+    one = Served(Server([hosted(slots=2, most=2)], Door(KEYS, requests_per_minute=600)))
+    plain = Server.refused
+    said = []
+    monkeypatch.setattr(Server, "refused", lambda *given: said.append(plain(*given)) or said[-1])
+    key = b"authorization: Bearer secret-of-a\r\n"
+
+    def post(*headers: bytes, path: bytes = b"/v1/completions", body: bytes = b'{"x": 1}') -> bytes:
+        lines = b"".join(header if header.endswith(b"\n") else header + b"\r\n" for header in headers)
+        return b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%b\r\n%b" % (path, len(body), lines, body)
+
+    requests = [
+        post(key, b"x-request-id: mine"),
+        post(key, b"X-Request-ID: first", b"x-request-id: second"),
+        post(key, b"x-request-id: \xe4"),
+        post(key, path=b"/v1/chat/completions", body=b"nonsense" * 1000),
+        post(key, b"transfer-encoding: chunked", body=b"").replace(b"content-length: 0\r\n", b"")
+        + b"2\r\n{}\r\n0\r\nx: y\r\n\r\n",
+        post(b"authorization: Bearer wrong"),
+        post(),
+        post(key, path=b"/v1/nowhere"),
+        post(key, path=b"/v1/completions?a=b"),
+        post(key, path=b"/detokenize", body=b'{"model": "tiny", "ids": [70]}'),
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + key + b"\r\n",
+    ]
+    counted = ("armillary_requests_total", "armillary_rejections_total")
+
+    def seen() -> tuple[list, list, list]:
+        before = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in samples()}
+        caplog.clear()
+        with socket.create_connection(("127.0.0.1", one.port)) as connection:
+            data = b""
+            for request in requests:
+                for part in (request[:200], request[200:]):
+                    connection.sendall(part)
+                    time.sleep(0.01)
+                data += until_whole(connection)
+        found = [
+            (first, {k: v for k, v in headers.items() if k != b"date"}, body) for first, headers, body in answers(data)
+        ]
+        logged = [
+            [getattr(line, name) for name in ("route", "status", "client", "finish", "failed")]
+            for line in caplog.records
+        ]
+        more = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in samples()}
+        return found, logged, [(name, value - before.get(name, 0.0)) for name, value in more.items()]
+
+    def samples() -> list[str]:
+        return [line for line in one.server.metrics.text().decode().splitlines() if line.startswith(counted)]
+
+    def until_whole(connection: socket.socket) -> bytes:
+        connection.settimeout(20)
+        data = connection.recv(65536)
+        while len(answers(data)[-1][2]) < int(answers(data)[-1][1][b"content-length"]):
+            data += connection.recv(65536)
+        return data
+
+    load = one.server.models["tiny"].load
+    load.answers = load.most
+    try:
+        with caplog.at_level("INFO", "armillary.server"):
+            quick = seen()
+            told = [one for one in said if one is not None]
+            assert len(told) == (5 if connections.quickest is not connections.H11 else 0)
+            monkeypatch.setattr(Server, "refused", lambda *given: None)
+            slow = seen()
+    finally:
+        load.answers = 0
+        one.close()
+    assert [first for first, _, _ in quick[0][:5]] == [b"HTTP/1.1 429 Too Many Requests"] * 5
+    ids = [headers.pop(b"x-request-id") for _, headers, _ in quick[0]]
+    others = [headers.pop(b"x-request-id") for _, headers, _ in slow[0]]
+    assert ids[:2] == others[:2] == [b"mine", b"first"]
+    assert {len(id) for id in (*ids[2:], *others[2:])} == {32}
+    assert [list(headers) for _, headers, _ in quick[0]] == [list(headers) for _, headers, _ in slow[0]]
+    assert quick == slow
 
 
 def test_a_stream_that_fails_after_it_has_begun_says_so_in_it(read) -> None:

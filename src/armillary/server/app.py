@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import logging
 import struct
 import sys
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http import HTTPStatus
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +109,7 @@ class Server:
             self._methods.setdefault(path, set()).update({method} | ({"HEAD"} if method == "GET" else set()))
         routes = [Route(path, self._post(path, form, call), methods=["POST"]) for path, form, call in posts]
         self._posts = {route.path: route for route in routes}
+        self._generating = {path.encode(): path for path in self._posts if path.startswith("/v1/")}
         routes += [Route(path, self._plain(path, call), methods=[method]) for method, path, call in others]
         # many tools look for /health before they send anything
         for path, call in (("/live", self._live), ("/ready", self._ready), ("/health", self._ready)):
@@ -153,6 +156,41 @@ class Server:
                 problem = error
         if self.models:
             raise problem
+
+    def refused(self, target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+        """The answer to a POST that finds no room, from `_post`'s rules but before anything is made of it: in a flood
+        most are told so, and what that costs is taken from those who are answered. None: it goes its way.
+
+        target: as it was sent; headers: by lower names.
+        """
+        route = self._generating.get(target)
+        if route is None or self.draining or self.upstream is not None or self.tracing is not None:
+            return None
+        try:
+            self._admit()
+        except HTTPError as error:
+            problem = error
+        else:
+            return None
+        given = {name: value.decode("latin-1") for name, value in reversed(headers)}  # the first of a name counts
+        try:
+            client = self.door.enter(given.get(b"authorization"))
+            self.door.admit(client)
+        except HTTPError:
+            return None
+        marks = _marked(given.get(b"x-request-id", ""))
+        body = json.dumps(problem.body(), ensure_ascii=False, separators=(",", ":")).encode()
+        said = problem.headers() | marks | {"content-length": str(len(body)), "content-type": "application/json"}
+        self.metrics.rejections.labels(problem.code or "").inc()
+        self._over(route, problem.status, 0.0, {"client": client.name, "id": marks["x-request-id"]})
+        lines = "".join(f"{name}: {value}\r\n" for name, value in said.items())
+        return f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n{lines}\r\n".encode() + body
+
+    def _over(self, route: str | None, status: int, seconds: float, state: Mapping[str, Any]) -> None:
+        """A request is counted and logged."""
+        self.metrics.requests.labels(route or "other", status).inc()
+        seen = {"route": route or "other", "status": status, "seconds": round(seconds, 4)}
+        log.info("request", extra=seen | {name: state.get(name) for name in ("client", "id", "finish", "failed")})
 
     def _plain(self, path: str, call: Any) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request, client: Client) -> Response:
@@ -216,18 +254,14 @@ class Server:
                 await response(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", None)
-            self.metrics.requests.labels(route or "other", status).inc()
-            seen = {"route": route or "other", "status": status, "seconds": round(time.monotonic() - started, 4)}
-            log.info("request", extra=seen | {name: state.get(name) for name in ("client", "id", "finish", "failed")})
+            self._over(route, status, time.monotonic() - started, state)
             if traced:
                 traced.end(route, None if status == LEFT else status, state)
 
     def _marks(self, request: Request) -> dict[str, str]:
         """Headers of every answer: the id that the client gave its request, or a new one."""
         if not hasattr(request.state, "id"):
-            given = request.headers.get("x-request-id", "")
-            fine = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-            request.state.id = given if fine else uuid.uuid4().hex
+            request.state.id = _marked(request.headers.get("x-request-id", ""))["x-request-id"]
         return {"x-request-id": request.state.id}
 
     def _problem(self, problem: HTTPError, request: Request) -> Response:
@@ -448,6 +482,12 @@ def _short(asked: BaseModel) -> bool:
         and asked.regex is None
         and asked.grammar is None
     )
+
+
+def _marked(given: str) -> dict[str, str]:
+    """The id that a client gave its request, or a new one."""
+    fine = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+    return {"x-request-id": given if fine else uuid.uuid4().hex}
 
 
 def _no_response() -> HTTPError:

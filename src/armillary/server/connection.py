@@ -121,6 +121,11 @@ class Joining:
     def __init__(self, inner: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._inner, self._loop, self._held = inner, loop, b""
 
+    def write_now(self, data: bytes) -> None:
+        """What is complete."""
+        self._flush()
+        self._inner.write(data)
+
     def write(self, data: bytes) -> None:
         if self._held:
             data, self._held = self._held + data, b""
@@ -160,9 +165,17 @@ except ImportError:
     quickest: type[asyncio.Protocol] = H11
 else:
 
+    class _Refused:
+        """In place of the cycle of a request that was answered as soon as its head was there: its body is dropped."""
+
+        response_complete, more_body = True, False
+
+        def __init__(self, scope: Any) -> None:
+            self.scope, self.message_event = scope, asyncio.Event()
+
     class HttpTools(Connection, HttpToolsProtocol):  # type: ignore[misc]
         """A connection that `httptools` reads, which itself sets no bound to what is no body: headers, and the lines
-        around and behind chunks of one."""
+        around and behind chunks of one. Who finds no room is told so here, before anything is made of the request."""
 
         _head = 0  # bytes since the last of a body, or since a request began
 
@@ -183,6 +196,35 @@ else:
         def on_header(self, name: bytes, value: bytes) -> None:
             if self.cycle is None or self.cycle.scope is not self.scope:  # else it comes behind a body, and is dropped
                 super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            if not self._refused():
+                super().on_headers_complete()
+
+        def _refused(self) -> bool:
+            """Whether the request is answered already."""
+            refuse: Callable[[bytes, Any], bytes | None] | None = getattr(self.app, "refused", None)
+            parser = self.parser
+            if (
+                refuse is None
+                or parser.get_method() != b"POST"
+                or not (self.cycle is None or self.cycle.response_complete)  # else it stands in line
+                or parser.get_http_version() != "1.1"
+                or not parser.should_keep_alive()
+                or parser.should_upgrade()
+                or self.flow.write_paused
+                or self.transport.is_closing()
+            ):
+                return False
+            said = refuse(self.url, self.headers)
+            if said is None:
+                return False
+            self.cycle = cast(Any, _Refused(self.scope))
+            status, _, rest = said.partition(b"\r\n")
+            lines = [b"%b: %b" % header for header in self.server_state.default_headers]
+            cast(Joining, self.transport).write_now(b"\r\n".join([status, *lines, rest]))
+            self.on_response_complete()
+            return True
 
         def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
             if cycle.scope["http_version"] == "1.0":

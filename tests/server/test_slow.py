@@ -134,6 +134,93 @@ def test_a_reader_that_never_reads(hasty, monkeypatch) -> None:
     connection.close()
 
 
+def test_a_reader_that_comes_to_a_halt_misses_nothing(monkeypatch) -> None:
+    """What cannot be sent at once waits, and what comes meanwhile stands behind it; then tokens go straight again."""
+    waited = []
+    inner = answering.begun
+    monkeypatch.setattr(answering, "begun", lambda work: waited.append(inner(work)) or waited[-1])
+    running = Served(Server([hosted()]), buffer=4096)
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 700, "min_tokens": 700, "seed": 5, "logprobs": 20}
+    try:
+        whole = httpx.post(f"{running.url}/v1/completions", json=asked, timeout=60).json()["choices"][0]
+        slots = running.server.models["tiny"].engine.slots
+        plain = slots.extend  # so that there is still something to say afterwards
+        monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.003) or plain(*given, **more))
+        body = json.dumps(asked | {"stream": True}).encode()
+        connection, data = socket.socket(), b""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", running.port))
+        head = "POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n"
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        connection.settimeout(20)
+        while got := connection.recv(65536):
+            if len(data) < 20_000 <= len(data) + len(got):
+                end = time.monotonic() + 20
+                while not any(one is not None for one in waited) and time.monotonic() < end:
+                    time.sleep(0.01)
+            data += got
+        connection.close()
+    finally:
+        running.close()
+    events = [json.loads(line[6:]) for line in data.decode().splitlines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    assert data.endswith(b"data: [DONE]\n\n")
+    assert "".join(one["text"] for one in choices) == whole["text"]
+    tokens = [token for one in choices for token in one["logprobs"]["tokens"]]
+    assert tokens == whole["logprobs"]["tokens"]
+    assert None in waited, "some were sent at once"
+    assert any(one is not None for one in waited), "and some had to wait"
+    at = next(place for place, one in enumerate(waited) if one is not None)
+    assert None in waited[at:], "which is over when the reader goes on"
+
+
+def test_a_failure_on_the_way_out_ends_its_own_stream(monkeypatch) -> None:
+    """What goes wrong in the loop's own calls is told to the task of the request."""
+    running, plain = Served(Server([hosted()])), answering.Form.written
+    slots = running.server.models["tiny"].engine.slots
+    extend = slots.extend  # so that each token comes by itself
+    monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.02) or extend(*given, **more))
+    monkeypatch.setattr(
+        answering.Form, "written", lambda form, text: plain(form, text) if "bad" not in text else 1 // 0
+    )
+    running.server.models["tiny"].tokenizer.stream = lambda: Says(iter(["a"] * 20 + ["bad"]))
+    try:
+        asked = {"model": "tiny", "prompt": "x", "max_tokens": 99, "min_tokens": 99, "stream": True}
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            httpx.stream("POST", f"{running.url}/v1/completions", json=asked, timeout=60) as stream,
+        ):
+            list(stream.iter_lines())
+        running.quiet()
+        assert running.server.metrics.finished.labels("tiny", "cancelled")._value.get() == 1
+        running.server.models["tiny"].tokenizer.stream = lambda: Says(iter([]))
+        asked |= {"max_tokens": 5, "min_tokens": 5}
+        assert "[DONE]" in httpx.post(f"{running.url}/v1/completions", json=asked, timeout=60).text
+    finally:
+        running.close()
+
+
+class Says:
+    """A decoder that says something else."""
+
+    def __init__(self, words) -> None:
+        self.words = words
+
+    def push(self, token: int) -> str:
+        return next(self.words, "c")
+
+    def finish(self) -> str:
+        return ""
+
+
+@given(st.text(), st.integers(0, 7))
+def test_a_form_is_written_as_its_event(text, place) -> None:
+    def event(text: str) -> dict:
+        return {"id": "x", "choices": [{"index": place, "delta": {"content": text}, "end": None}], "usage": {"a": 1}}
+
+    assert answering.Form(event).written(text) == answering.written(event(text))
+
+
 def test_logs_hold_no_prompt_and_no_key(served) -> None:
     logger = logging.getLogger("armillary.server")
     handler = logging.StreamHandler(io.StringIO())

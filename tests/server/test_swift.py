@@ -68,6 +68,26 @@ def test_a_short_text_is_prepared_on_the_spot_and_others_by_workers(running, mon
     assert [one is running.thread for one in seen] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_between_the_first_and_the_last_wake_nobody(running, monkeypatch, stream) -> None:
+    """Those of a stream are sent from where they come; those of a whole answer do not come to the loop at all."""
+    put, said = [], []
+    queue, post = asyncio.Queue.put_nowait, Post.put
+    monkeypatch.setattr(asyncio.Queue, "put_nowait", lambda self, item: put.append(item) or queue(self, item))
+    monkeypatch.setattr(Post, "put", lambda self, take, item: said.append(item) or post(self, take, item))
+    slots = running.server.models["tiny"].engine.slots
+    plain = slots.extend  # so that each comes by itself
+    monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.01) or plain(*given, **more))
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "min_tokens": 40, "seed": 1, "stream": stream}
+    body = json.dumps(asked).encode()
+    request = urllib.request.Request(f"{running.url}/v1/completions", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as found:
+        text = found.read().decode()
+    assert text.count('"text"') == (40 if stream else 1)
+    assert len(said) == (40 if stream else 2)
+    assert len([one for one in put if isinstance(one, tuple)]) < 10
+
+
 def test_the_post_loses_nothing_and_keeps_the_order() -> None:
     """From several threads at once, each piece comes once, in the order of its thread."""
     count, senders = 2000, 3
@@ -84,12 +104,12 @@ def test_the_post_loses_nothing_and_keeps_the_order() -> None:
 
         loop.call_soon_threadsafe = counted
         for at in range(count):  # what comes while the loop does not look costs one call
-            post.put(queue, (senders, at))
+            post.put(queue.put_nowait, (senders, at))
         assert calls == 1
 
         def send(sender: int) -> None:
             for at in range(count):
-                post.put(queue, (sender, at))
+                post.put(queue.put_nowait, (sender, at))
 
         threads = [threading.Thread(target=send, args=(sender,)) for sender in range(senders)]
         for thread in threads:
@@ -108,8 +128,8 @@ def test_a_post_to_a_loop_that_has_closed_is_dropped() -> None:
     loop = asyncio.new_event_loop()
     post, queue = Post(loop), asyncio.Queue()
     loop.close()
-    post.put(queue, 1)
-    post.put(queue, 2)
+    post.put(queue.put_nowait, 1)
+    post.put(queue.put_nowait, 2)
     assert queue.empty()
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -26,14 +26,14 @@ from armillary.server.hosted import Hosted
 from armillary.server.limits import Client, Door
 from armillary.server.metrics import Metrics
 from armillary.server.turns import Spoken
-from armillary.server.within import within
+from armillary.server.within import begun, within
 
 log = logging.getLogger("armillary.server")
 HELD = 0.25  # seconds that the head of a stream waits for its first token
 ALIVE = 15.0  # seconds between comments that keep a silent stream open
 READS = 30.0  # seconds that a client may take to read what was sent
 LEFT, SILENT = "the client left", "nothing was said for a while"  # among the pieces
-Pieces: TypeAlias = "asyncio.Queue[tuple[int, Piece] | str]"
+Pieces: TypeAlias = "asyncio.Queue[tuple[int, Piece] | Awaitable[None] | Exception | str]"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -43,12 +43,12 @@ class Post:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._bag: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._bag: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._called = False
 
-    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
-        """From any thread."""
-        self._bag.append((queue, item))
+    def put(self, take: Callable[[Any], None], item: Any) -> None:
+        """From any thread; the loop calls `take`, which may not fail."""
+        self._bag.append((take, item))
         if not self._called:  # else it was before the bag is emptied that this was put into it
             self._called = True
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
@@ -57,8 +57,8 @@ class Post:
     def _deliver(self) -> None:
         self._called = False
         while self._bag:
-            queue, item = self._bag.popleft()
-            queue.put_nowait(item)
+            take, item = self._bag.popleft()
+            take(item)
 
 
 @dataclass
@@ -123,11 +123,14 @@ class Answered(Response):
         self.status_code, self.background = 200, None
         self._started, self._charged = False, 0
         self._unread: dict[int, int] = {}  # prompt tokens by the number of the first answer to them
+        self._pieces: Pieces = asyncio.Queue()
+        self._answers = list[Answer]()
+        self._send: Send | None = None  # while a stream waits for nothing but its next token
+        self._said = 0.0  # when something was last sent, by the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job, answers = self.job, list[Answer]()
+        job, answers, pieces = self.job, self._answers, self._pieces
         post = self.context.post(asyncio.get_running_loop())
-        pieces: Pieces = asyncio.Queue()
         load, count = job.hosted.load, sum(len(group) for group in job.groups)
         entered, leaving = 0, None
         try:
@@ -141,10 +144,10 @@ class Answered(Response):
                 self._unread[first] = len(group[0].ids)  # the copies of an answer are read with the first
                 load.waiting_tokens += self._unread[first]
                 places = range(first, first + len(group))
-                answers += engine.submit_copies(group, [_listener(post, pieces, place) for place in places])
+                answers += engine.submit_copies(group, [self._listener(post, place) for place in places])
             leaving = asyncio.create_task(gone(receive))
             leaving.add_done_callback(lambda _: pieces.put_nowait(LEFT))
-            await (self._stream if self.whole is None else self._one)(scope, receive, send, pieces, answers)
+            await (self._stream if self.whole is None else self._one)(scope, receive, send)
         except Exception as error:
             if self._started:
                 raise
@@ -174,10 +177,45 @@ class Answered(Response):
         self.context.door.charge(self.job.client, tokens - self._charged)
         self._charged = tokens
 
-    async def _one(self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]) -> None:
-        open_ = len(answers)
+    def _listener(self, post: Post, place: int) -> Callable[[Piece], None]:
+        """For the engine's thread."""
+        if self.whole is None:
+            return lambda piece: post.put(self._heard, (place, piece))
+        known = False
+
+        def listen(piece: Piece) -> None:  # what lies between the first token and the last nobody waits for
+            nonlocal known
+            if not known or piece.finish is not None:
+                known = True
+                post.put(self._pieces.put_nowait, (place, piece))
+
+        return listen
+
+    def _heard(self, got: tuple[int, Piece]) -> None:
+        """A token of a stream is sent at once, where nothing else is to be said first: waking the task would take
+        longer than that."""
+        place, piece = got
+        if self._send is None or piece.finish is not None:
+            self._pieces.put_nowait(got)
+            return
+        assert self.piece is not None
+        self._read(place)
+        left: Awaitable[None] | Exception | None = None
+        try:
+            events = self.piece(place, piece, self._answers[place])
+            if events:
+                left = begun(self._send(_body(events)))
+                self._said = asyncio.get_running_loop().time()
+        except Exception as error:
+            left = error
+        if left is not None:
+            self._send = None
+            self._pieces.put_nowait(left)
+
+    async def _one(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answers, open_ = self._answers, len(self._answers)
         while open_:
-            got = await pieces.get()
+            got = await self._pieces.get()
             if got is LEFT:
                 return
             place, piece = cast("tuple[int, Piece]", got)
@@ -192,39 +230,44 @@ class Answered(Response):
         self._started = True
         await JSONResponse(self.whole(list(answers)), headers=self._marks())(scope, receive, send)
 
-    async def _stream(
-        self, scope: Scope, receive: Receive, send: Send, pieces: Pieces, answers: Sequence[Answer]
-    ) -> None:
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The head leaves with the first token, so that both arrive at once, and a stream whose answers fail before it
         has a status that says so; but it does not wait long."""
         assert self.first is not None and self.piece is not None and self.last is not None
-        loop, open_, events = asyncio.get_running_loop(), len(answers), self.first()
-        said = loop.time()
+        loop, pieces, answers, events = asyncio.get_running_loop(), self._pieces, self._answers, self.first()
+        open_, self._said = len(answers), loop.time()
         silent = loop.call_later(HELD, pieces.put_nowait, SILENT)
         try:
             while open_:
+                self._send = send if self._started and pieces.empty() else None
                 waiting, got = len(events), await pieces.get()
+                self._send = None
                 while True:
                     if got is LEFT:
                         return
+                    if isinstance(got, Exception):
+                        raise got
                     if got is SILENT:
-                        if not self._started or loop.time() - said >= ALIVE:
-                            events, waiting, said = await self._tell(send, events, b": alive\n\n"), 0, loop.time()
-                        silent = loop.call_at(said + ALIVE, pieces.put_nowait, SILENT)
-                    else:
-                        place, piece = cast("tuple[int, Piece]", got)
+                        if not self._started or loop.time() - self._said >= ALIVE:
+                            events, waiting = await self._tell(send, events, b": alive\n\n"), 0
+                        silent = loop.call_at(self._said + ALIVE, pieces.put_nowait, SILENT)
+                    elif isinstance(got, tuple):
+                        place, piece = got
                         self._read(place)
                         open_ -= piece.finish is not None
                         problem = None if piece.finish is None else problem_of(answers[place])
                         if problem is not None and not (self._started or open_ or any(one.choices for one in answers)):
                             raise problem
                         events += self._failed(scope, problem) if problem else self.piece(place, piece, answers[place])
+                    else:
+                        await within(READS, cast("Awaitable[None]", got))
                     if pieces.empty():
                         break
                     got = pieces.get_nowait()
                 if open_ and len(events) > waiting:
-                    events, said = await self._tell(send, events), loop.time()
+                    events = await self._tell(send, events)
         finally:
+            self._send = None
             silent.cancel()
         self.job.heard(answers)
         self._charge(answers)
@@ -238,8 +281,8 @@ class Answered(Response):
             head += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             self._started = True
             await sent(send, {"type": "http.response.start", "status": 200, "headers": head})
-        body = "".join(map(written, events)).encode() + end
-        await sent(send, {"type": "http.response.body", "body": body, "more_body": more})
+        await sent(send, _body(events, end, more))
+        self._said = asyncio.get_running_loop().time()
         return []
 
     def _failed(self, scope: Scope, problem: HTTPError) -> list[Any]:
@@ -261,14 +304,27 @@ def used(prompt: int, generated: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
+class Form:
+    """An event of which only one text differs from token to token, so that the rest is written once."""
+
+    def __init__(self, event: Callable[[str], Any]) -> None:
+        mark = "\0"  # which no other text of an event holds
+        self._before, _, self._after = written(event(mark)).partition(_ENCODER.encode(mark))
+
+    def written(self, text: str) -> str:
+        return f"{self._before}{_ENCODER.encode(text)}{self._after}"
+
+
 def written(event: Any) -> str:
-    """An event as it stands in a stream, named by its type where it has one."""
+    """An event as it stands in a stream, named by its type where it has one; a text is one already (`Form`)."""
+    if isinstance(event, str):
+        return event
     name = f"event: {event['type']}\n" if "type" in event else ""
     return f"{name}data: {_ENCODER.encode(event)}\n\n"
 
 
-def _listener(post: Post, pieces: Pieces, place: int) -> Callable[[Piece], None]:
-    return lambda piece: post.put(pieces, (place, piece))
+def _body(events: Sequence[Any], end: bytes = b"", more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": "".join(map(written, events)).encode() + end, "more_body": more}
 
 
 async def sent(send: Send, message: Message) -> None:

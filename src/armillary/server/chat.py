@@ -7,7 +7,7 @@ from typing import Any
 
 from armillary.engine.request import Answer, Finish, Piece
 from armillary.engine.sampling import Choice
-from armillary.server.answering import Answered, Context, Job, now, used
+from armillary.server.answering import Answered, Context, Form, Job, now, used
 from armillary.server.calls import Called, Part, Parts, Said
 from armillary.server.hosted import Hosted, constrained
 from armillary.server.limits import Client
@@ -52,11 +52,14 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
     def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return base | {"object": "chat.completion.chunk", "choices": choices} | more
 
-    def first() -> list[Any]:
-        delta = {"role": "assistant", "content": ""}
-        places = range(asked.n)
-        return [chunk([{"index": place, "delta": delta, "finish_reason": None}], **so_far()) for place in places]
+    def delta(place: int, given: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {"index": place, "delta": given, "finish_reason": finish}
 
+    def first() -> list[Any]:
+        opening = {"role": "assistant", "content": ""}
+        return [chunk([delta(place, opening)], **so_far()) for place in range(asked.n)]
+
+    forms: dict[int, Form] = {}
     parts = [Parts() for _ in range(asked.n)]
     generated = 0
 
@@ -66,6 +69,12 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
     def piece(place: int, given: Piece, _: Answer) -> list[Any]:
         nonlocal generated
         generated += len(given.choices)
+        if tools is None and given.finish is None and not asked.logprobs and not asked.counts:
+            if not given.text:
+                return []
+            if place not in forms:
+                forms[place] = Form(lambda text: chunk([delta(place, {"content": text})]))
+            return [forms[place].written(given.text)]
         deltas: list[dict[str, Any]] = []
         if tools is None:
             deltas += [{"content": given.text}] if given.text else []
@@ -73,12 +82,12 @@ def answer(context: Context, hosted: Hosted, client: Client, asked: ChatRequest,
             deltas += [_delta(part) for part in parts[place].push(given.text, given.finish is not None)]
         if asked.logprobs and given.choices and not deltas:
             deltas.append({})
-        found: list[dict[str, Any]] = [{"index": place, "delta": one, "finish_reason": None} for one in deltas]
+        found = [delta(place, one) for one in deltas]
         if asked.logprobs and given.choices:
             found[0]["logprobs"] = logprobs(given.choices, asked.top_logprobs or 0, hosted.tokenizer)
         if given.finish is not None:
             reason = _reason(given.finish, parts[place].calls)
-            found.append({"index": place, "delta": {}, "finish_reason": reason})
+            found.append(delta(place, {}, reason))
         return [chunk([one], **so_far()) for one in found]
 
     def last(answers: list[Answer]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from armillary.engine.request import Answer, Piece
 from armillary.engine.sampling import Choice
-from armillary.server.answering import Answered, Context, Job, now, used
+from armillary.server.answering import Answered, Context, Form, Job, now, used
 from armillary.server.chat import FINISH
 from armillary.server.errors import HTTPError
 from armillary.server.hosted import Hosted
@@ -56,7 +56,11 @@ def answer(
 
         return Answered(context, job, whole=whole, headers=headers)
 
+    def event(place: int, text: str, logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
+        return base | {"choices": [{"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish}]}
+
     places: dict[int, int] = {}
+    forms: dict[int, Form] = {}
     generated = 0
 
     def piece(place: int, given: Piece, one: Answer) -> list[Any]:
@@ -64,17 +68,15 @@ def answer(
         generated += len(given.choices)
         if not given.text and given.finish is None and not given.choices:
             return []
+        if given.finish is None and asked.logprobs is None and not asked.counts:
+            if place not in forms:
+                forms[place] = Form(lambda text: event(place, text))
+            return [forms[place].written(given.text)]
         start = places.get(place, 0)
         places[place] = start + len(given.text)
-        found = {
-            "index": place,
-            "text": given.text,
-            "logprobs": None
-            if asked.logprobs is None
-            else _logprobs(given.choices, asked.logprobs, start, hosted.tokenizer),
-            "finish_reason": None if given.finish is None else FINISH[given.finish],
-        }
-        return [base | {"choices": [found]} | ({"usage": used(prompt, generated)} if asked.counts else {})]
+        found = None if asked.logprobs is None else _logprobs(given.choices, asked.logprobs, start, hosted.tokenizer)
+        finish = None if given.finish is None else FINISH[given.finish]
+        return [event(place, given.text, found, finish) | ({"usage": used(prompt, generated)} if asked.counts else {})]
 
     def last(answers: list[Answer]) -> list[Any]:
         if asked.stream_options is None or not asked.stream_options.include_usage:

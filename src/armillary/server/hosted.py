@@ -14,7 +14,8 @@ from armillary.engine.constraints import Busy, Grammars, Kind
 from armillary.engine.core import Engine
 from armillary.engine.embed import embed, texts
 from armillary.engine.request import Request
-from armillary.engine.sampling import Sampling, Step
+from armillary.engine.sampling import Sampling
+from armillary.engine.steps import Step
 from armillary.nn.adapted import Change
 from armillary.nn.network import Network
 from armillary.server.calls import grammar

@@ -14,6 +14,15 @@ def within(seconds: float, work: Awaitable[T]) -> Awaitable[T]:
     return _Within(seconds, work)
 
 
+def begun(work: Awaitable[T]) -> Awaitable[T] | None:
+    """Outside of any task: what is left of the work, to be awaited in one; None: it is over already."""
+    inner: Any = work.__await__()
+    try:
+        return _Rest(inner, inner.send(None))
+    except StopIteration:
+        return None
+
+
 class _Within(Generic[T]):
     def __init__(self, seconds: float, work: Awaitable[T]) -> None:
         self._seconds, self._work = seconds, work

@@ -91,6 +91,50 @@ def test_patterns_and_guesses(engine, grammars) -> None:
     assert sum(one.accepted for one in guessed) > 0
 
 
+@pytest.mark.parametrize("mixer", ["attention", "retention"])
+@pytest.mark.parametrize("most", [120, 20, 9])
+def test_what_can_only_go_on_in_one_way_is_read_in_one_piece(mixer, most, monkeypatch) -> None:
+    """By fewer steps, and nothing else is different: tokens, draws, ends, log-probabilities and what is kept; beside
+    an answer that nothing binds."""
+    block = {"mixer": {"kind": mixer}, "channel": "gated"}
+    settings = ModelSettings(width=16, depth=2, vocabulary=TOKENIZER.size, context=256, block=block)
+    network, grammars = build(settings, seed=1).eval(), Grammars(TOKENIZER)
+    loose = Sampling(max_new_tokens=5, min_new_tokens=5, temperature=1.0, seed=3, alternatives=2)
+    plain = Request((1, 2, 4), loose)
+
+    def answered() -> tuple[list, int]:
+        engine = Engine(network, TOKENIZER, slots=4)
+        asked = [
+            Request(
+                (1, 2, 3),
+                Sampling(max_new_tokens=most, temperature=1.5, seed=seed, stop=('","kin',) if seed == 4 else ()),
+                steps=(grammars.constraint("json_schema", SCHEMA),),
+            )
+            for seed in range(5)
+        ]
+        found = engine.run([plain, *asked])
+        alone = engine.steps
+        again = engine.run([Request((*asked[0].ids, *(one.token for one in found[1].choices), 7))])
+        assert engine.scheduler.running == [] and not engine.busy
+        return [*found, *again], alone
+
+    together, few = answered()
+    monkeypatch.setattr(constraints.Constraint, "forced", lambda self: [])
+    monkeypatch.setattr(constraints.Constraint, "over", False)
+    apart, many = answered()
+    grammars.close()
+    assert few < many
+    if most == 120:
+        assert [one.finish for one in together[1:6]] == ["end"] * 4 + ["stop"]
+        assert few < 0.7 * many
+    for one, other in zip(together, apart, strict=True):
+        assert (one.finish, one.text, one.reused) == (other.finish, other.text, other.reused)
+        assert [choice.token for choice in one.choices] == [choice.token for choice in other.choices]
+        scores = [torch.tensor([choice.logprob for choice in row.choices]) for row in (one, other)]
+        assert torch.allclose(*scores, atol=1e-4)
+        assert one.drafted == one.accepted == 0
+
+
 def deep(levels: int):
     schema = {"type": "string"}
     for _ in range(levels):

@@ -203,6 +203,75 @@ def test_a_constraint_that_allows_only_the_end_stands_above_a_bound(form) -> Non
     assert form(given, [chooser])[0].token == 9
 
 
+class Bits:
+    """Allows other tokens at every step, by bits; none behind the first `tokens`."""
+
+    def __init__(self, tokens: int, seed: int) -> None:
+        self.tokens, self._draw, self.wrong = tokens, random.Random(seed), None
+        self._bits = torch.zeros(-(-tokens // 32), dtype=torch.int32)
+        self.address = self._bits.data_ptr()
+        self.accept(0)
+
+    def look(self) -> None:
+        if self.wrong is not None:
+            raise self.wrong
+        words = [sum(1 << i for i in range(32) if 32 * at + i in self.free) for at in range(len(self._bits))]
+        self._bits[:] = torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
+
+    def why_nothing(self):
+        return None if self.free else InputError("it allows nothing")
+
+    def apply(self, given, ids):
+        if self.wrong is not None:
+            raise self.wrong
+        if not self.free:
+            raise InputError("it allows nothing")
+        free = [token for token in self.free if token < len(given)]
+        mask = torch.full_like(given, -torch.inf)
+        mask[free] = 0.0
+        return given + mask
+
+    def accept(self, token) -> None:
+        some = {at for at in range(self.tokens) if self._draw.random() < 0.4}
+        self.free = some | ({2, 3} & set(range(self.tokens)))
+
+
+@pytest.mark.parametrize("asked", ["plain", "greedy", "both", "alternatives", "penalties", "not yet", "about"])
+@torch.no_grad()
+def test_bits_forbid_what_scores_without_it_do(asked: str) -> None:
+    """Read by the C library, against the plain form, which takes it off the scores; beside rows that all is allowed."""
+    for width in (5, 24, 257, 1000):
+        for tokens in (width, width - 1, width + 70):
+            sampling = Sampling(max_new_tokens=64, seed=width, **ASKED[asked])
+            mine, plain = (
+                [
+                    Chooser(sampling, [1, 2], ends=(0, 4), steps=(Bits(tokens, 5),) if row % 2 else (), stream=row)
+                    for row in range(4)
+                ]
+                for _ in "ab"
+            )
+            together = Choosers(mine)
+            for step in range(8):
+                given = scores(4, width, torch.float32, step)
+                found, wanted = together.choose(given), choose_plain(given, plain)
+                assert [one.token for one in found] == [one.token for one in wanted]
+                logprobs = torch.tensor([one.logprob for one in found])
+                assert torch.allclose(logprobs, torch.tensor([one.logprob for one in wanted]), atol=1e-5)
+            assert together._together, "bits are read where the others' scores are"
+
+
+@pytest.mark.parametrize("wrong", [None, ValueError("unforeseen")])
+def test_bits_that_cannot_be_end_their_own_row(wrong) -> None:
+    for form in (choose, choose_plain):
+        others = [Chooser(Sampling(seed=row), [1]) for row in range(2)]
+        bits = Bits(40, 1)
+        bits.wrong, bits.free = wrong, set()
+        found = form(scores(3, 40, torch.float32, 3), [others[0], Chooser(Sampling(), [1], steps=(bits,)), others[1]])
+        assert isinstance(found[0], Choice) and isinstance(found[2], Choice)
+        assert found[1] is wrong if wrong else str(found[1]) == "it allows nothing"
+        assert all(one.generated == 1 for one in others)
+
+
 @pytest.mark.parametrize(("number", "token"), [(0.0, 5), (1 - 2.0**-53, 2047)])
 def test_the_lowest_and_the_highest_draw_take_a_token_that_can_be(number, token) -> None:
     class Fixed(Chooser):

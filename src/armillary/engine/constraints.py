@@ -65,30 +65,45 @@ class Busy(InputError):
 
 
 class Constraint:
-    """A step of the choice (see `sampling.Step`): what the automaton forbids becomes impossible. name: what errors
-    call it."""
+    """A step of the choice (see `sampling.Sieve`): what the automaton forbids becomes impossible. name: what errors
+    call it.
+
+    Right after a step nothing of PyTorch is in the processor's caches, and each of its operations costs tens of
+    microseconds, a call of NumPy some: for a vocabulary of bytes that is more than the automaton takes. So where the C
+    library chooses it reads the bits itself.
+    """
 
     def __init__(self, matcher: Any, vocabulary: int, name: str = "constraint") -> None:
-        self._matcher, self._vocabulary, self.name = matcher, vocabulary, name
-        self._bits = np.zeros(-(-vocabulary // 32), np.uint32)  # a token's is set where it is allowed
-        self._address, self._size = self._bits.ctypes.data, self._bits.nbytes
+        self._matcher, self.tokens, self.name = matcher, vocabulary, name
+        self._bits = np.zeros(-(-vocabulary // 32), np.uint32)
+        self.address, self._size = self._bits.ctypes.data, self._bits.nbytes
+
+    def look(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self.address, self._size)
+        self._check()
+
+    @property
+    def over(self) -> bool:
+        stopped: bool = self._matcher.is_stopped()
+        return stopped and not self._matcher.is_error()
+
+    def forced(self) -> list[int]:
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
+
+    def why_nothing(self) -> InputError | None:
+        some = self._bits.any()
+        return None if some else InputError(f"the answer came to where its '{self.name}' allows no token at all")
 
     def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
         """Scores [V] float32, changed in place."""
-        self._matcher.unsafe_compute_mask_ptr(self._address, self._size)
-        self._check()
-        if not scores.is_cpu:
-            return scores.copy_(self.apply(scores.cpu(), ids))
-        # Right after a step nothing of PyTorch is in the processor's caches, and each of its operations costs tens of
-        # microseconds, a call of NumPy some: for a vocabulary of bytes that is more than the automaton takes.
-        row = scores.numpy()
-        allowed = np.unpackbits(self._bits.view(np.uint8), count=min(len(row), self._vocabulary), bitorder="little")
-        forbidden = allowed == 0
-        if forbidden.all():
-            raise InputError(f"the answer came to where its '{self.name}' allows no token at all")
-        row[: len(allowed)][forbidden] = -np.inf
-        row[len(allowed) :] = -np.inf
-        return scores
+        self.look()
+        allowed = np.unpackbits(self._bits.view(np.uint8), count=min(len(scores), self.tokens), bitorder="little")
+        forbidden = torch.ones(len(scores), dtype=torch.bool)
+        forbidden[: len(allowed)] = torch.from_numpy(allowed == 0)
+        if forbidden.all() and (problem := self.why_nothing()) is not None:
+            raise problem
+        return scores.masked_fill_(forbidden.to(scores.device), -torch.inf)
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)

@@ -20,17 +20,18 @@ from armillary.base.errors import ArmillaryError, InputError
 from armillary.engine.adapter import Adapters
 from armillary.engine.checks import check
 from armillary.engine.drafts import Drafter
-from armillary.engine.guesses import Guesses
+from armillary.engine.guesses import Guesses, force
 from armillary.engine.pace import Pace
 from armillary.engine.prefix import TOKEN, Match, Snapshot, least
 from armillary.engine.recall import Recall
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
 from armillary.engine.running import Running, Together
-from armillary.engine.sampling import Choice, Chooser, Mark, choose, choose_along, likeliest
+from armillary.engine.sampling import Choice, Chooser, choose, choose_along, likeliest
 from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
+from armillary.engine.steps import Mark
 from armillary.engine.writer import Writer
 from armillary.nn.cache import Cache, Int8
 from armillary.nn.network import Network
@@ -276,7 +277,7 @@ class Engine:
         if going is None or going.plan is None:
             return None
         for run in going.runs:
-            if run.answer.cancelled:
+            if run.answer.cancelled or run.drafts:
                 return None
         if self.scheduler.again(going.plan, time.monotonic()):
             self._going = going
@@ -434,8 +435,9 @@ class Engine:
                 return
             given.append(choice)
         right = len(given) - 1
-        run.answer.drafted += one.drafts
-        run.answer.accepted += right
+        if run.asked:  # what a constraint forces is no guess
+            run.answer.drafted += one.drafts
+            run.answer.accepted += right
         if self.guesses is not None:
             self.guesses.came(run, guesses, given)
         if right < one.drafts:
@@ -483,6 +485,11 @@ class Engine:
         if finish is None and run.progress.known >= run.progress.limit:
             text += writer.close() if writer else ""
             finish = "stop" if writer is not None and writer.stopped else "length"
+        elif finish is None and run.chooser.sieve is not None:
+            if chooser.ends and run.chooser.sieve.over:  # a step would choose the end
+                text, finish = text + (writer.close() if writer else ""), "end"
+            elif not self.lossy:
+                force(run, self._runs.values(), self.slots.together)
         if run.followers:
             self._follow(run)
         piece = Piece(text, tuple(kept), finish)

@@ -19,7 +19,8 @@ from armillary.engine.drafts import Drafter
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Request
 from armillary.engine.request import Piece as Given
-from armillary.engine.sampling import Mark, Sampling
+from armillary.engine.sampling import Sampling
+from armillary.engine.steps import Mark
 from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.taps import Taps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from armillary.engine.drafts import Drafter, Manner
 from armillary.engine.odds import Odds
@@ -11,7 +11,20 @@ from armillary.engine.running import Running
 from armillary.engine.sampling import Choice
 from armillary.engine.scheduler import Work
 
+AT_ONCE = 16  # tokens that are forced, at a time
 MOST = 8  # at a time, of a drafter that does not say how many it makes
+
+
+def force(run: Running, among: Iterable[Running], room: int) -> None:
+    """What a constraint leaves no choice in is read in one piece, as guesses that are right; among: who goes on in the
+    same step; room: tokens of it."""
+    chooser, progress = run.chooser, run.progress
+    if chooser.sieve is None or chooser.mark is not None:
+        return
+    room -= sum(1 + one.progress.drafts for one in among if one is not run and one.progress.stage == "running")
+    most = min(AT_ONCE, room - 1, progress.limit - progress.known - 1)
+    run.drafts = chooser.sieve.forced()[:most] if most > 0 else []
+    progress.drafts = len(run.drafts)
 
 
 class Guesses:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from armillary.base.errors import ArmillaryError, InputError
-from armillary.engine.sampling import Choice, Mark, Sampling, Step
+from armillary.engine.sampling import Choice, Sampling
+from armillary.engine.steps import Mark, Step
 
 Finish = Literal["stop", "end", "length", "cancelled", "deadline", "error"]
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
+from armillary.engine.steps import Mark, Sieve, Step
 from armillary.native.choice import Ends, Problem, Row, Rows, Sheet, sheet
 
 
@@ -84,30 +85,6 @@ class Sampling(Settings):
             raise InputError(str(error)) from None
 
 
-class Step(Protocol):
-    """Something that changes the scores of one sequence: a constraint before anything else, a watermark
-    after everything else."""
-
-    def apply(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
-        """Scores [V] float32 after the tokens `ids` → new scores; may change them in place."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """The token that was chosen."""
-        ...
-
-
-class Mark(Protocol):
-    """What watermarks answers: gives each a step of its own, which sees the scores that are drawn from."""
-
-    @property
-    def draws(self) -> bool:
-        """Whether it acts through the draw, so that a greedy answer cannot carry it."""
-        ...
-
-    def begin(self) -> Step: ...
-
-
 # Numbers that are drawn at a time, which does not change them. It is now more and now less, so that answers which began
 # together do not draw in the same step: between other work it takes a tenth of a millisecond each.
 AHEAD = range(64, 320, 48)
@@ -157,6 +134,8 @@ class Chooser:
         self.seen = Tally(self.ids if sampling.repetition_penalty != 1.0 else None)
         self.counted = Tally(() if sampling.presence_penalty or sampling.frequency_penalty else None)
         self.bounded = bool(self.ends) and (sampling.min_new_tokens > 0 or sampling.target_new_tokens is not None)
+        alone = self.steps[0] if len(self.steps) == 1 else None
+        self.sieve = cast(Sieve, alone) if hasattr(alone, "look") else None
         self._row: _Row | None = None
         # whether anything but the text itself hears of a token
         self.told = bool(self.steps) or self.mark is not None or self.seen.counts_any or self.counted.counts_any
@@ -315,11 +294,15 @@ class _Row:
         self.row.biased_ids, self.row.biased = self._bias_ids.buffer_info()
         self.row.biases = self._biases.buffer_info()[0]
         self.row.end_ids, self.row.ends = self._ends.buffer_info()
+        if chooser.sieve is not None:
+            self.row.bits, self.row.tokens = chooser.sieve.address, chooser.sieve.tokens
 
     def shape(self, chooser: Chooser, logits: Tensor, at: int) -> None:
         """What the answer has come to."""
         row = self.row
-        if chooser.steps:
+        if chooser.sieve is not None:
+            chooser.sieve.look()
+        elif chooser.steps:
             self._scores = chooser.stepped(logits[at].flatten().to(torch.float32, copy=True)).contiguous()
             row.scores = self._scores.data_ptr()
         if chooser.bounded:
@@ -346,12 +329,14 @@ class Choosers:
 
     def __init__(self, choosers: Sequence[Chooser]) -> None:
         self._choosers = list(choosers)
-        self._together = not any(chooser.steps or chooser.mark is not None for chooser in choosers)
+        self._together = all(not chooser.steps or chooser.sieve is not None for chooser in choosers)
+        self._together = self._together and not any(chooser.mark is not None for chooser in choosers)
         self._moving = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.plain]
         self._rest = 0  # choices before which no row has to be written anew
         self._drawing = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.greedy]
         self._accept = [chooser.accept if chooser.told else chooser.ids.append for chooser in choosers]
-        self._tops = any(chooser.sampling.alternatives for chooser in choosers)
+        # where there is more to a choice than its token, or a step may not accept it
+        self._apart = any(chooser.sampling.alternatives or chooser.steps for chooser in choosers)
         self._rows: Rows | None = None
         self._logits: Tensor | None = None
         self._sheet: Sheet | None = None
@@ -369,22 +354,26 @@ class Choosers:
         if rows is None:
             try:
                 made = [chooser.row(logits, at) for at, chooser in enumerate(self._choosers)]
-            except InputError:
+            except Exception:
                 self._together = False
                 return self._one_by_one(logits, scores)
             rows = self._rows = Rows(made, range(len(made)))
         if self._rest:
             self._rest -= 1
         else:
-            for at, chooser in self._moving:
-                chooser.row(logits, at)
+            try:
+                for at, chooser in self._moving:
+                    chooser.row(logits, at)
+            except Exception:
+                self._together = False
+                return self._one_by_one(logits, scores)
             self._rest = min((chooser.unmoved for _, chooser in self._moving), default=AGES)
         draws = rows.draws
         for at, chooser in self._drawing:
             draws[at] = chooser.draw()
         found = rows.choose(scores)
         problems, tokens, logprobs = found[::3], list(map(int, found[1::3])), found[2::3]
-        if self._tops or any(problems):
+        if self._apart or any(problems):
             each = zip(self._choosers, rows.rows, problems, tokens, logprobs, strict=True)
             return [_chosen(*one, scores.width) for one in each]
         for accept, token in zip(self._accept, tokens, strict=True):
@@ -419,15 +408,26 @@ def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> li
     """Tokens of one sequence from logits [guesses + 1, V] of its last token and of guesses behind it: as `choose` row
     by row, for as long as the token chosen is the one that was guessed and no end."""
     found = list[Choice | Exception]()
-    given = None
-    if chooser.plain and not chooser.sampling.alternatives and (scores := sheet(logits)) is not None:
+    scores, rows, given = sheet(logits) if chooser.mark is None else None, None, None
+    if chooser.plain and not chooser.sampling.alternatives and scores is not None:
         count = len(guesses) + 1
         rows = Rows([chooser.row(logits, 0)] * count, range(count))
         rows.draws[:] = array("d", chooser.ahead(count))
         given = rows.choose(scores)
     for step in range(len(guesses) + 1):
-        if given is None:
-            (choice,) = choose(logits[step : step + 1], [chooser])
+        choice: Choice | Exception
+        if scores is None:
+            (choice,) = choose_plain(logits[step : step + 1], [chooser])
+        elif given is None:
+            try:
+                row = chooser.row(logits, step)
+            except Exception as error:
+                return [*found, error]
+            rows = rows or Rows([row], [step])
+            rows.move(0, step)
+            rows.draws[0] = 0.0 if chooser.greedy else chooser.draw()
+            problem, token, logprob = rows.choose(scores)
+            choice = _chosen(chooser, row, problem, int(token), logprob, scores.width)
         else:
             problem, token, logprob = given[3 * step : 3 * step + 3]
             if not chooser.greedy:
@@ -469,7 +469,8 @@ def guess_one(logits: Tensor, asked: Sampling, row: Row, draw: float, vocabulary
 def _chosen(chooser: Chooser, row: Row, problem: float, token: int, logprob: float, width: int) -> Choice | Exception:
     """What the C library found for a row."""
     if problem:
-        return _unusable(int(problem))
+        sieve = chooser.sieve if problem == Problem.NOTHING_LEFT else None
+        return (None if sieve is None else sieve.why_nothing()) or _unusable(int(problem))
     wanted = min(row.tops, width)
     top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
     return _accepted(chooser, token, logprob, top)

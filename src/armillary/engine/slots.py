@@ -20,6 +20,8 @@ from armillary.nn.network_state import NetworkState
 from armillary.nn.state import SpanState, State, WindowState
 from armillary.nn.taps import Taps
 
+ANY = 256  # tokens of a step where nothing bounds it
+
 
 class Slots:
     """`count` rows of at most `capacity` tokens each; cache: how their keys and values are kept; loose: weights "auto"
@@ -51,6 +53,11 @@ class Slots:
         """Tokens that one call takes, a piece of a prompt together with tokens of running answers; 0: that is not
         done. A call that fails then has computed nothing."""
         return 0 if self.replay is None else self.replay.beside
+
+    @property
+    def together(self) -> int:
+        """Tokens that a step takes as well at a time as one after another; 0: not even two of a sequence."""
+        return ANY if self.replay is None else self.replay.beside
 
     def _cuts(self, state: State) -> TypeGuard[SpanState]:
         """Whether its tokens' entries stand on their own; under a driver a state holds parts of a sequence."""

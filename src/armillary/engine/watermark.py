@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError
-from armillary.engine.sampling import Step
+from armillary.engine.steps import Step
 from armillary.text import Tokenizer
 
 KEY = "ARMILLARY_WATERMARK_KEY"

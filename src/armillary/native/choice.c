@@ -198,6 +198,12 @@ static void likeliest(const float *x, int64_t n, row_t *row, double base, float 
 }
 
 static void shape(const row_t *row, float *y, int64_t n) {
+    int64_t known = row->tokens < n ? row->tokens : n;
+    for (int64_t at = 0; row->bits && at < n; at += 32) {
+        uint32_t word = at < known ? row->bits[at / 32] : 0;
+        int64_t left = n - at < 32 ? n - at : 32, bits = known - at < left ? known - at : left;
+        for (int64_t i = 0; i < left; i++) y[at + i] = i < bits && word >> i & 1 ? y[at + i] : -INFINITY;
+    }
     for (int64_t i = 0; i < row->biased; i++) y[row->biased_ids[i]] += row->biases[i];
     for (int64_t i = 0; i < row->seen; i++) {
         float *one = y + row->seen_ids[i];
@@ -226,7 +232,7 @@ static found_t choose_one(row_t *row, const void *logits, double draw, int64_t n
     found_t found = {NOT_FINITE, 0.0, 0.0};
     int64_t token;
     float *e = room, *z = room + n, *more = room + 2 * n;
-    int changed = row->biased || row->seen || row->counted || (row->ends && row->end_rule != LEAVE);
+    int changed = row->bits || row->biased || row->seen || row->counted || (row->ends && row->end_rule != LEAVE);
     if (bf16) { /* a line of its own: it is still wanted when the others are written */
         const uint16_t *half = logits;
         float *wide = room + 3 * n;
@@ -300,9 +306,10 @@ static const mirror_t mirror[] = {
     NUMBER(TOP) NUMBER(FINE) NUMBER(NOT_FINITE) NUMBER(NOTHING_LEFT)
     NUMBER(LEAVE) NUMBER(FORBID) NUMBER(FORBID_UNLESS_ALL) NUMBER(ADD_TO)
 #define ROW(NAME) MEMBER(row_t, NAME)
-    SIZE(row_t) ROW(scores) ROW(top_p) ROW(temperature) ROW(least) ROW(repetition) ROW(presence) ROW(frequency)
-    ROW(end_amount) ROW(end_rule) ROW(tops) ROW(top_k) ROW(biased) ROW(seen) ROW(counted) ROW(ends) ROW(biased_ids)
-    ROW(seen_ids) ROW(counted_ids) ROW(end_ids) ROW(biases) ROW(counts) ROW(top_ids) ROW(top_logprobs)
+    SIZE(row_t) ROW(scores) ROW(bits) ROW(top_p) ROW(temperature) ROW(least) ROW(repetition) ROW(presence)
+    ROW(frequency) ROW(end_amount) ROW(end_rule) ROW(tops) ROW(tokens) ROW(top_k) ROW(biased) ROW(seen) ROW(counted)
+    ROW(ends) ROW(biased_ids) ROW(seen_ids) ROW(counted_ids) ROW(end_ids) ROW(biases) ROW(counts) ROW(top_ids)
+    ROW(top_logprobs)
     SIZE(found_t) MEMBER(found_t, problem) MEMBER(found_t, token) MEMBER(found_t, logprob)
 };
 

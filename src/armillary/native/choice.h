@@ -9,14 +9,16 @@ enum { FINE, NOT_FINITE, NOTHING_LEFT };
 enum { LEAVE, FORBID, FORBID_UNLESS_ALL, ADD_TO };
 
 /* Row of native/choice.py. scores: what is drawn from in place of the row's logits, or NULL; temperature 0: the
- * likeliest; top_k 0, top_p 1, least -inf: no filter. least: log(min_p). Changes to the scores come in this order: bias,
- * repetition of what was seen, presence and frequency of what was generated, ends. */
+ * likeliest; top_k 0, top_p 1, least -inf: no filter. least: log(min_p); bits: one for each of the first `tokens`
+ * tokens, set where it is allowed (those behind are not), or NULL. Changes to the scores come in this order: what is not
+ * allowed, bias, repetition of what was seen, presence and frequency of what was generated, ends. */
 typedef struct {
     const float *scores;
+    const uint32_t *bits;
     double top_p;
     float temperature, least, repetition, presence, frequency, end_amount;
     int32_t end_rule, tops;
-    int64_t top_k, biased, seen, counted, ends;
+    int64_t tokens, top_k, biased, seen, counted, ends;
     const int64_t *biased_ids, *seen_ids, *counted_ids, *end_ids;
     const float *biases, *counts;
     int32_t top_ids[TOP];

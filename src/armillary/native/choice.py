@@ -41,6 +41,7 @@ class Row(Structure):
 
     _fields_ = (
         ("scores", c_void_p),
+        ("bits", c_void_p),
         ("top_p", c_double),
         ("temperature", c_float),
         ("least", c_float),
@@ -50,6 +51,7 @@ class Row(Structure):
         ("end_amount", c_float),
         ("end_rule", c_int32),
         ("tops", c_int32),
+        ("tokens", c_int64),
         ("top_k", c_int64),
         ("biased", c_int64),
         ("seen", c_int64),
@@ -120,6 +122,10 @@ class Rows:
         self._given = array("q", map(addressof, rows)), array("q", places)
         self._at = [one.buffer_info()[0] for one in (*self._given, self.draws, self._found)]
         self._call = function("choose_rows", _ARGUMENTS, c_int32, _MIRROR)
+
+    def move(self, row: int, place: int) -> None:
+        """A row has another place."""
+        self._given[1][row] = place
 
     def choose(self, scores: Sheet) -> list[float]:
         """Of each row three numbers, one after another: problem, token, log-probability."""

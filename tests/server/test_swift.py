@@ -61,11 +61,12 @@ def test_a_short_text_is_prepared_on_the_spot_and_others_by_workers(running, mon
     model = running.server.models["tiny"]
     plain = type(model).prompts
     monkeypatch.setattr(type(model), "prompts", lambda *given: seen.append(threading.current_thread()) or plain(*given))
-    for more in ({}, {"prompt": "x" * 1000}, {"regex": "[ab]{3}"}, {"prompt": ["a", "b"]}):
+    others = ({"prompt": "x" * 1000}, {"prompt": [70] * 1000}, {"regex": "[ab]{3}"}, {"prompt": ["a", "b"]})
+    for more in ({}, {"prompt": [70] * 99}, *others, {"prompt": [[70, 71]]}):
         body = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 4} | more).encode()
         asked = urllib.request.Request(f"{running.url}/v1/completions", body, {"content-type": "application/json"})
         assert json.load(urllib.request.urlopen(asked))["choices"]
-    assert [one is running.thread for one in seen] == [True, False, False, False]
+    assert [one is running.thread for one in seen] == [True, True, *[False] * 5]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -103,13 +104,18 @@ def test_the_post_loses_nothing_and_keeps_the_order() -> None:
             return inner(*given)
 
         loop.call_soon_threadsafe = counted
-        for at in range(count):  # what comes while the loop does not look costs one call
+        for at in range(count):
             post.put(queue.put_nowait, (senders, at))
+        assert calls == 0
+        for _ in range(3):  # what comes while the loop does not look costs one call
+            post.wake()
         assert calls == 1
 
         def send(sender: int) -> None:
             for at in range(count):
                 post.put(queue.put_nowait, (sender, at))
+                if at % 3 == 2 or at == count - 1:
+                    post.wake()
 
         threads = [threading.Thread(target=send, args=(sender,)) for sender in range(senders)]
         for thread in threads:
@@ -128,8 +134,9 @@ def test_a_post_to_a_loop_that_has_closed_is_dropped() -> None:
     loop = asyncio.new_event_loop()
     post, queue = Post(loop), asyncio.Queue()
     loop.close()
-    post.put(queue.put_nowait, 1)
-    post.put(queue.put_nowait, 2)
+    for item in (1, 2):
+        post.put(queue.put_nowait, item)
+        post.wake()
     assert queue.empty()
 
 

@@ -122,6 +122,7 @@ class Engine:
         self._stepping = threading.RLock()  # one step at a time, whoever drives
         self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
         self._work = threading.Condition(self._lock)
+        self.after = set[Callable[[], None]]()  # called by its thread when listeners have heard all of a step
         self._thread: threading.Thread | None = None
         self._closing: float | None = None
 
@@ -435,9 +436,6 @@ class Engine:
                 return
             given.append(choice)
         right = len(given) - 1
-        if run.asked:  # what a constraint forces is no guess
-            run.answer.drafted += one.drafts
-            run.answer.accepted += right
         if self.guesses is not None:
             self.guesses.came(run, guesses, given)
         if right < one.drafts:
@@ -580,9 +578,13 @@ class Engine:
                 self._faulty("a plan failed")
                 self._end_all(error)
                 worked = True
+            for wake in tuple(self.after):
+                wake()
             if not worked:
                 time.sleep(0.001)
         self._end_all()
+        for wake in tuple(self.after):
+            wake()
 
 
 def _join(answers: Sequence[Running], prompts: Sequence[Running]) -> bool:

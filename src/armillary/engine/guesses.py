@@ -66,7 +66,9 @@ class Guesses:
     def came(self, run: Running, guessed: Sequence[int], given: Sequence[Choice]) -> None:
         """The tokens that were chosen where `guessed` had been; the last of them was not guessed."""
         right = len(given) - 1
-        if run.asked:
+        if run.asked:  # else a constraint has forced them
+            run.answer.drafted += len(guessed)
+            run.answer.accepted += right
             # an end cuts what is right short, and says nothing of the rest
             made = right if right < len(guessed) and given[-1].token == guessed[right] else len(guessed)
             chances = self.odds.chances(run.kind)

@@ -38,8 +38,8 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Post:
-    """Brings pieces from engines' threads to a loop, which is woken once for all that come before it looks: waking it
-    costs a call of the system, and steps give out a piece for every answer."""
+    """Brings pieces from engines' threads to a loop, which is woken when a step has given out all of them: waking it
+    costs a call of the system, and woken by the first of them it would take turns with a step that is not done."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -49,7 +49,10 @@ class Post:
     def put(self, take: Callable[[Any], None], item: Any) -> None:
         """From any thread; the loop calls `take`, which may not fail."""
         self._bag.append((take, item))
-        if not self._called:  # else it was before the bag is emptied that this was put into it
+
+    def wake(self) -> None:
+        """From any thread, behind what was put."""
+        if self._bag and not self._called:  # else it was before the bag is emptied that all was put into it
             self._called = True
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
                 self.loop.call_soon_threadsafe(self._deliver)
@@ -139,6 +142,7 @@ class Answered(Response):
             self.context.door.admit_tokens(job.client, job.prompt_tokens)
             entered = count
             load.answers += entered
+            engine.after.add(post.wake)
             for group in job.groups:
                 first = len(answers)
                 self._unread[first] = len(group[0].ids)  # the copies of an answer are read with the first

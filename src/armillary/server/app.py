@@ -55,7 +55,7 @@ log = logging.getLogger("armillary.server")
 STUCK = 30.0  # seconds without a step, while there is work, after which the server is not alive
 FAILING = 3  # steps in a row
 WORKERS = 32  # requests whose texts are prepared at a time
-SHORT = 512  # characters of a text that a request brings
+SHORT = 512  # characters or ids of a text that a request brings
 SWITCH = 0.0001  # seconds after which a thread that wants to go on is let in; Python's own 0.005 is a token's time
 ENDING = 10.0  # seconds for models to end what they are in the middle of
 LEFT = 499  # in place of a status, when the client left before there was one
@@ -474,11 +474,11 @@ class Embedded(JSONResponse):
 
 
 def _short(asked: BaseModel) -> bool:
-    """Whether a request's text is prepared in a moment: one short one, as it is, with no grammar."""
+    """Whether a request's text is prepared in a moment: one short one, as it is or in ids, with no grammar."""
     return (
         isinstance(asked, CompletionRequest)
-        and isinstance(asked.prompt, str)
         and len(asked.prompt) <= SHORT
+        and (isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int))
         and asked.regex is None
         and asked.grammar is None
     )

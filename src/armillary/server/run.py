@@ -178,3 +178,5 @@ def log_to(stream: TextIO) -> None:
     handler.setFormatter(Lines())
     logging.getLogger().addHandler(handler)
     logging.getLogger("armillary.server").setLevel(logging.INFO)
+    # of what no line shows, most is asked of the system anew for each
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

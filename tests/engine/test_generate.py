@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from armillary.base.errors import InputError
+from armillary.engine.choosing import choose, filtered
 from armillary.engine.generate import generate, stream
-from armillary.engine.sampling import Chooser, Sampling, choose, filtered
+from armillary.engine.sampling import Chooser, Sampling
 from armillary.model import Model
 from armillary.nn.network import ModelSettings, build
 from armillary.text import TokenizerSettings, train_tokenizer

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from armillary.base.errors import InputError
+from armillary.engine.choosing import choose
 from armillary.engine.constraints import Grammars
 from armillary.engine.core import Engine
 from armillary.engine.drafts import PromptLookup
 from armillary.engine.request import Request
-from armillary.engine.sampling import Chooser, Sampling, choose
+from armillary.engine.sampling import Chooser, Sampling
 from armillary.engine.watermark import Watermark, detect, free, read_key
 from armillary.model import Model
 from armillary.nn.network import ModelSettings, build

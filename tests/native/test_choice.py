@@ -15,17 +15,8 @@ import torch
 from native_parts import VECTORS, built
 
 from armillary.base.errors import InputError
-from armillary.engine.sampling import (
-    AHEAD,
-    Choice,
-    Chooser,
-    Choosers,
-    Sampling,
-    Unusable,
-    choose,
-    choose_along,
-    choose_plain,
-)
+from armillary.engine.choosing import Choosers, choose, choose_along, choose_plain
+from armillary.engine.sampling import AHEAD, Choice, Chooser, Sampling, Unusable
 from armillary.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no C compiler here")

@@ -6,13 +6,15 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
 import uvicorn
 
 from armillary.engine.core import Engine
+from armillary.engine.slots import Slots
 from armillary.nn.network import ModelSettings, build
 from armillary.server import Hosted, Load, Server
 from armillary.server.run import config
@@ -105,6 +107,16 @@ class Served:
             assert not engine.busy
             assert engine.memory.held == 0
             assert not engine.scheduler.running
+
+
+@contextmanager
+def extending(slots: Slots, extend: Callable[..., Any]) -> Iterator[None]:
+    """All steps go through this, those of answers, too."""
+    slots.extend, slots.go_on_together = extend, lambda *given: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del slots.extend, slots.go_on_together
 
 
 def after_the_first(engine: Engine, broken: Callable[..., Any]) -> Callable[..., Any]:

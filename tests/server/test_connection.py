@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from server_parts import KEYS, Served, after_the_first, hosted
+from server_parts import KEYS, Served, after_the_first, extending, hosted
 
 from armillary.server import Door, Server
 from armillary.server import connection as connections
@@ -250,13 +250,14 @@ def test_a_stream_that_fails_after_it_has_begun_says_so_in_it(read) -> None:
     def broken(*given, **more):
         raise RuntimeError("out of luck")
 
-    engine.slots.extend = after_the_first(engine, broken)
     try:
-        with socket.create_connection(("127.0.0.1", read.port)) as one:
+        with (
+            extending(engine.slots, after_the_first(engine, broken)),
+            socket.create_connection(("127.0.0.1", read.port)) as one,
+        ):
             one.sendall(asked())
             said = until(one, b"[DONE]")
     finally:
-        del engine.slots.extend
         engine.failing = 0
     assert said.startswith(b"HTTP/1.1 200") and b'"text"' in said and b"generation_failed" in said
 

@@ -15,7 +15,7 @@ import tracemalloc
 import httpx
 import openai
 import pytest
-from server_parts import Served, after_the_first, hosted
+from server_parts import Served, after_the_first, extending, hosted
 
 from armillary.server import Door, Server, body
 from armillary.server.body import checked, parse
@@ -268,7 +268,7 @@ def test_clients_that_leave(served) -> None:
 def test_too_much_at_once_is_turned_away() -> None:
     running = Served(Server([hosted(slots=1, most=3)]))
     try:
-        asked = ASK | {"max_tokens": 150, "extra_body": {"min_tokens": 150}}
+        asked = ASK | {"max_tokens": 1500, "extra_body": {"min_tokens": 1500}}
         found: list[object] = []
 
         def ask() -> None:
@@ -349,31 +349,30 @@ def test_a_step_that_fails_ends_its_answers_and_nothing_else(caplog) -> None:
                 raise RuntimeError("out of luck")
             return inner(*args, **kwargs)
 
-        slots.extend = broken
-        with caplog.at_level("ERROR", "armillary.engine"), pytest.raises(openai.InternalServerError) as caught:
+        with (
+            extending(slots, broken),
+            caplog.at_level("ERROR", "armillary.engine"),
+            pytest.raises(openai.InternalServerError) as caught,
+        ):
             client.chat.completions.create(**ASK)
         assert "out of luck" not in str(caught.value)  # our insides are for the log
         assert "out of luck" in caplog.text
-        del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
 
         def nothing(*args, **kwargs):
             return inner(*args, **kwargs) * float("nan")
 
-        slots.extend = nothing
-        with pytest.raises(openai.InternalServerError, match="finite"):
+        with extending(slots, nothing), pytest.raises(openai.InternalServerError, match="finite"):
             client.chat.completions.create(**ASK)
-        with pytest.raises(openai.InternalServerError, match="finite"):  # a stream that has not begun has a status
-            list(client.chat.completions.create(**ASK, stream=True))
-        del slots.extend
-        slots.extend = after_the_first(running.server.models["tiny"].engine, nothing)
-        with caplog.at_level("INFO", "armillary.server"):
+        with extending(slots, nothing), pytest.raises(openai.InternalServerError, match="finite"):
+            list(client.chat.completions.create(**ASK, stream=True))  # that has not begun has a status
+        late = after_the_first(running.server.models["tiny"].engine, nothing)
+        with extending(slots, late), caplog.at_level("INFO", "armillary.server"):
             with pytest.raises(openai.APIError, match="finite"):
                 list(client.chat.completions.create(**ASK, stream=True))
             end = time.monotonic() + 10
             while not any(getattr(line, "failed", None) for line in caplog.records) and time.monotonic() < end:
                 time.sleep(0.01)  # the line is written after the last byte is sent
-        del slots.extend
         assert client.chat.completions.create(**ASK).choices[0].message.content == good
         running.quiet()
         assert httpx.get(f"{running.url}/ready").status_code == 200

@@ -6,7 +6,7 @@ import json
 
 import openai
 import pytest
-from server_parts import TOOLS, Served, after_the_first, hosted
+from server_parts import TOOLS, Served, after_the_first, extending, hosted
 
 from armillary.server import Server
 from armillary.server.items import Kept
@@ -135,13 +135,12 @@ def test_a_failure_in_a_stream_is_an_event() -> None:
         def broken(*args, **kwargs):
             return inner(*args, **kwargs) * float("nan")
 
-        slots.extend = after_the_first(engine, broken)
-        events = list(running.client().responses.create(**ASK, stream=True))
+        with extending(slots, after_the_first(engine, broken)):
+            events = list(running.client().responses.create(**ASK, stream=True))
         assert events[-1].type == "response.failed"
         assert "finite" in events[-1].response.error.message
-        slots.extend = broken
         for stream in (False, True):  # one that has not begun says so by its status
-            with pytest.raises(openai.InternalServerError, match="finite"):
+            with extending(slots, broken), pytest.raises(openai.InternalServerError, match="finite"):
                 running.client().responses.create(**ASK, stream=stream)
     finally:
         running.close()

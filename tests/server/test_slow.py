@@ -112,6 +112,7 @@ def test_a_reader_that_never_reads(hasty, monkeypatch) -> None:
     plain = slots.extend
     # as slow as a larger network: this one may have answered before the reader's time is over
     monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.003) or plain(*given, **more))
+    monkeypatch.setattr(slots, "go_on_together", lambda *given: None)
     asked = CHAT | {
         "stream": True,
         "max_tokens": 1500,
@@ -146,6 +147,7 @@ def test_a_reader_that_comes_to_a_halt_misses_nothing(monkeypatch) -> None:
         slots = running.server.models["tiny"].engine.slots
         plain = slots.extend  # so that there is still something to say afterwards
         monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.003) or plain(*given, **more))
+        monkeypatch.setattr(slots, "go_on_together", lambda *given: None)
         body = json.dumps(asked | {"stream": True}).encode()
         connection, data = socket.socket(), b""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -180,6 +182,7 @@ def test_a_failure_on_the_way_out_ends_its_own_stream(monkeypatch) -> None:
     slots = running.server.models["tiny"].engine.slots
     extend = slots.extend  # so that each token comes by itself
     monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.02) or extend(*given, **more))
+    monkeypatch.setattr(slots, "go_on_together", lambda *given: None)
     monkeypatch.setattr(
         answering.Form, "written", lambda form, text: plain(form, text) if "bad" not in text else 1 // 0
     )

@@ -79,6 +79,7 @@ def test_tokens_between_the_first_and_the_last_wake_nobody(running, monkeypatch,
     slots = running.server.models["tiny"].engine.slots
     plain = slots.extend  # so that each comes by itself
     monkeypatch.setattr(slots, "extend", lambda *given, **more: time.sleep(0.01) or plain(*given, **more))
+    monkeypatch.setattr(slots, "go_on_together", lambda *given: None)
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "min_tokens": 40, "seed": 1, "stream": stream}
     body = json.dumps(asked).encode()
     request = urllib.request.Request(f"{running.url}/v1/completions", body, {"content-type": "application/json"})

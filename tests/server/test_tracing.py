@@ -18,7 +18,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from server_parts import KEYS, Served, after_the_first, hosted
+from server_parts import KEYS, Served, after_the_first, extending, hosted
 from typer.testing import CliRunner
 
 from armillary.base.errors import InputError
@@ -147,18 +147,16 @@ def test_what_goes_wrong(watched) -> None:
 
     try:
         for stream, late in ((False, False), (True, False), (True, True)):
-            engine.slots.extend = after_the_first(engine, broken) if late else broken
             more = {"stream": stream, "max_tokens": 8, "min_tokens": 8}
-            httpx.post(f"{watched.url}/v1/chat/completions", json=ASK | more, headers=HEADERS)
+            with extending(engine.slots, after_the_first(engine, broken) if late else broken):
+                httpx.post(f"{watched.url}/v1/chat/completions", json=ASK | more, headers=HEADERS)
             span, _ = watched.spans("/v1/chat/completions")
             assert span.status.status_code.name == "ERROR"
             # a stream that has begun has a status already
             assert span.attributes["http.response.status_code"] == (200 if late else 500)
             assert span.attributes["error.type"] == ("generation_failed" if late else "500")
             assert span.attributes["gen_ai.response.finish_reasons"] == ("error",)
-            del engine.slots.extend
     finally:
-        engine.slots.__dict__.pop("extend", None)
         engine.failing = 0
     long = ASK | {"stream": True, "max_tokens": 1500, "min_tokens": 1500}
     with httpx.stream("POST", f"{watched.url}/v1/chat/completions", json=long, headers=HEADERS) as response:

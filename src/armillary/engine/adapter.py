@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from armillary.base.errors import InputError, UnsupportedError
+from armillary.engine.slots import Slots
 from armillary.nn.adapted import Change, adapted
 from armillary.nn.network import Network
 
@@ -69,3 +70,12 @@ class Adapters:
 
     def _unknown(self, name: str) -> InputError:
         return InputError(f"there is no adapter '{name[:80]}'", hint=", ".join(self._held) or "none is loaded")
+
+
+def refused(slots: Slots, form: str) -> str:
+    """Why an engine takes no adapters; empty where it does."""
+    if form == "encoder_decoder":
+        return "an encoder–decoder reads its source before it is known who asks"
+    if slots.replay is not None and slots.replay.other:
+        return f"the weights are held in {slots.replay.weights}, which plain steps do not see"
+    return ""

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from armillary.base.errors import InputError
 from armillary.engine.request import Request
+from armillary.engine.steps import Mark
 from armillary.nn.network import Network
 from armillary.nn.positions.learned import LearnedPosition
 
@@ -42,3 +43,17 @@ def check(request: Request, network: Network, capacity: int, side: Collection[st
     for name in request.side:
         if name not in side:
             raise InputError(f"no mechanism here takes the side number '{name}'")
+
+
+def carried(request: Request, mark: Mark | None) -> Mark | None:
+    """The watermark of an answer; mark: of answers that bring none. Raises InputError for one of the request's own that
+    it cannot carry."""
+    found = mark if request.mark is None else request.mark
+    if found is None or not found.draws or request.sampling.temperature > 0:
+        return found
+    if request.mark is not None:
+        raise InputError(
+            "this watermark acts through the draw, and at temperature 0 nothing is drawn",
+            hint="give a temperature, or a watermark of kind 'kgw'",
+        )
+    return None

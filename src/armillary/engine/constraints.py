@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError
-from armillary.engine.sampling import Choice, Chooser, Sampling, choose
+from armillary.engine.choosing import choose
+from armillary.engine.sampling import Choice, Chooser, Sampling
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
@@ -65,7 +66,7 @@ class Busy(InputError):
 
 
 class Constraint:
-    """A step of the choice (see `sampling.Sieve`): what the automaton forbids becomes impossible. name: what errors
+    """A step of the choice (see `steps.Sieve`): what the automaton forbids becomes impossible. name: what errors
     call it.
 
     Right after a step nothing of PyTorch is in the processor's caches, and each of its operations costs tens of

@@ -10,25 +10,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from armillary.base.errors import ArmillaryError, InputError
-from armillary.engine.adapter import Adapters
-from armillary.engine.checks import check
+from armillary.engine.adapter import Adapters, refused
+from armillary.engine.checks import carried, check
+from armillary.engine.choosing import choose, choose_along, scored
 from armillary.engine.drafts import Drafter
 from armillary.engine.guesses import Guesses, force
 from armillary.engine.pace import Pace
-from armillary.engine.prefix import TOKEN, Match, Snapshot, least
-from armillary.engine.recall import Recall
+from armillary.engine.prefix import Match, Snapshot
+from armillary.engine.recall import Recall, memory_for
 from armillary.engine.replay import Held
 from armillary.engine.request import Answer, Finish, Piece, Request
-from armillary.engine.running import Running, Together
-from armillary.engine.sampling import Choice, Chooser, choose, choose_along, likeliest
-from armillary.engine.scheduler import Memory, Plan, Scheduler, Work
+from armillary.engine.running import Running, Together, joins
+from armillary.engine.sampling import Choice, Chooser
+from armillary.engine.scheduler import Plan, Scheduler, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
 from armillary.engine.steps import Mark
@@ -39,6 +42,8 @@ from armillary.nn.taps import Taps
 from armillary.text import Tokenizer
 
 log = logging.getLogger("armillary.engine")
+
+LOOK = 0.1  # seconds after which somebody looks around, however many steps are made in one go
 
 
 class Engine:
@@ -91,19 +96,7 @@ class Engine:
         )
         # a prefix that sees itself both ways cannot be gone on from in the middle, nor what was dropped from
         keep = keep and form == "decoder" and not self.lossy
-        if memory is not None and (own := getattr(drafter, "nbytes", 0)):
-            if memory <= own:
-                raise InputError(
-                    f"the draft's states can come to {own} bytes, and there are {memory} for all",
-                    hint="more memory, fewer slots, or no draft",
-                )
-            memory -= own
-        self.memory = Memory(memory or 0, self.slots.fixed, self.slots.each)
-        if memory is None:
-            each = self.memory.of(self.capacity)
-            if keep:  # and what a few beginnings of each take besides
-                each += TOKEN * self.capacity + 4 * least(state for _, _, state in self.slots.state.each())
-            self.memory.total = each * slots * 3 // 2
+        self.memory = memory_for(self.slots, memory, getattr(drafter, "nbytes", 0), keep)
         self.recall = Recall(self.slots, self.memory, keep)
         self.scheduler = Scheduler(
             slots, self.memory, overcommit=overcommit, patience=patience, reuse=self._reuse, shrink=self.recall.shrink
@@ -118,9 +111,10 @@ class Engine:
         self._new: list[Running] = []
         self._going: Together | None = None  # what the last step computed, where the next one may be the same again
         self._lock = threading.Lock()  # of what is in line and under way
+        self._halted = array("q", [0])  # 1: no further step begins before somebody has looked around
         self._no_grad = torch.no_grad()
         self._stepping = threading.RLock()  # one step at a time, whoever drives
-        self.adapters = Adapters(network, _no_adapters(self.slots, form), self._stepping)
+        self.adapters = Adapters(network, refused(self.slots, form), self._stepping)
         self._work = threading.Condition(self._lock)
         self.after = set[Callable[[], None]]()  # called by its thread when listeners have heard all of a step
         self._thread: threading.Thread | None = None
@@ -153,13 +147,14 @@ class Engine:
                 raise InputError("the engine is closing and takes no more requests")
             for run in [first] if first.followers else runs:
                 self._enter(run)
+            self._halt()
             self._work.notify()
         return [run.answer for run in runs]
 
     def _prepared(self, request: Request, listener: Callable[[Piece], None] | None) -> Running:
         check(request, self.network, self.capacity, self._side)
         adapter = self.adapters.get(request.adapter)
-        answer = Answer(request, self._drive, listener)
+        answer = Answer(request, self._drive, listener, self._halt)
         sampling, prompt = request.sampling, len(request.ids)
         ends = self.tokenizer.ends if self.tokenizer is not None else ()
         progress = Progress(
@@ -172,14 +167,7 @@ class Engine:
             # what is dropped depends on where chunks end, and that must not depend on the machine's load
             whole=prompt if self.network.settings.form == "prefix" or self.lossy else 0,
         )
-        mark = self.mark if request.mark is None else request.mark
-        if mark is not None and mark.draws and sampling.temperature == 0:
-            if request.mark is not None:
-                raise InputError(
-                    "this watermark acts through the draw, and at temperature 0 nothing is drawn",
-                    hint="give a temperature, or a watermark of kind 'kgw'",
-                )
-            mark = None
+        mark = carried(request, self.mark)
         chooser = Chooser(sampling, request.ids, ends=ends, stream=request.stream, steps=request.steps, mark=mark)
         writer = None if self.tokenizer is None else Writer(self.tokenizer.stream(), sampling.stop)
         self.scheduler.check(progress)
@@ -191,7 +179,7 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all of them; returns when the last is over."""
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
+        return [answer.wait() for answer in [self.submit(replace(request, whole=True)) for request in requests]]
 
     def start(self) -> Engine:
         """Go on a thread of its own."""
@@ -204,6 +192,7 @@ class Engine:
         """Take no more requests; those under way may go on for `drain` seconds, then they end."""
         with self._work:
             self._closing = time.monotonic() + drain
+            self._halt()
             self._work.notify()
         if self._thread is not None:
             self._thread.join()
@@ -227,7 +216,11 @@ class Engine:
             with self._no_grad:
                 return self._step()
 
+    def _halt(self) -> None:
+        self._halted[0] = 1
+
     def _step(self) -> bool:
+        self._halted[0] = 0
         with self._lock:
             going = self._still_going()
             if going is None:
@@ -243,13 +236,11 @@ class Engine:
                 plan = self.scheduler.plan(time.monotonic(), budget)
                 self._place(plan)
         if going is not None:
-            self.steps += 1
-            self._answers([going])
+            self.steps += self._answers([going])
             self.progressed = time.monotonic()
             return True
         if not plan.work:
             return False
-        self.steps += 1
         answers = [one for one in plan.work if one.sequence.decoding]
         groups: dict[Network | None, list[Work]] = {}
         for one in answers:
@@ -263,7 +254,7 @@ class Engine:
         ]
         if plan.more and len(calls) == 1 and not calls[0].scored and self.guesses is None:
             self._going, calls[0].plan = calls[0], plan
-        self._answers(calls, pieces)
+        self.steps += self._answers(calls, pieces)
         apart, failures, started = [one for one in prompts if one not in joined], self.failures, time.monotonic()
         for one in apart:
             self._compute(Together([one], self._runs))
@@ -284,17 +275,18 @@ class Engine:
             self._going = going
         return self._going
 
-    def _answers(self, calls: list[Together], pieces: Sequence[tuple[int, int]] = ()) -> None:
-        """Running answers go on, and the pieces of prompts that joined them."""
-        failures, started, rows = self.failures, time.monotonic(), 0
+    def _answers(self, calls: list[Together], pieces: Sequence[tuple[int, int]] = ()) -> int:
+        """Running answers go on, and the pieces of prompts that joined them; returns by how many steps."""
+        failures, started, rows, steps = self.failures, time.monotonic(), 0, 1
         for call in calls:
             rows += len(call.rows)
-            self._compute(call)
+            steps = self._compute(call)
         if calls and self.failures == failures:
-            took = time.monotonic() - started
+            took = (time.monotonic() - started) / steps
             self.pace.joined(rows - len(pieces), pieces, took) if pieces else self.pace.went(rows, took)
             if self.guesses is not None and not pieces:
                 self.guesses.went([one for call in calls for one in call.works], took)
+        return steps
 
     def _budget(self) -> int:
         """How many prompt tokens the next step may take."""
@@ -303,11 +295,11 @@ class Engine:
         prompts = [run for run in running if not run.progress.decoding]
         context = max((run.progress.computed for run in prompts), default=0)
         left = self.slots.beside - sum(1 + run.progress.drafts for run in answers)
-        return self.pace.budget(len(answers), context, max(0, left) if _join(answers, prompts) else 0)
+        return self.pace.budget(len(answers), context, max(0, left) if joins(answers, prompts) else 0)
 
     def _joined(self, answers: list[Work], prompts: list[Work]) -> list[Work]:
         """The pieces of prompts that one call takes together with the answers' tokens; all or none."""
-        if not _join([self._runs[one.sequence] for one in answers], [self._runs[one.sequence] for one in prompts]):
+        if not joins([self._runs[one.sequence] for one in answers], [self._runs[one.sequence] for one in prompts]):
             return []
         fits = sum(one.count for one in [*answers, *prompts]) <= self.slots.beside
         return prompts if fits else []
@@ -343,8 +335,8 @@ class Engine:
                 values[progress.slot] = len(request.ids) if name == "prefix" else request.side.get(name, -1)
             run.match = Match()
 
-    def _compute(self, call: Together) -> None:
-        """One call of the network, and what comes of it."""
+    def _compute(self, call: Together) -> int:
+        """One call of the network, and what comes of it; or several, if nobody looks at the tokens: how many."""
         works, runs, computed = call.works, call.runs, False
         before: list[Snapshot] = []
         if call.scored:
@@ -353,6 +345,8 @@ class Engine:
                 for row, one in zip(call.rows, works, strict=True)
             ]
         try:
+            if steps := self._go_on(call):
+                return steps
             logits = self.slots.extend(
                 call.rows,
                 call.chunks(),
@@ -373,19 +367,39 @@ class Engine:
                 self._faulty("a step that was joined failed")
                 for part in [answers, *([one] for one in pieces)]:
                     self._compute(Together(part, self._runs))
-                return
+                return 1
             # Rows of other sequences are untouched: they were no part of the call.
             self._faulty("a step failed")
             with self._lock:
                 for run in runs:
                     if run.answer.finish is None:
                         self._fail(run, error, told=True)
+        return 1
+
+    def _go_on(self, call: Together) -> int:
+        """Answers that take a token each and a plan that holds: steps in one native call, 0 where that cannot be."""
+        plan = call.plan
+        if plan is None or not call.plain or call.scored or call.network is not None or self.taps is not None:
+            return 0
+        most = min(call.ahead, 1 + plan.more)
+        seconds = min(LOOK, plan.until - time.monotonic())
+        ids = [run.chooser.ids[-1] for run in call.runs]
+        found = self.slots.go_on_together(call.rows, ids, call.choosers, most, seconds, self._halted)
+        if found is None:
+            return 0
+        steps = max(map(len, found))
+        self.scheduler.repeated(plan, steps - 1)
+        for run in call.runs:
+            run.progress.computed += steps
+        self._pick(call.runs, found)
+        self.failing = 0
+        return steps
 
     def _choose(self, call: Together, logits: Tensor, before: list[Snapshot]) -> None:
         if call.plain and not call.scored:
             for run in call.runs:
                 run.progress.computed += 1
-            self._pick(call.runs, call.choosers.choose(logits))
+            self._pick(call.runs, [[found] for found in call.choosers.choose(logits)])
             return
         if call.scored:
             for place, (one, run) in enumerate(zip(call.works, call.runs, strict=True)):
@@ -399,18 +413,19 @@ class Engine:
         if ready:
             runs = [call.runs[place] for place in ready]
             logits = logits if len(ready) == len(call.works) else logits[ready]
-            self._pick(runs, choose(logits, [run.chooser for run in runs]))
+            self._pick(runs, [[found] for found in choose(logits, [run.chooser for run in runs])])
 
-    def _pick(self, runs: list[Running], chosen: list[Choice | Exception]) -> None:
-        """One token for each; what steps into the choice of one answer may fail and end just that one."""
+    def _pick(self, runs: list[Running], chosen: list[list[Choice | Exception]]) -> None:
+        """Tokens for each; what steps into the choice of one answer may fail and end just that one."""
         for run, found in zip(runs, chosen, strict=True):
-            if isinstance(found, Choice):
+            problem = None if isinstance(found[-1], Choice) else found.pop()
+            if found:
                 if self.recall.keeps:
                     self.recall.paused(run)
-                self._hand_out(run, [found])
-            else:
+                self._hand_out(run, cast("list[Choice]", found))
+            if problem is not None and run.answer.finish is None:
                 with self._lock:
-                    self._fail(run, found)
+                    self._fail(run, cast("Exception", problem))
 
     def _check_drafts(self, one: Work, run: Running, logits: Tensor, before: Snapshot) -> None:
         """A chunk of which every place's scores are at hand: prompts whose own are asked for, and guesses."""
@@ -455,12 +470,10 @@ class Engine:
         self.slots.extend([slot], [run.ids[start:length]], side=self._side, taps=self.taps, network=run.network)
 
     def _score_prompt(self, run: Running, logits: Tensor, start: int, prompt: tuple[int, ...]) -> None:
-        known = len(run.answer.prompt_choices)  # of an answer that made way and reads its prompt again
-        for place in range(max(0, known - start), min(len(logits), len(prompt) - 1 - start)):
-            own = torch.log_softmax(logits[place].float(), -1)
-            token = prompt[start + place + 1]
-            top = likeliest(own, run.chooser.sampling.alternatives) if run.chooser.sampling.alternatives else ()
-            run.answer.prompt_choices.append(Choice(token, float(own[token]), top))
+        # of an answer that made way, and reads its prompt again
+        known = max(0, len(run.answer.prompt_choices) - start)
+        given = prompt[start + known + 1 :]
+        run.answer.prompt_choices += scored(logits[known:], given, run.chooser.sampling.alternatives)
 
     # -- answers
 
@@ -585,16 +598,3 @@ class Engine:
         self._end_all()
         for wake in tuple(self.after):
             wake()
-
-
-def _join(answers: Sequence[Running], prompts: Sequence[Running]) -> bool:
-    """Whether there is a call of the engine's own network that pieces of the prompts can go along with."""
-    return any(run.network is None for run in answers) and all(run.network is None for run in prompts)
-
-
-def _no_adapters(slots: Slots, form: str) -> str:
-    if form == "encoder_decoder":
-        return "an encoder–decoder reads its source before it is known who asks"
-    if slots.replay is not None and slots.replay.other:
-        return f"the weights are held in {slots.replay.weights}, which plain steps do not see"
-    return ""

@@ -16,9 +16,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from armillary.base.errors import InputError
+from armillary.engine.choosing import guess_one
 from armillary.engine.prefix import Match, Snapshot
 from armillary.engine.replay import Held
-from armillary.engine.sampling import Sampling, guess_one, row_of
+from armillary.engine.sampling import Sampling, row_of
 from armillary.engine.slots import Slots
 from armillary.native.choice import Row
 from armillary.nn.network import Network

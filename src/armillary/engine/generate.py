@@ -113,7 +113,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Yield text as soon as it is certain: whole characters, and nothing that may begin a stop text.
 
-    into: completions to fill with ids, log-probabilities and reasons on the way.
+    into: completions to fill with ids, log-probabilities and reasons on the way; pieces may then be of many tokens.
     """
     if not prompts:
         return
@@ -134,6 +134,7 @@ def stream(
                 side={name: numbers[row] for name, numbers in given.items()},
                 stream=row,
                 mark=mark,
+                whole=into is not None,
             )
         )
         for row, prompt in enumerate(prompts)

@@ -6,7 +6,8 @@ where a prompt pauses.
 
 from __future__ import annotations
 
-from armillary.engine.prefix import Prefixes
+from armillary.base.errors import InputError
+from armillary.engine.prefix import TOKEN, Prefixes, least
 from armillary.engine.request import Request
 from armillary.engine.running import Running
 from armillary.engine.scheduler import Memory
@@ -14,6 +15,25 @@ from armillary.engine.slots import Slots
 
 APART = 1024  # tokens between snapshots in a long prompt
 BRANCH = 32  # tokens beyond a match from which a common beginning is worth a snapshot
+
+
+def memory_for(slots: Slots, total: int | None, draft: int, keep: bool) -> Memory:
+    """Of so many bytes in all, those of a draft's states included; by default what the slots can come to and half as
+    much again, besides the draft's. Raises InputError where the draft leaves nothing."""
+    memory = Memory(0, slots.fixed, slots.each)
+    if total is not None:
+        if draft and total <= draft:
+            raise InputError(
+                f"the draft's states can come to {draft} bytes, and there are {total} for all",
+                hint="more memory, fewer slots, or no draft",
+            )
+        memory.total = total - draft
+        return memory
+    each = memory.of(slots.capacity)
+    if keep:  # and what a few beginnings of each take besides
+        each += TOKEN * slots.capacity + 4 * least(state for _, _, state in slots.state.each())
+    memory.total = each * slots.count * 3 // 2
+    return memory
 
 
 class Recall:

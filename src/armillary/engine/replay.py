@@ -19,8 +19,8 @@ from armillary.base.errors import InputError, UnsupportedError
 from armillary.checkpoints.mapped import forget
 from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing
 from armillary.native import available
-from armillary.native.choice import Row
-from armillary.native.tape import Weights, tiles
+from armillary.native.choice import Row, Rows
+from armillary.native.tape import Ahead, Weights, tiles
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
 from armillary.nn.tape import NoStep, Packed, Tape
@@ -200,6 +200,19 @@ class Replay:
         found, sure = self.tape.go_on(row, seen[row], chunk, choice, draws, **more)
         seen[row] += len(chunk) + len(found) - (len(found) == len(draws))
         return found, sure
+
+    def go_on_together(self, slots: Sequence[int], ids: Sequence[int], rows: Rows, ahead: Ahead) -> list[float]:
+        """A token of each row of the state, and what they write on (`Tape.go_on_together`), if the tape has no plain
+        part."""
+        seen, count = self._counted(), len(slots)
+        places = [seen[slot] for slot in slots]
+        if max(places) + len(ahead.draws) // count > self.capacity:
+            raise UnsupportedError(f"a sequence is longer than the {self.capacity} tokens that its row holds")
+        found = self.tape.go_on_together(slots, places, ids, rows, ahead)
+        steps = len(found) // (3 * count)
+        for slot in slots:
+            seen[slot] += steps
+        return found
 
     def go_back(self, row: int, length: int) -> bool:
         """Forget the tokens of a row from `length` on, if that is all there is to do: where every state is one whose

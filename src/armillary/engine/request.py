@@ -29,7 +29,8 @@ class Request:
     boundaries: numbers of prompt tokens after which a message ends: other conversations may go on from
     there; side: named numbers that the network's mechanisms ask for; stream: keeps the draws of answers
     with the same seed apart; steps: constraints; mark: a watermark, by default the engine's;
-    prompt_logprobs: give those of the prompt; adapter: the name of one that the engine holds.
+    prompt_logprobs: give those of the prompt; adapter: the name of one that the engine holds; whole: nobody looks
+    at it before it is complete, so that several of its tokens may be made in one go.
     """
 
     ids: tuple[int, ...]
@@ -46,6 +47,7 @@ class Request:
     mark: Mark | None = None
     prompt_logprobs: bool = False
     adapter: str | None = None
+    whole: bool = False
 
     @property
     def origin(self) -> tuple[object, ...]:
@@ -72,7 +74,11 @@ class Answer:
     """
 
     def __init__(
-        self, request: Request, drive: Callable[[Answer], bool], listener: Callable[[Piece], None] | None
+        self,
+        request: Request,
+        drive: Callable[[Answer], bool],
+        listener: Callable[[Piece], None] | None,
+        halt: Callable[[], None],
     ) -> None:
         self.request = request
         self.choices = list[Choice]()
@@ -85,7 +91,7 @@ class Answer:
         self.submitted = time.monotonic()
         self.begun_at = self.first_at = self.done_at = 0.0
         self.cancelled = False
-        self._drive, self._listener = drive, listener
+        self._drive, self._listener, self._halt = drive, listener, halt
         self._texts = list[str]()
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
@@ -101,6 +107,7 @@ class Answer:
     def cancel(self) -> None:
         """End it before the next step."""
         self.cancelled = True
+        self._halt()
 
     def __iter__(self) -> Iterator[Piece]:
         """Pieces as they come; the last one has `finish`. Raises GenerationError when the engine failed, InputError

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from armillary.engine.adapter import Adapter
+from armillary.engine.choosing import Choosers
 from armillary.engine.prefix import Match
 from armillary.engine.request import Answer
-from armillary.engine.sampling import Chooser, Choosers
+from armillary.engine.sampling import Chooser
 from armillary.engine.scheduler import Plan, Work
 from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.writer import Writer
 from armillary.nn.network import Network
+
+AHEAD = 64
+BEFORE_STOP = 4  # where a text may end the answer, and what comes behind it is for nothing
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +51,13 @@ class Running:
         return None if self.adapter is None else self.adapter.network
 
     @property
+    def ahead(self) -> int:
+        """How many of its tokens may be made before one is looked at."""
+        if not self.answer.request.whole:
+            return 1
+        return BEFORE_STOP if self.writer is not None and self.writer.stops else AHEAD
+
+    @property
     def origin(self) -> tuple[object, ...]:
         """Sequences that may go on from one another; an adapter goes by its numbers."""
         return (*self.answer.request.origin, None if self.adapter is None else self.adapter.digest)
@@ -55,7 +66,7 @@ class Running:
 class Together:
     """What one call of the network computes, by places: sequences of one adapter that take a token (and guesses) each,
     pieces of prompts, or both. While the same answers go on step after step it stays as it is; plan: the one that
-    then holds.
+    then holds; ahead: how many steps may be made in one go.
 
     scored: the scores of every token are looked at, not only of the last ones.
     """
@@ -70,6 +81,7 @@ class Together:
             run.answer.request.prompt_logprobs and run.progress.computed < run.chooser.begun for run in self.runs
         )
         self.plan: Plan | None = None
+        self.ahead = min(run.ahead for run in self.runs)
         self._texts = [run.chooser.ids for run in self.runs]
         self._choosers: Choosers | None = None
 
@@ -88,3 +100,8 @@ class Together:
             known = run.ids[one.sequence.computed : one.sequence.computed + one.count]
             found.append(known + run.drafts[: one.count - len(known)])
         return found
+
+
+def joins(answers: Sequence[Running], prompts: Sequence[Running]) -> bool:
+    """Whether there is a call of the engine's own network that pieces of the prompts can go along with."""
+    return any(run.network is None for run in answers) and all(run.network is None for run in prompts)

@@ -1,11 +1,9 @@
-"""How the next token is chosen from its scores: what is asked for, and the choice itself.
+"""What is asked of the next token's choice from its scores, and what each sequence's choice depends on (the choice
+itself: `choosing`).
 
 Order: constraints; biases, penalties and bounds of length; temperature, top-k, top-p, min-p; watermark;
 draw. Every sequence draws from its own generator, once per token, so its tokens do not depend on its
 neighbours in the batch, nor on whether they were guessed beforehand.
-
-On a CPU the C library chooses for all rows in one call (native/choice.c), which gives the tokens of the plain form
-here but where a draw lies within about 1e-6 of the border between two tokens: sums are taken in another order.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch import Tensor
 from armillary.base.errors import ArmillaryError, InputError, SettingsError, nearest
 from armillary.base.settings import Settings
 from armillary.engine.steps import Mark, Sieve, Step
-from armillary.native.choice import Ends, Problem, Row, Rows, Sheet, sheet
+from armillary.native.choice import Ends, Row
 
 
 class Sampling(Settings):
@@ -239,12 +237,12 @@ class Chooser:
             if self.mark is not None:
                 self.mark.accept(token)
 
-    def row(self, logits: Tensor, at: int) -> Row:
-        """For the C library: what is asked of row `at` of logits [n, V] or [n, 1, V]."""
+    def row(self, width: int, line: Tensor | None = None) -> Row:
+        """For the C library: what is asked of a row of so many scores; line: the scores, for steps."""
         if self._row is None:
-            self._row = _Row(self, logits.shape[-1])
+            self._row = _Row(self, width)
         if not self.plain:
-            self._row.shape(self, logits, at)
+            self._row.shape(self, line)
         return self._row.row
 
 
@@ -297,13 +295,14 @@ class _Row:
         if chooser.sieve is not None:
             self.row.bits, self.row.tokens = chooser.sieve.address, chooser.sieve.tokens
 
-    def shape(self, chooser: Chooser, logits: Tensor, at: int) -> None:
+    def shape(self, chooser: Chooser, line: Tensor | None) -> None:
         """What the answer has come to."""
         row = self.row
         if chooser.sieve is not None:
             chooser.sieve.look()
         elif chooser.steps:
-            self._scores = chooser.stepped(logits[at].flatten().to(torch.float32, copy=True)).contiguous()
+            assert line is not None
+            self._scores = chooser.stepped(line.flatten().to(torch.float32, copy=True)).contiguous()
             row.scores = self._scores.data_ptr()
         if chooser.bounded:
             row.end_rule, row.end_amount = chooser.end_rule()
@@ -312,261 +311,3 @@ class _Row:
         if chooser.counted.tokens:
             row.counted_ids, row.counted = chooser.counted.tokens.buffer_info()
             row.counts = chooser.counted.counts.buffer_info()[0]
-
-
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
-    """One token for each row of logits [n, V] or [n, 1, V], by the chooser of the row; or what went wrong with that
-    row: Unusable where its scores are no numbers or allow nothing, else what a step into its choice has raised."""
-    return Choosers(choosers).choose(logits)
-
-
-class Choosers:
-    """The choosers of sequences that go on together, step after step: what stays the same is set out once.
-
-    Between two steps little of Python is left in the processor's caches, so that what is touched counts, more than
-    what is done with it.
-    """
-
-    def __init__(self, choosers: Sequence[Chooser]) -> None:
-        self._choosers = list(choosers)
-        self._together = all(not chooser.steps or chooser.sieve is not None for chooser in choosers)
-        self._together = self._together and not any(chooser.mark is not None for chooser in choosers)
-        self._moving = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.plain]
-        self._rest = 0  # choices before which no row has to be written anew
-        self._drawing = [(at, chooser) for at, chooser in enumerate(choosers) if not chooser.greedy]
-        self._accept = [chooser.accept if chooser.told else chooser.ids.append for chooser in choosers]
-        # where there is more to a choice than its token, or a step may not accept it
-        self._apart = any(chooser.sampling.alternatives or chooser.steps for chooser in choosers)
-        self._rows: Rows | None = None
-        self._logits: Tensor | None = None
-        self._sheet: Sheet | None = None
-
-    def choose(self, logits: Tensor) -> list[Choice | Exception]:
-        """As `choose` above."""
-        if logits is not self._logits:  # a tape gives the same tensor again and again
-            self._logits, self._sheet = logits, sheet(logits)
-        scores = self._sheet
-        if scores is None:
-            return choose_plain(logits, self._choosers)
-        if not self._together:
-            return self._one_by_one(logits, scores)
-        rows = self._rows
-        if rows is None:
-            try:
-                made = [chooser.row(logits, at) for at, chooser in enumerate(self._choosers)]
-            except Exception:
-                self._together = False
-                return self._one_by_one(logits, scores)
-            rows = self._rows = Rows(made, range(len(made)))
-        if self._rest:
-            self._rest -= 1
-        else:
-            try:
-                for at, chooser in self._moving:
-                    chooser.row(logits, at)
-            except Exception:
-                self._together = False
-                return self._one_by_one(logits, scores)
-            self._rest = min((chooser.unmoved for _, chooser in self._moving), default=AGES)
-        draws = rows.draws
-        for at, chooser in self._drawing:
-            draws[at] = chooser.draw()
-        found = rows.choose(scores)
-        problems, tokens, logprobs = found[::3], list(map(int, found[1::3])), found[2::3]
-        if self._apart or any(problems):
-            each = zip(self._choosers, rows.rows, problems, tokens, logprobs, strict=True)
-            return [_chosen(*one, scores.width) for one in each]
-        for accept, token in zip(self._accept, tokens, strict=True):
-            accept(token)
-        new = tuple.__new__  # what a named tuple of Python's does besides takes longer than a choice
-        return [new(Choice, (token, logprob, ())) for token, logprob in zip(tokens, logprobs, strict=True)]
-
-    def _one_by_one(self, logits: Tensor, scores: Sheet) -> list[Choice | Exception]:
-        """Where what is asked of one may fail, or needs its scores first."""
-        found: dict[int, Choice | Exception] = {}
-        rows, places = list[Row](), list[int]()
-        for at, chooser in enumerate(self._choosers):
-            if chooser.mark is not None:
-                (found[at],) = choose_plain(logits[at : at + 1], [chooser])
-                continue
-            try:
-                rows.append(chooser.row(logits, at))
-            except Exception as error:
-                found[at] = error
-                continue
-            places.append(at)
-        given = Rows(rows, places)
-        for place, at in enumerate(places):
-            given.draws[place] = 0.0 if self._choosers[at].greedy else self._choosers[at].draw()
-        each = iter(given.choose(scores))
-        for at, row, problem, token, logprob in zip(places, rows, each, each, each, strict=True):
-            found[at] = _chosen(self._choosers[at], row, problem, int(token), logprob, scores.width)
-        return [found[at] for at in range(len(self._choosers))]
-
-
-def choose_along(logits: Tensor, chooser: Chooser, guesses: Sequence[int]) -> list[Choice | Exception]:
-    """Tokens of one sequence from logits [guesses + 1, V] of its last token and of guesses behind it: as `choose` row
-    by row, for as long as the token chosen is the one that was guessed and no end."""
-    found = list[Choice | Exception]()
-    scores, rows, given = sheet(logits) if chooser.mark is None else None, None, None
-    if chooser.plain and not chooser.sampling.alternatives and scores is not None:
-        count = len(guesses) + 1
-        rows = Rows([chooser.row(logits, 0)] * count, range(count))
-        rows.draws[:] = array("d", chooser.ahead(count))
-        given = rows.choose(scores)
-    for step in range(len(guesses) + 1):
-        choice: Choice | Exception
-        if scores is None:
-            (choice,) = choose_plain(logits[step : step + 1], [chooser])
-        elif given is None:
-            try:
-                row = chooser.row(logits, step)
-            except Exception as error:
-                return [*found, error]
-            rows = rows or Rows([row], [step])
-            rows.move(0, step)
-            rows.draws[0] = 0.0 if chooser.greedy else chooser.draw()
-            problem, token, logprob = rows.choose(scores)
-            choice = _chosen(chooser, row, problem, int(token), logprob, scores.width)
-        else:
-            problem, token, logprob = given[3 * step : 3 * step + 3]
-            if not chooser.greedy:
-                chooser.draw()
-            choice = _unusable(int(problem)) if problem else _accepted(chooser, int(token), logprob, ())
-        found.append(choice)
-        if (
-            not isinstance(choice, Choice)
-            or step == len(guesses)
-            or choice.token != guesses[step]
-            or choice.token in chooser.ends
-            or chooser.generated >= chooser.sampling.max_new_tokens
-        ):
-            break
-    return found
-
-
-def guess_one(logits: Tensor, asked: Sampling, row: Row, draw: float, vocabulary: int | None) -> tuple[int, float]:
-    """The token that one row of logits gives by temperature and filters alone, and its log-probability under them
-    unfiltered, of the first `vocabulary` entries; row: `row_of` what is asked."""
-    scores = sheet(logits)
-    if scores is not None:
-        if vocabulary is not None:
-            scores = scores._replace(width=min(vocabulary, scores.width))
-        rows = Rows([row], [0])
-        rows.draws[0] = draw
-        problem, token, logprob = rows.choose(scores)
-        return (0, -math.inf) if problem else (int(token), logprob)
-    line = logits.reshape(1, -1)[:, :vocabulary].float()
-    own = torch.log_softmax(line, -1)
-    if c_float(asked.temperature).value == 0:
-        token = int(line.argmax())
-    else:
-        token = int(_draw(filtered((line - line.amax(-1, keepdim=True)) / asked.temperature, asked), [draw])[0])
-    logprob = float(own[0, token])
-    return (0, -math.inf) if math.isnan(logprob) else (token, logprob)
-
-
-def _chosen(chooser: Chooser, row: Row, problem: float, token: int, logprob: float, width: int) -> Choice | Exception:
-    """What the C library found for a row."""
-    if problem:
-        sieve = chooser.sieve if problem == Problem.NOTHING_LEFT else None
-        return (None if sieve is None else sieve.why_nothing()) or _unusable(int(problem))
-    wanted = min(row.tops, width)
-    top = tuple(zip(row.top_ids[:wanted], row.top_logprobs[:wanted], strict=True)) if wanted else ()
-    return _accepted(chooser, token, logprob, top)
-
-
-def _accepted(chooser: Chooser, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Choice | Exception:
-    try:
-        chooser.accept(token)
-    except Exception as error:
-        return error
-    return Choice(token, logprob, top)
-
-
-def _unusable(problem: int) -> Unusable:
-    return Unusable(
-        "the network gave no finite scores" if problem == Problem.NOT_FINITE else "nothing is left to choose from"
-    )
-
-
-def choose_plain(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
-    """The plain form of `choose`."""
-    scores = logits.flatten(1).float()
-    own = torch.log_softmax(scores, -1)
-    found = dict[int, Choice | Exception]()
-    found |= {row: _unusable(Problem.NOT_FINITE) for row in _not_finite(scores)}
-    if not all(chooser.plain for chooser in choosers):
-        shaped = list(scores)
-        for row, chooser in enumerate(choosers):
-            if chooser.plain or row in found:
-                continue
-            try:
-                shaped[row] = chooser.shaped(scores[row])
-            except Exception as error:
-                found[row] = error
-        scores = torch.stack(shaped)
-        found |= {row: _unusable(Problem.NOTHING_LEFT) for row in _not_finite(scores) if row not in found}
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for row, chooser in enumerate(choosers):
-        asked = chooser.sampling
-        kind = () if chooser.greedy else (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
-        if row not in found:
-            groups.setdefault(kind, []).append(row)
-    tokens = torch.zeros(len(choosers), dtype=torch.int64, device=logits.device)
-    for kind, rows in groups.items():
-        some = scores if len(rows) == len(choosers) else scores[rows]
-        asked = choosers[rows[0]].sampling
-        if kind:  # however low the temperature is, the likeliest stays at 0
-            some = filtered((some - some.amax(-1, keepdim=True)) / asked.temperature, asked)
-        for place, row in enumerate(rows):
-            mark = choosers[row].mark
-            if mark is not None:
-                some = some.clone()
-                try:
-                    some[place] = mark.apply(some[place], choosers[row].ids)
-                except Exception as error:
-                    found[row] = error
-        tokens[rows] = _draw(some, [choosers[row].draw() for row in rows]) if kind else some.argmax(-1)
-    logprobs = own.gather(1, tokens[:, None])[:, 0].tolist()
-    for row, (chooser, token) in enumerate(zip(choosers, tokens.tolist(), strict=True)):
-        if row not in found:
-            wanted = chooser.sampling.alternatives
-            found[row] = _accepted(chooser, token, logprobs[row], likeliest(own[row], wanted) if wanted else ())
-    return [found[row] for row in range(len(choosers))]
-
-
-def _not_finite(scores: Tensor) -> list[int]:
-    """Rows with no largest number."""
-    return [row for row, fine in enumerate(torch.isfinite(scores.amax(-1)).tolist()) if not fine]
-
-
-def likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` likeliest tokens of [V], the first first."""
-    values, tokens = logprobs.topk(min(count, len(logprobs)))
-    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-
-
-def _draw(scores: Tensor, draws: Sequence[float]) -> Tensor:
-    ladder = torch.softmax(scores, -1).double().cumsum(-1)
-    goal = torch.tensor(draws, dtype=torch.float64, device=ladder.device)[:, None] * ladder[:, -1:]
-    tokens = torch.searchsorted(ladder, goal, right=True)[:, 0]
-    # A draw that rounds to the very top must land on the last token that has any probability.
-    last = (ladder < ladder[:, -1:]).sum(-1)
-    return torch.minimum(tokens, last)
-
-
-def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [b, V] with everything that the filters drop at −∞; the likeliest token always stays."""
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        floor = scores.topk(sampling.top_k, -1).values[:, -1:]
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        share = torch.softmax(ordered.double(), -1)
-        beyond = share.cumsum(-1) - share >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    if sampling.min_p is not None:
-        floor = scores.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    return scores

@@ -197,9 +197,13 @@ class Scheduler:
         one, too, and nothing has to be weighed anew; if so, it counts as given out once more."""
         if plan.made != self._changes or plan.more == 0 or now > plan.until:
             return False
-        plan.more -= 1
-        self._repeated = plan, 1 if self._repeated is None else self._repeated[1] + 1
+        self.repeated(plan, 1)
         return True
+
+    def repeated(self, plan: Plan, times: int) -> None:
+        """It was carried out so many times more, of the `more` for which it holds."""
+        plan.more -= times
+        self._repeated = plan, times + (0 if self._repeated is None else self._repeated[1])
 
     def _change(self) -> None:
         """Plans made before no longer hold, and what was done by them is counted."""

@@ -6,14 +6,19 @@ tokens are written.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from armillary.engine.choosing import Choosers
 from armillary.engine.prefix import Entries, Match, Snapshot
 from armillary.engine.replay import Held, Replay, replay
+from armillary.engine.sampling import Choice
+from armillary.native.choice import Rows
+from armillary.native.tape import Ahead
 from armillary.nn.cache import Cache
 from armillary.nn.network import Network
 from armillary.nn.network_state import NetworkState
@@ -97,6 +102,21 @@ class Slots:
             self.state.absorb(first, part)
         picked = [row - first for row in rows]
         return logits if len(picked) == stop - first else logits[picked]
+
+    def go_on_together(
+        self, rows: Sequence[int], ids: Sequence[int], choosers: Choosers, most: int, seconds: float, halt: array[int]
+    ) -> list[list[Choice | Exception]] | None:
+        """Takes in a token of each row, and the tokens that are chosen then, up to `most` of each, but for the last: in
+        one native call, which ends early where one of them ends, `seconds` have passed or `halt` is set. None, and
+        nothing done, where that cannot be."""
+        replay = self.replay
+        if replay is None or replay.tape.plain or len(rows) > replay.tape.rows:
+            return None
+
+        def made(given: Rows, draws: array[float]) -> list[float]:
+            return replay.go_on_together(rows, ids, given, Ahead(draws, seconds, halt))
+
+        return choosers.go_on(made, replay.tape.width, most)
 
     def settle(self) -> None:
         """Before anybody but the replay looks at the states."""

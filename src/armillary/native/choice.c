@@ -1,6 +1,6 @@
 /* The choice of each row's next token from its scores: what is added and taken off, temperature, filters, the draw.
  *
- * The same as the plain form beside it (engine/sampling.py) but for the rounding of sums and exponentials: a token is
+ * The same as the plain form beside it (engine/choosing.py) but for the rounding of sums and exponentials: a token is
  * another one only where a draw, or a filter's bound, lies within about 1e-6 of the border between two. What a row
  * gives does not depend on the other rows, nor on threads. Sums are of double precision.
  */

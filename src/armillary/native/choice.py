@@ -1,4 +1,4 @@
-"""The choice of the next token of each row, by one call of the C library; its plain form is engine/sampling.py's."""
+"""The choice of the next token of each row, by one call of the C library; its plain form is engine/choosing.py's."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ class Rows:
         self.rows, count = list(rows), len(rows)
         self.draws, self._found = array("d", bytes(8 * count)), array("d", bytes(sizeof(Found) * count))
         self._given = array("q", map(addressof, rows)), array("q", places)
-        self._at = [one.buffer_info()[0] for one in (*self._given, self.draws, self._found)]
+        self.given = [one.buffer_info()[0] for one in self._given]
+        self._at = [*self.given, *(one.buffer_info()[0] for one in (self.draws, self._found))]
         self._call = function("choose_rows", _ARGUMENTS, c_int32, _MIRROR)
 
     def move(self, row: int, place: int) -> None:
@@ -129,8 +130,12 @@ class Rows:
 
     def choose(self, scores: Sheet) -> list[float]:
         """Of each row three numbers, one after another: problem, token, log-probability."""
-        count = len(self.rows)
-        threads = min(count, torch.get_num_threads()) if count * scores.width >= SPLIT else 1
+        count, threads = len(self.rows), self.threads(scores.width)
         if self._call(*self._at, count, scores.address, scores.step, scores.width, scores.bf16, threads):
             raise MemoryError("no memory for the choice of tokens")
         return self._found.tolist()
+
+    def threads(self, width: int) -> int:
+        """That choose from so many scores a row."""
+        count = len(self.rows)
+        return min(count, torch.get_num_threads()) if count * width >= SPLIT else 1

@@ -7,16 +7,17 @@ needs is its modules' business (nn/tape.py).
 from __future__ import annotations
 
 import mmap
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_int64, c_void_p, sizeof
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from armillary.native.choice import Row
+from armillary.native.choice import Found, Row, Rows
 from armillary.native.library import function, members
 from armillary.native.pack import GROUP, KINDS, Kind, pack_int4, pack_int8, unpack_int4, unpack_int8
 
@@ -148,6 +149,19 @@ _WRITE = [
     *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, POINTER(Row), POINTER(c_double), c_int64),
     *(c_double, c_double, c_double, POINTER(c_int64), POINTER(c_double)),
 ]
+_WRITE_TOGETHER = [
+    *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64),
+    *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_double, c_void_p, c_int64),
+]
+
+
+class Ahead(NamedTuple):
+    """How many tokens of each row are made in one call: as many as `draws` [steps, rows] has lines, or fewer where one
+    ends, `seconds` have passed, or halt, a number that others may write meanwhile, is not 0."""
+
+    draws: array[float]
+    seconds: float
+    halt: array[int]
 
 
 class Program:
@@ -183,6 +197,27 @@ class Program:
         if made < 0:
             raise MemoryError("no memory for the choice of tokens")
         return found[:made], sure[:made]
+
+    def go_on_together(
+        self,
+        call: int,
+        threads: int,
+        scores: tuple[int, int],
+        rows: Rows,
+        ahead: Ahead,
+    ) -> list[float]:
+        """A token of each row again and again (write.c): what `Rows.choose` gives, step by step."""
+        run = function("tape_write_together", _WRITE_TOGETHER, c_int64)
+        count, draws = len(rows.rows), ahead.draws
+        found = array("d", bytes(sizeof(Found) * len(draws)))
+        made = run(
+            *(*self._given, call, threads, *scores, *rows.given),
+            *(draws.buffer_info()[0], found.buffer_info()[0], len(draws) // count),
+            *(ahead.seconds, ahead.halt.buffer_info()[0], rows.threads(scores[1])),
+        )
+        if made < 0:
+            raise MemoryError("no memory for the choice of tokens")
+        return found[: made * count * len(Found._fields_)].tolist()
 
     def run_in_turn(self, call: int, threads: int, back: bool) -> None:
         """As `run`, one thread after another between any two barriers: forgotten ones show without fail."""

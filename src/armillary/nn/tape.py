@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from armillary.native.choice import Row
+from armillary.native.choice import Row, Rows
 from armillary.native.pack import KINDS, Kind
 from armillary.native.tape import (
     ACTIVATIONS,
+    Ahead,
     Call,
     Code,
     Memory,
@@ -482,6 +483,11 @@ class Tape(Buffers):
                 self._program.append(step)
 
     @property
+    def width(self) -> int:
+        """Scores of a token."""
+        return self._logits.width
+
+    @property
     def native_parts(self) -> bool:
         """Whether any branch has a native step."""
         return self.branches > len(self.plain)
@@ -524,12 +530,11 @@ class Tape(Buffers):
 
     def _set_out(self, slots: Sequence[int], places: Sequence[int], ids: Sequence[int], picked: Sequence[int]) -> None:
         """What the next call takes in."""
-        count = len(ids)
-        assert 0 < count <= self.rows
+        assert 0 < len(ids) <= self.rows
         # Between two steps nothing of Python, and less of PyTorch, is in the processor's caches: little is touched.
         self._given = given = array("q", ids), array("q", slots), array("q", places), array("q", picked)
         call = self._call
-        call.rows, call.picks = count, len(picked)
+        call.rows, call.picks = len(ids), len(picked)
         call.ids, call.slots, call.places, call.picked = [one.buffer_info()[0] for one in given]
 
     def go_on(
@@ -545,9 +550,8 @@ class Tape(Buffers):
     ) -> tuple[list[int], list[float]]:
         """Takes in tokens of one sequence, of which `start` are there, and writes on: a token for each draw, and their
         probabilities, or fewer where one lies below a bound, or a power of the product of all below another (bounds:
-        both, and the power). All of them but the last one have then been taken in, or where it stopped before the last
-        draw, all. row: how they are chosen, of the first `vocabulary` entries. Only where all branches have native
-        steps."""
+        both, and the power). All but the one of the last draw have then been taken in. row: how they are chosen, of the
+        first `vocabulary` entries. Only where all branches have native steps."""
         count = len(ids)
         self._set_out([slot] * count, range(start, start + count), ids, [count - 1])
         (program,) = self._program
@@ -555,6 +559,22 @@ class Tape(Buffers):
         width = self._logits.width
         scores = self._logits.at, width if vocabulary is None else min(width, vocabulary)
         return program.go_on(self._at, self.threads, scores, row, draws, bounds)
+
+    def go_on_together(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        ids: Sequence[int],
+        rows: Rows,
+        ahead: Ahead,
+    ) -> list[float]:
+        """Takes in a token of each sequence and writes on; what `Rows.choose` gives, step by step, of which the last
+        step's tokens have not been taken in. Only where all branches have native steps."""
+        self._set_out(slots, places, ids, range(len(ids)))
+        (program,) = self._program
+        assert isinstance(program, Program)
+        scores = self._logits.at, self._logits.width
+        return program.go_on_together(self._at, self.threads, scores, rows, ahead)
 
 
 def kind_of(held: Tensor) -> Kind:

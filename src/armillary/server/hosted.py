@@ -281,6 +281,7 @@ class Hosted:
                 prompt_logprobs=prompt_logprobs,
                 steps=self._steps(asked, constraint),
                 adapter=self.adapter,
+                whole=not asked.stream,
             )
             for copy in range(copies)
         ]

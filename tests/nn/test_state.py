@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.base.errors import UnsupportedError
-from armillary.nn.state import FixedState, SpanState
+from armillary.nn.state import FixedState, SpanState, zeros
 
 
 def span(rows: int, capacity: int) -> SpanState:
@@ -111,3 +113,27 @@ def test_fixed_states_are_written_or_replaced() -> None:
     value = torch.full((2, 3), 2.0, requires_grad=True)
     state.put("m", value)
     assert state.tensors["m"] is value and bool((first == 1).all())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="there are no large pages here")
+def test_the_first_token_takes_no_memory_of_those_to_come() -> None:
+    """Where the system has large pages, it is not asked for them: one would hold all of a row."""
+    held = zeros((4, 4, 4096, 64), torch.bfloat16, "cpu")
+    assert held.shape == (4, 4, 4096, 64) and not held.any()  # read, which takes nothing yet
+
+    def resident() -> int:
+        found, here = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            head = line.split()[0]
+            if "-" in head and ":" not in head:
+                low, high = (int(end, 16) for end in head.split("-"))
+                here = low <= held.data_ptr() < high
+            elif here and head == "Anonymous:":
+                found = 1024 * int(line.split()[1])
+        return found
+
+    before = resident()
+    held[1, :, 0] = 1
+    assert 0 < resident() - before <= 4 * mmap.PAGESIZE
+    held[2] = 1
+    assert resident() - before >= held[2].nbytes

@@ -28,7 +28,8 @@ enum { KEYS = 64, ASKED = 32 };
 
 /* What a block of queries holds; lines of `padded` numbers, zeros behind the width. */
 typedef struct {
-    float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, KEYS], [KEYS, padded] twice */
+    float *ask, *out, *weights, *keys, *values; /* [ASKED, padded] twice, [ASKED, KEYS], [KEYS / BROAD, padded, BROAD],
+                                                 * [KEYS, padded] */
     int64_t key_at[KEYS], value_at[KEYS];       /* where each key and value of the block begins */
     float most[ASKED], sum[ASKED], fade[ASKED]; /* of a query: maximum and sum so far, what is left of the past */
     int64_t from[ASKED], to[ASKED];             /* its keys in the block */
@@ -55,6 +56,50 @@ INLINE void score_tile(const int kind, const int queries, const void *keys, cons
     }
     broad found = sums_of(sums);
     UNROLLED for (int q = 0; q < queries; q++) memcpy(to + q * KEYS, (float *)&found + q * each, sizeof(float) * each);
+}
+
+/* What is used several times stays in a register: a compiler would rather read it from memory each time. */
+#if defined(__AVX512F__)
+#define HELD(x) __asm__("" : "+v"(x))
+#elif defined(__AVX2__)
+#define HELD(x) __asm__("" : "+x"(x))
+#else
+#define HELD(x) (void)0
+#endif
+
+/* The same scores, bit for bit, of keys that are turned round, lines [lines, padded, BROAD] of them with a lane for
+ * each key. What were lanes there are sums of their own here, and are added in the order of `sums_of`. */
+INLINE void score_turned(const int queries, const int lines, const float *keys, const float *ask, int64_t padded,
+                         float *to) {
+    const int quads = BROAD / 4;
+    broad whole[4][4][2];
+    _Pragma("GCC unroll 1") for (int quad = 0; quad < quads; quad++) {
+        broad sums[4][4][2];
+        UNROLLED for (int i = 0; i < 4; i++) {
+            for (int q = 0; q < queries; q++)
+                for (int l = 0; l < lines; l++) sums[i][q][l] = (broad){0};
+            for (int64_t c = quad + i * quads; c < padded; c += BROAD) {
+                broad key[2];
+                for (int l = 0; l < lines; l++) {
+                    key[l] = *(const broad *)(keys + (l * padded + c) * BROAD);
+                    HELD(key[l]);
+                }
+                for (int q = 0; q < queries; q++) {
+                    broad one = broad_of(ask[q * padded + c]);
+                    if (lines > 1) HELD(one);
+                    for (int l = 0; l < lines; l++) sums[i][q][l] = broad_fuse(key[l], one, sums[i][q][l]);
+                }
+            }
+        }
+        for (int q = 0; q < queries; q++)
+            for (int l = 0; l < lines; l++)
+                whole[quad][q][l] = (sums[0][q][l] + sums[2][q][l]) + (sums[1][q][l] + sums[3][q][l]);
+    }
+    for (int q = 0; q < queries; q++)
+        for (int l = 0; l < lines; l++)
+            *(broad *)(to + q * KEYS + l * BROAD) =
+                BROAD == 16 ? (whole[0][q][l] + whole[2][q][l]) + (whole[1][q][l] + whole[3][q][l])
+                            : whole[0][q][l] + whole[1][q][l];
 }
 
 /* Adds the weighted values of keys `from` to before `to` to what is left of the past, for a tile of queries. */
@@ -104,6 +149,25 @@ INLINE void score_block(const int kind, asked_t *a, const void *keys, int64_t qu
     }
 }
 
+static void score_block_turned(asked_t *a, int64_t queries, int64_t padded, int64_t from, int64_t to) {
+    for (int64_t i = from, lines; i < to; i += lines * BROAD) {
+        const float *keys = a->keys + i * padded;
+        lines = to - i < 2 * BROAD ? 1 : 2;
+        for (int64_t q = 0; q < queries;) {
+#define SCORE(N)                                                                                           \
+    {                                                                                                      \
+        const float *ask = a->ask + q * padded;                                                            \
+        float *line = a->weights + q * KEYS + i;                                                           \
+        if (lines == 2) score_turned(N, 2, keys, ask, padded, line);                                       \
+        else score_turned(N, 1, keys, ask, padded, line);                                                  \
+        q += N;                                                                                            \
+    }
+            TILED(queries - q, SCORE)
+#undef SCORE
+        }
+    }
+}
+
 INLINE void gather_block(const int kind, asked_t *a, const void *values, int64_t queries, int64_t padded) {
     for (int64_t q = 0; q < queries;) {
         int64_t from = a->from[q], to = a->to[q], alike = 1;
@@ -123,50 +187,94 @@ INLINE void gather_block(const int kind, asked_t *a, const void *values, int64_t
     }
 }
 
+/* Of the scores of a query in a block: which become weights, their largest and their sum. all: the whole block. */
+INLINE void weigh_line(const int all, asked_t *a, int64_t q, float *line) {
+    int64_t from = a->from[q], to = a->to[q];
+    broad each[KEYS / BROAD], most = broad_of(a->most[q]), sum[KEYS / BROAD];
+    broad_ints own[KEYS / BROAD], at;
+    for (int i = 0; i < BROAD; i++) at[i] = i;
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
+        own[i] = (at + i * BROAD >= (int32_t)from) & (at + i * BROAD < (int32_t)to);
+        each[i] = *(const broad *)(line + i * BROAD);
+        if (!all) each[i] = chosen(own[i], each[i], broad_of(-INFINITY));
+        most = larger(each[i], most);
+    }
+    float peak = largest_of(most);
+    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
+        sum[i] = broad_exp(each[i] - peak);
+        if (!all) sum[i] = chosen(own[i], sum[i], (broad){0});
+        *(broad *)(line + i * BROAD) = sum[i];
+    }
+    UNROLLED for (int i = KEYS / BROAD / 2; i > 0; i /= 2)
+        UNROLLED for (int j = 0; j < i; j++) sum[j] += sum[j + i];
+    a->fade[q] = exp_down(a->most[q] - peak);
+    a->sum[q] = a->sum[q] * a->fade[q] + whole_of(sum[0]);
+    a->most[q] = peak;
+}
+
 /* The scores of one query become weights; key: the block's first; the query stands at `place`. */
 static void weigh(asked_t *a, int64_t q, int64_t key, int64_t place, float slope, float cap) {
     float *line = a->weights + q * KEYS;
-    int64_t from = a->from[q], to = a->to[q];
-    if (from >= to) return;
+    if (a->from[q] >= a->to[q]) return;
     /* The whole line, keys of others included: what a number comes to does not depend on where a loop begins. */
     if (cap > 0.0f)
         for (int64_t i = 0; i < KEYS; i++) line[i] = cap * tanh_of(line[i] / cap);
     if (slope != 0.0f)
         for (int64_t i = 0; i < KEYS; i++) line[i] -= slope * (float)(place - key - i);
-    broad each[KEYS / BROAD], most = broad_of(a->most[q]);
-    broad_ints own[KEYS / BROAD], at;
-    for (int i = 0; i < BROAD; i++) at[i] = i;
-    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
-        own[i] = (at + i * BROAD >= (int32_t)from) & (at + i * BROAD < (int32_t)to);
-        each[i] = chosen(own[i], *(const broad *)(line + i * BROAD), broad_of(-INFINITY));
-        most = chosen(each[i] > most, each[i], most);
-    }
-    float peak = a->most[q];
-    for (int i = 0; i < BROAD; i++) peak = most[i] > peak ? most[i] : peak;
-    broad sum = {0};
-    UNROLLED for (int i = 0; i < KEYS / BROAD; i++) {
-        broad weight = chosen(own[i], broad_exp(each[i] - peak), (broad){0});
-        *(broad *)(line + i * BROAD) = weight;
-        sum += weight;
-    }
-    float all = 0.0f;
-    for (int i = 0; i < BROAD; i++) all += sum[i];
-    a->fade[q] = exp_down(a->most[q] - peak);
-    a->sum[q] = a->sum[q] * a->fade[q] + all;
-    a->most[q] = peak;
+    if (a->from[q] == 0 && a->to[q] == KEYS) weigh_line(1, a, q, line);
+    else weigh_line(0, a, q, line);
 }
 
-/* Of one block's keys or values, float32 lines. */
+/* What the next block reads is on its way while this one is computed. */
+INLINE void ask_for(const void *from, int64_t at, int64_t count, int kind) {
+    int64_t size = kind == F32 ? 4 : 2;
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)from + at * size + i);
+}
+
+/* Of one block's values, float32 lines. */
 static void widened(const void *from, const int64_t *at, int64_t first, int64_t stop, int kind, int64_t width,
                    int64_t padded, float *to) {
     for (int64_t i = first; i < stop; i++) {
         int64_t c = 0;
+        ask_for(from, at[i] + KEYS * width, width, kind);
 #define WIDENED(KIND) \
     for (; c + BROAD <= width; c += BROAD) *(broad *)(to + i * padded + c) = broad_get(from, at[i] + c, KIND)
         OF_KIND(kind, WIDENED);
 #undef WIDENED
         for (; c < width; c++) to[i * padded + c] = get_one(from, at[i] + c, kind);
         for (; c < padded; c++) to[i * padded + c] = 0.0f;
+    }
+}
+
+/* Of one block's keys, float32 with a lane for each. */
+static void turned(const void *from, const int64_t *at, int64_t first, int64_t stop, int kind, int64_t width,
+                   int64_t padded, float *to) {
+    for (int64_t i = first; i < stop; i += BROAD) {
+        float *lanes_of_keys = to + i * padded;
+        int64_t c = 0;
+        ask_for(from, at[i] + KEYS * width, BROAD * width, kind);
+        broad x[BROAD];
+        for (; kind == BF16 && c + 2 * BROAD <= width; c += 2 * BROAD) { /* two numbers in each lane's place */
+            UNROLLED for (int k = 0; k < BROAD; k++) x[k] = *(const broad *)((const uint16_t *)from + at[i + k] + c);
+            turn_about(x);
+            UNROLLED for (int j = 0; j < BROAD; j++) {
+                float *pair = lanes_of_keys + (c + 2 * j) * BROAD;
+                *(broad *)pair = (broad)((broad_bits)x[j] << 16);
+                *(broad *)(pair + BROAD) = (broad)((broad_bits)x[j] & 0xffff0000u);
+            }
+        }
+        for (; c < padded; c += BROAD) {
+            if (c + BROAD <= width) {
+#define LINES(KIND) UNROLLED for (int k = 0; k < BROAD; k++) x[k] = broad_get(from, at[i + k] + c, KIND)
+                OF_KIND(kind, LINES);
+#undef LINES
+            } else
+                for (int k = 0; k < BROAD; k++)
+                    for (int j = 0; j < BROAD; j++)
+                        x[k][j] = c + j < width ? get_one(from, at[i + k] + c + j, kind) : 0.0f;
+            turn_about(x);
+            UNROLLED for (int j = 0; j < BROAD; j++) *(broad *)(lanes_of_keys + (c + j) * BROAD) = x[j];
+        }
     }
 }
 
@@ -204,10 +312,10 @@ static void attend_together(const op_t *op, const call_t *call, const float *q, 
             slot = slot + 1 == room ? 0 : slot + 1;
         }
         if (apart) {
-            widened(op->more, a.key_at, from, to, kind, width, padded, a.keys);
+            turned(op->more, a.key_at, from, to, kind, width, padded, a.keys);
             widened(op->weight, a.value_at, from, to, kind, width, padded, a.values);
-            for (int64_t i = from; i < to; i++) a.key_at[i] = a.value_at[i] = i * padded;
-            score_block(F32, &a, a.keys, queries, padded, from, to);
+            for (int64_t i = from; i < to; i++) a.value_at[i] = i * padded;
+            score_block_turned(&a, queries, padded, from, to);
         } else {
 #define SCORED(KIND) score_block(KIND, &a, op->more, queries, padded, from, to)
             OF_KIND(kind, SCORED);

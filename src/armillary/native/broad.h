@@ -73,9 +73,85 @@ INLINE broad sums_of(broad *x) {
 #endif
 }
 
+/* As many vectors as one has numbers, turned round: x[j] gets number j of each. */
+INLINE void turn_about(broad *x) {
+    broad y[BROAD];
+#if BROAD == 16
+#define QUARTERS(a, b, c, d) \
+    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#else
+#define QUARTERS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#endif
+    UNROLLED for (int i = 0; i < BROAD; i += 4) {
+        broad a = MIXED(x[i], x[i + 1], QUARTERS(0, BROAD, 1, BROAD + 1));
+        broad b = MIXED(x[i], x[i + 1], QUARTERS(2, BROAD + 2, 3, BROAD + 3));
+        broad c = MIXED(x[i + 2], x[i + 3], QUARTERS(0, BROAD, 1, BROAD + 1));
+        broad d = MIXED(x[i + 2], x[i + 3], QUARTERS(2, BROAD + 2, 3, BROAD + 3));
+        y[i] = MIXED(a, c, QUARTERS(0, 1, BROAD, BROAD + 1));
+        y[i + 1] = MIXED(a, c, QUARTERS(2, 3, BROAD + 2, BROAD + 3));
+        y[i + 2] = MIXED(b, d, QUARTERS(0, 1, BROAD, BROAD + 1));
+        y[i + 3] = MIXED(b, d, QUARTERS(2, 3, BROAD + 2, BROAD + 3));
+    }
+#undef QUARTERS
+    /* y[4 i + j] holds numbers j, j + 4, ... of lines 4 i to 4 i + 3 */
+    UNROLLED for (int j = 0; j < 4; j++) {
+#if BROAD == 16
+#define EVEN(x, y) MIXED(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD(x, y) MIXED(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+        broad a = EVEN(y[j], y[4 + j]), b = EVEN(y[8 + j], y[12 + j]);
+        broad c = ODD(y[j], y[4 + j]), d = ODD(y[8 + j], y[12 + j]);
+        x[j] = EVEN(a, b), x[j + 8] = ODD(a, b), x[j + 4] = EVEN(c, d), x[j + 12] = ODD(c, d);
+#undef EVEN
+#undef ODD
+#else
+        x[j] = MIXED(y[j], y[4 + j], 0, 1, 2, 3, 8, 9, 10, 11);
+        x[j + 4] = MIXED(y[j], y[4 + j], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+    }
+}
+
+/* Of the numbers of a vector, each with the one half of them on, then a quarter, and so on: */
+#if BROAD == 16
+#define FOLDED(x, WITH)                                                                  \
+    x = WITH(x, MIXED(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));      \
+    x = WITH(x, MIXED(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));      \
+    x = WITH(x, MIXED(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));      \
+    x = WITH(x, MIXED(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+#define FOLDED(x, WITH)                                  \
+    x = WITH(x, MIXED(x, x, 4, 5, 6, 7, 0, 1, 2, 3));    \
+    x = WITH(x, MIXED(x, x, 2, 3, 0, 1, 6, 7, 4, 5));    \
+    x = WITH(x, MIXED(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
+
+INLINE broad both_of(broad x, broad y) { return x + y; }
+
+/* The larger one, or the second where the first is no number. */
+INLINE broad larger(broad x, broad y) {
+#if defined(__AVX512F__)
+    return (broad)_mm512_max_ps((__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (broad)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return chosen(x > y, x, y);
+#endif
+}
+
+/* Their sum. */
+INLINE float whole_of(broad x) {
+    FOLDED(x, both_of)
+    return x[0];
+}
+
+/* Their largest, of those of which none is NaN. */
+INLINE float largest_of(broad x) {
+    FOLDED(x, larger)
+    return x[0];
+}
+
 /* exp_down of each number. */
 INLINE broad broad_exp(broad x) {
-    x = chosen(x < broad_of(-87.0f), broad_of(-87.0f), x);
+    x = larger(broad_of(-87.0f), x);
     broad n = x * 1.44269504f;
 #if defined(__AVX512F__)
     n = (broad)_mm512_roundscale_ps((__m512)n, 8);

@@ -13,7 +13,9 @@ share it.
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import ClassVar, Self
 
 import numpy as np
@@ -31,7 +33,18 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
     size = dtype.itemsize
     for dimension in shape:
         size *= dimension
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(*shape)
+    return _untouched(size).view(dtype).view(*shape)
+
+
+def _untouched(size: int) -> Tensor:
+    """[size] bytes, zeros. numpy asks the system for large pages (2 MB) from some size on: the first token of a row
+    would then take what all of its tokens need, and wait until that is cleared."""
+    if size < 1 << 20 or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return torch.from_numpy(np.zeros(size, np.uint8))
+    piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system that was built without them
+        piece.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(piece, dtype=torch.uint8)
 
 
 class State:

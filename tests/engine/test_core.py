@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,3 +336,27 @@ def test_a_row_that_is_full_is_told_where_each_takes_a_token(network) -> None:
         slots.extend([0, 1], [[1], [2]])
     found = slots.extend([1], [[7]])
     torch.testing.assert_close(found[0], Slots(network, 1, 4).extend([0], [[2, 4, 7]])[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list a process's threads")
+@pytest.mark.skipif(not available(), reason="there is no C compiler here")
+def test_who_starts_an_engine_lets_go_of_its_threads(network) -> None:
+    """Those of PyTorch's products, that is: OpenMP counts them with the engine's own, and of too many none spins."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    engine = Engine(network)
+    try:
+        torch.rand(1 << 20).exp()
+        many = threads()
+        engine.start()
+        end = time.monotonic() + 10
+        while threads() != many - 2 + 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert threads() == many - 2 + 1
+    finally:
+        engine.close()
+        torch.set_num_threads(before)

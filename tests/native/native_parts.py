@@ -56,7 +56,8 @@ def built(form: str) -> Iterator[None]:
 @contextmanager
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three threads in every step, whatever would be quickest."""
-    monkeypatch.setattr(replay, "chosen_threads", lambda *given: torch.get_num_threads())
+    monkeypatch.setattr(replay, "most_threads", lambda network: torch.get_num_threads())
+    monkeypatch.setattr(replay, "chosen_threads", lambda tape: tape.threads)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

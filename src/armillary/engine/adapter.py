@@ -17,6 +17,7 @@ from typing import Any
 
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.engine.slots import Slots
+from armillary.native.tape import alone
 from armillary.nn.adapted import Change, adapted
 from armillary.nn.network import Network
 
@@ -53,6 +54,7 @@ class Adapters:
             made.update(hashlib.sha256(path.encode()).digest() + change.digest())
         with self._still:  # modules keep tables that grow as they compute
             network = adapted(self.network, changes)
+        alone()
         self._held[name] = adapter = Adapter(name, network, made.digest())
         return adapter
 

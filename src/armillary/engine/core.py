@@ -36,6 +36,7 @@ from armillary.engine.scheduler import Sequence as Progress
 from armillary.engine.slots import Apart, Slots
 from armillary.engine.steps import Mark
 from armillary.engine.writer import Writer
+from armillary.native.tape import alone
 from armillary.nn.cache import Cache, Int8
 from armillary.nn.network import Network
 from armillary.nn.taps import Taps
@@ -184,6 +185,7 @@ class Engine:
     def start(self) -> Engine:
         """Go on a thread of its own."""
         assert self._thread is None
+        alone()
         self._thread = threading.Thread(target=self._loop, name="armillary-engine", daemon=True)
         self._thread.start()
         return self
@@ -571,9 +573,7 @@ class Engine:
         with self._stepping:  # who waits for another's step may find its own answer complete
             if answer.finish is None:
                 worked = self.step()
-                assert worked or answer.finish is not None or self.busy, (
-                    "an answer is not complete, and nothing is left"
-                )
+                assert worked or answer.finish is not None or self.busy, "it is not complete, and nothing is left"
         return True
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from armillary.base.errors import InputError
+from armillary.native.tape import alone
 from armillary.nn.heads.base import Pool, pooled
 from armillary.nn.heads.embedding import EmbeddingHeadSettings
 from armillary.nn.network import Network
@@ -60,6 +61,7 @@ def embed(
     ids, padding = padded(rows, network.device)
     with _turn:
         states = (hidden or network.hidden)(ids, padding=padding)
-        if isinstance(network.settings.head, EmbeddingHeadSettings):
-            return network.head(states, padding).float()  # type: ignore[no-any-return]
-        return pooled(states, padding, pool).float()
+        own = isinstance(network.settings.head, EmbeddingHeadSettings)
+        found: Tensor = (network.head(states, padding) if own else pooled(states, padding, pool)).float()
+        alone()  # an engine's steps may go on meanwhile
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from armillary.base.errors import InputError, UnsupportedError
 from armillary.checkpoints.mapped import forget
-from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing
+from armillary.engine.calibrate import EXACT, chosen_threads, chosen_weights, loses_nothing, most_threads
 from armillary.native import available
 from armillary.native.choice import Row, Rows
 from armillary.native.tape import Ahead, Weights, tiles
@@ -70,6 +70,7 @@ class Replay:
     def __init__(
         self, network: Network, state: NetworkState, capacity: int, weights: Held, loose: bool = False
     ) -> None:
+        """Row 0 of the state has to begin anew afterwards."""
         self.network, self.state, self.capacity = network, state, capacity
         if any(type(parameter.data) is not Tensor for parameter in network.parameters()):
             raise NoStep("its parameters are not plain tensors, or lie in several processes")
@@ -84,8 +85,11 @@ class Replay:
         # steps of any size: PyTorch multiplies with fp16 on a CPU by far more slowly than with anything else
         whole = tiles() or torch.float16 in {network.dtype, *(p.dtype for p in network.parameters())}
         self.most = PIECE if self.other or whole else MOST
-        self.threads = chosen_threads(network, largest, self.weights, packed)
+        self.threads = most_threads(network)
         self.tape = self._recorded()
+        self.threads = chosen_threads(self.tape)
+        if self.threads != self.tape.threads:
+            self.tape = self._recorded()
         # weights that lost something make every step here, so that an answer does not depend on which of its tokens
         # were read together
         self.always = self.other or (whole and not self.tape.plain and not self.tape.single)

@@ -48,6 +48,7 @@ class Slots:
         self.state = network.init_state(count, capacity, cache=cache)
         self.replay = replay(network, self.state, capacity, weights, loose)
         self.blank = self._blank(network)
+        self.state.absorb(0, self.blank)  # steps have been tried there
         spans = sum(state.nbytes for _, _, state in self.state.each() if self._cuts(state))
         self.each = -(-spans // (count * capacity))  # bytes per token
         self.fixed = -(-(self.state.nbytes - spans) // count)  # bytes per row

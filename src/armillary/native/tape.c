@@ -193,6 +193,20 @@ void tape_run(const op_t *ops, int64_t count, const call_t *call, int64_t thread
     }
 }
 
+/* Since OpenMP 5.0; the library may be older than the compiler. */
+#if defined(__ELF__) && (__GNUC__ >= 9 || defined(__clang__))
+#define PAUSES
+__attribute__((weak)) int omp_pause_resource_all(omp_pause_resource_t kind);
+#endif
+
+/* The calling thread lets go of the threads that work for it, until it needs any again; 0: it has. */
+int32_t tape_alone(void) {
+#if defined(PAUSES)
+    if (omp_pause_resource_all) return omp_pause_resource_all(omp_pause_soft);
+#endif
+    return -1;
+}
+
 /* As `tape_run`, but what threads do between two barriers is done by one after another, by the last one first if
  * `back`: what a thread takes from another one without waiting for it is not there yet, or is gone. For tests. */
 void tape_run_in_turn(const op_t *ops, int64_t count, const call_t *call, int64_t threads, int64_t back) {

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 from armillary.engine.constraints import KEPT as GRAMMARS
 from armillary.server.app import WORKERS as THREADS
+from armillary.server.hosted import WORDS as REMEMBERED
 from armillary.server.items import KEPT as RESPONSES
 from armillary.server.turns import ENTRIES as CONVERSATIONS
 from service.load import Call, Seen, ask, completion
 from service.process import KEYS, Figures, Process, Reach, serving, warm
 
 WORKERS, LEAVING = 6, 0.2
-REMEMBERED = 10_000  # words, by the tokenizers library
 WORDS = ["the", "model", "reads", "what", "was", "written", "and", "says", "which", "word", "comes", "next"]
 SCHEMA = {
     "type": "object",
@@ -119,8 +119,9 @@ async def fill(server: Process) -> None:
     (States that are kept fill by `warm`.)"""
     draw = random.Random(3)
     long = " ".join(draw.choices(WORDS, k=150))  # as long as the traffic's; one beginning, so that it is read once
-    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED))
-    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key)]
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED)]
+    # each thread that prepares texts remembers words of its own
+    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key) for _ in range(8 * THREADS)]
     base: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
     for place in range(GRAMMARS):
         calls.append(Call(base | {"prompt": "x", "regex": f"[a-f]{{{place + 1}}}"}, "/v1/completions", server.key))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from armillary.base.memory import _tears
+from armillary.base.memory import _tears, begin_whole
 
 HEAPS = """
 import ctypes, os, sys, tempfile, threading
@@ -130,6 +130,21 @@ def test_the_heap_is_not_torn() -> None:
     assert int(whole) < 0.6 * int(torn)
     _, kept, *_ = said(TORN, "whole", GLIBC_TUNABLES="glibc.malloc.arena_max=2")
     assert kept == "glibc.malloc.arena_max=2"
+
+
+@pytest.mark.skipif(not _tears(), reason="a C library that does not tear its heap")
+def test_only_a_command_of_its_own_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    begun = list[list[str]]()
+    monkeypatch.setattr(os, "execv", lambda _, words: begun.append(words[1:]))
+    monkeypatch.setattr(sys, "argv", ["armillary", "serve", "m"])
+    begin_whole()  # within this test's process
+    assert not begun
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "armillary", "serve", "m"])
+    begin_whole()
+    assert begun == [["-m", "armillary", "serve", "m"]]
 
 
 def test_what_is_loaded_is_not_looked_through_again() -> None:

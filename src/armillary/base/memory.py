@@ -40,7 +40,9 @@ def begin_whole() -> None:
     small for the next one, and the heap grows to several times what is in it. Without those stores (of each thread,
     and of all) the pieces are joined again. Only a process that begins can be told so.
     """
-    if _tears() and not _NAMES & set(os.environ):
+    words = sys.argv[1:]
+    own = sys.orig_argv[len(sys.orig_argv) - len(words) :] == words  # not called within another program
+    if own and _tears() and not _NAMES & set(os.environ):
         os.environ["GLIBC_TUNABLES"] = _WHOLE
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -68,7 +68,8 @@ Signals, a kill and a full disk meet six streams of 1,500 tokens. The clock that
 Six clients of two tenants send whatever the server takes: completions, conversations that grow, streams, copies, \
 schemas, tools, responses, embeddings and wrong requests; one in five leaves at a random moment. What the server \
 keeps (states, conversations, responses, grammars, words of the tokenizer) is filled to its bounds first. Slopes are \
-of least squares over the last two thirds of the time: in the first, each kind of work comes to meet every other.""",
+of least squares over the last two thirds of the time: in the first, each kind of work comes to meet every other. At \
+rest, before and afterwards, nothing has gone on for a minute, and what is free in the heap has been given back.""",
     "isolation": """11. Isolation
 
 Time to the first token of prompts of 1,500 tokens, in rounds of random order: all but the last eight are what \

@@ -3,7 +3,8 @@ of the machine may not grow with what it has done.
 
 The server keeps something of what it was asked, each kind up to a bound: states (`--memory`), the last conversations,
 responses, compiled grammars, words that the tokenizer knows. All of them are filled before anything is measured. What
-the process then takes is also what its busiest moment needed: so the first third of the time does not count.
+the process then takes is also what its busiest moment needed: so the first third of the time does not count. At
+rest, before and afterwards, it takes what it keeps and no more: if that grows, something leaks.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armillary.base.memory import EVERY
 from armillary.engine.constraints import KEPT as GRAMMARS
 from armillary.server.app import WORKERS as THREADS
+from armillary.server.hosted import WORDS as REMEMBERED
 from armillary.server.items import KEPT as RESPONSES
 from armillary.server.turns import ENTRIES as CONVERSATIONS
 from service.load import Call, Seen, ask, completion
 from service.process import KEYS, Figures, Process, Reach, serving, warm
 
 WORKERS, LEAVING = 6, 0.2
-REMEMBERED = 10_000  # words, by the tokenizers library
 WORDS = ["the", "model", "reads", "what", "was", "written", "and", "says", "which", "word", "comes", "next"]
 SCHEMA = {
     "type": "object",
@@ -53,11 +55,12 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
         warm(server, 1 if tiny else 20)
         if not tiny:
             asyncio.run(fill(server))
-        full_rss = server.rss
+        full_rss, before = server.rss, _at_rest(server, tiny)
         samples, seen = asyncio.run(_mixed(server, seconds))
         took = server.quiet()
         left = sum(server.under_way().values())
         same, full = int(server.said() == said), server.filled()
+        after = _at_rest(server, tiny)
         status = server.end()
     kept = [one for one in samples if one.at - samples[0].at > seconds / 3]
     each = (kept[-1].requests - kept[0].requests) / (kept[-1].at - kept[0].at)
@@ -72,6 +75,8 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
         "broken off": sum(one.error == "left" for one in seen),
         **{f"status {status}": count for status, count in sorted(statuses.items()) if status},
         "unexpected answers": len(wrong),
+        "RSS MiB at rest before": before,
+        "RSS MiB at rest afterwards": after,
         "RSS MiB when stores are full": full_rss,
         "RSS MiB after a third": kept[0].rss,
         "RSS MiB at the end": kept[-1].rss,
@@ -104,6 +109,13 @@ def run(model: Path, tiny: bool, minutes: float) -> tuple[Figures, Reach]:
     return figures, reach
 
 
+def _at_rest(server: Process, tiny: bool) -> float:
+    """RSS in MiB when nothing is going on, and what is free in the heap has been given back."""
+    if not tiny:
+        time.sleep(EVERY + 5)
+    return server.rss
+
+
 def _slope(samples: list[Sample], name: str) -> float:
     """Per second, by least squares."""
     times = [one.at for one in samples]
@@ -119,8 +131,9 @@ async def fill(server: Process) -> None:
     (States that are kept fill by `warm`.)"""
     draw = random.Random(3)
     long = " ".join(draw.choices(WORDS, k=150))  # as long as the traffic's; one beginning, so that it is read once
-    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED))
-    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key)]
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(2 * REMEMBERED)]
+    # each thread that prepares texts remembers words of its own
+    calls = [Call({"model": "tiny", "text": " ".join(words)}, "/tokenize", server.key) for _ in range(8 * THREADS)]
     base: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
     for place in range(GRAMMARS):
         calls.append(Call(base | {"prompt": "x", "regex": f"[a-f]{{{place + 1}}}"}, "/v1/completions", server.key))

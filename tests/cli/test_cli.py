@@ -131,6 +131,15 @@ def test_the_example_is_one_that_the_command_takes(
         assert all(context.params[name or ""] is not None for name in required)
 
 
+def test_only_a_server_begins_anew(armillary: Armillary, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = list[bool]()
+    monkeypatch.setattr("armillary.base.memory.begin_whole", lambda: begun.append(True))
+    assert armillary("--help").status == armillary("show", "--help").status == 0
+    assert not begun
+    assert armillary("serve", "--help").status == 0
+    assert begun == [True]
+
+
 def test_the_list_of_commands_is_whole(armillary: Armillary) -> None:
     shown = armillary("--help")
     lines = shown.out.split("Commands:\n")[1].splitlines()

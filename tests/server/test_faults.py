@@ -20,8 +20,9 @@ from server_parts import Served, after_the_first, extending, hosted
 from armillary.server import Door, Server, body
 from armillary.server.body import checked, parse
 from armillary.server.errors import HTTPError
+from armillary.server.hosted import WORDS
 from armillary.server.protocol import CompletionRequest
-from armillary.text import TokenizerSettings, train_tokenizer
+from armillary.text import Tokenizer, TokenizerSettings, train_tokenizer
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
 HEADERS = {"authorization": "Bearer secret-of-a", "content-type": "application/json"}
@@ -212,6 +213,14 @@ def test_a_text_that_cannot_fit_is_not_encoded_to_its_end(served, monkeypatch) -
     assert max(read) <= 16 * 2048
     found = httpx.post(f"{served.url}/tokenize", json={"model": "tiny", "text": "a" * 1_000_001}, headers=HEADERS)
     assert found.json()["error"]["param"] == "text"
+
+
+def test_words_that_clients_make_up_are_not_all_remembered(monkeypatch) -> None:
+    """What that takes, and that it ends there, is in tests/text."""
+    told = list[int]()
+    monkeypatch.setattr(Tokenizer, "remember", lambda self, words: told.append(words))
+    hosted().engine.close()
+    assert told == [WORDS] and WORDS <= 256
 
 
 def test_a_template_that_drops_what_was_said_before_is_judged_by_what_is_left(served, monkeypatch) -> None:

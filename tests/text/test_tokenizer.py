@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import pickle
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -248,3 +251,47 @@ def test_fertility_of_known_text() -> None:
     """By hand: four bytes and two words, then three bytes (é is two) and one."""
     assert fertility(TOKENIZERS["byte"], ["a bc", "éa"]) == (7 / 3, 1.0)
     assert fertility(TOKENIZERS["byte"], []) == (0, 0)
+
+
+REMEMBERS = """
+import ctypes, random, sys, threading
+from armillary.text import TokenizerSettings, train_tokenizer
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e used free top".split()]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Heap
+kind, special, words = sys.argv[1], sys.argv[2] == "special", int(sys.argv[3])
+size = 270 if kind == "bpe" else 262
+tokenizer = train_tokenizer(TokenizerSettings(kind=kind, size=size), ["def f(value): return value + 1"] * 9)
+if words: tokenizer.remember(words)
+draw = random.Random(1)
+texts = [" ".join("".join(draw.choices("abcdefgh", k=200)) for _ in range(100)) for _ in range(10)]
+tokenizer.encode("some words", special=special)
+def read():
+    for text in texts: tokenizer.encode(text, special=special)
+    read_all.set()
+    rest.wait()  # what a thread remembers is gone with it
+rest, before = threading.Event(), info().used + info().mapped
+for _ in range(4):
+    read_all = threading.Event()
+    threading.Thread(target=read, daemon=True).start()
+    read_all.wait()
+print(info().used + info().mapped - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's account of its heap")
+@pytest.mark.parametrize("special", ["plain", "special"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_what_threads_remember_is_bounded(kind: str, special: str) -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("another C library")
+
+    def taken(words: int) -> int:
+        around = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
+        command = [sys.executable, "-c", REMEMBERS, kind, special, str(words)]
+        done = subprocess.run(command, env={**os.environ, **around}, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert taken(0) > 8 * 2**20  # the control: all of 1,000 words of 200 letters, four times or once
+    assert taken(8) < 2**20

@@ -15,6 +15,8 @@ import time
 from typing import Any
 
 _ARENA_MAX = -8  # glibc's M_ARENA_MAX
+_WHOLE = "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_NAMES = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}  # by which the environment says of it
 EVERY = 60.0  # seconds
 
 
@@ -25,8 +27,31 @@ def share() -> None:
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
     # glibc gives each thread a heap of its own, whose free parts no other thread takes
     option = _of_glibc("mallopt")
-    if option is not None and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ):
+    if option is not None and not _NAMES & set(os.environ):
         option(_ARENA_MAX, 1)
+
+
+def begin_whole() -> None:
+    """Where the heap would be torn, begin this process anew with one that is not: for a command's first lines. What
+    the environment says of it already holds.
+
+    PyTorch's blocks are aligned. Before version 2.38, what glibc leaves before and behind such a block goes into
+    stores of small pieces, to the next small thing that is asked for, and that may stay; then the block's place is too
+    small for the next one, and the heap grows to several times what is in it. Without those stores (of each thread,
+    and of all) the pieces are joined again. Only a process that begins can be told so.
+    """
+    words = sys.argv[1:]
+    own = sys.orig_argv[len(sys.orig_argv) - len(words) :] == words  # not called within another program
+    if own and _tears() and not _NAMES & set(os.environ):
+        os.environ["GLIBC_TUNABLES"] = _WHOLE
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _tears() -> bool:
+    if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return False
+    numbers = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ").split(".")
+    return all(map(str.isdigit, numbers)) and tuple(map(int, numbers)) < (2, 38)
 
 
 def settle() -> None:

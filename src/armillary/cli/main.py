@@ -47,6 +47,10 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's mistake gives one message and exit status 2."""
+    if sys.argv[1:2] == ["serve"]:
+        from armillary.base.memory import begin_whole
+
+        begin_whole()
     # OpenMP's threads spin for long while they wait, and slow each other down as soon as anything else
     # runs; a short spin keeps most of the speed. PyTorch reads this when it is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

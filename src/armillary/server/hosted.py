@@ -26,6 +26,7 @@ from armillary.server.turns import Spoken, Turns
 from armillary.text import Tokenizer
 
 DEFAULT_TOKENS = 512  # of an answer, when nothing else is said
+WORDS = 256  # that each thread remembers the ids of
 LETTERS = 16  # for each token that a prompt may have: a longer text is first read so far
 
 
@@ -75,6 +76,8 @@ class Hosted:
         self._grammars: Grammars | None = None
         self._making = threading.Lock()
         self.turns = Turns()
+        if parent is None:
+            tokenizer.remember(WORDS)
 
     def adapted(self, name: str, changes: Mapping[str, Change]) -> Hosted:
         """With an adapter, as `model:adapter`: it shares engine, places and bounds. Raises ArmillaryError."""

@@ -77,6 +77,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None) -> None:
         self._inner = inner
+        self._words: int | None = None
         inner.no_truncation()
         inner.no_padding()
         for chance in ("dropout", "alpha", "nbest_size"):
@@ -175,6 +176,14 @@ class Tokenizer:
         self.config.pop(ENDS, None)
         if self.ends != alone:
             self.config[ENDS] = list(self.ends)
+
+    def remember(self, words: int) -> None:
+        """From now on each thread remembers the ids of so many words at most; before version 0.23 of the library, all
+        threads together. By itself it remembers 10,000, however long, and forgets none: of long ones that is 80 MB,
+        and a server has many threads."""
+        self._words = words
+        _bound(self._inner, words)
+        self.__dict__.pop("_recognising", None)  # made anew where it is used
 
     # -- conversations
 
@@ -300,7 +309,10 @@ class Tokenizer:
     @functools.cached_property
     def _recognising(self) -> tokenizers.Tokenizer:
         """A twin that recognises special tokens: one with a switch could not serve two threads."""
-        return tokenizers.Tokenizer.from_str(self._inner.to_str())
+        twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        if self._words is not None:
+            _bound(twin, self._words)
+        return twin
 
     @functools.cached_property
     def _any_special(self) -> re.Pattern[str]:
@@ -392,6 +404,12 @@ def _ids(inner: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"this tokenizer cannot write the text: {error}") from None
+
+
+def _bound(inner: tokenizers.Tokenizer, words: int) -> None:
+    resize = getattr(inner.model, "_resize_cache", None)  # other kinds remember nothing
+    if resize is not None:
+        resize(words)
 
 
 def _rebuilt(definition: str, config: Mapping[str, Any]) -> Tokenizer:

@@ -145,3 +145,5 @@ class Answer:
         self._pieces.put(piece)
         if self._listener is not None:
             self._listener(piece)
+        if piece.finish is not None:
+            self._listener = None  # which may hold whoever holds this answer: a circle, with all its pieces

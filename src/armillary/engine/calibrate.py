@@ -56,7 +56,8 @@ def most_threads(network: Network) -> int:
 
 def chosen_threads(tape: Tape) -> int:
     """Threads of a step: as many as the tape was made for, half of them or one, whichever is quickest; two of one core,
-    or cores that others use, can be in each other's way. Steps of one token are taken at the beginning of row 0."""
+    or cores that others use, can be in each other's way; of a tape with plain parts all. Steps of one token are taken
+    at the beginning of row 0."""
     most = tape.threads
     if most == 1 or tape.plain:
         return most

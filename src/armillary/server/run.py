@@ -58,9 +58,10 @@ def run(server: Server, host: str, port: int, drain: float, started: Callable[[i
     except OSError as error:
         listening.close()
         raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    # PyTorch loads it with the first prompt that is read by operators of ours, which takes a second and makes 100,000
-    # objects: before they settle, and before anybody waits
-    import torch._dynamo  # noqa: F401
+    if server.models:
+        # PyTorch loads it with the first prompt that is read by operators of ours, which takes a second and makes
+        # 100,000 objects: before they settle, and before anybody waits
+        import torch._dynamo  # noqa: F401
 
     settle()
     with asyncio.Runner(loop_factory=_quickest_loop()) as runner:

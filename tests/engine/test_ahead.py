@@ -100,6 +100,21 @@ def test_many_steps_are_made_at_once() -> None:
     assert len(steps) <= 4
 
 
+def test_every_token_counts_as_served() -> None:
+    """Whose turn it is goes by it."""
+    served = []
+    for whole in (False, True):
+        engine = Engine(network_of(), keep=False)
+        steps = counted(engine)
+        for row, key in enumerate("aba"):
+            asked = Sampling(max_new_tokens=40 + row, temperature=0)
+            engine.submit(Request(PROMPT[row:], asked, key=key, whole=whole))
+        while engine.step():
+            pass
+        served.append(engine.scheduler.served)
+    assert served[0] == served[1] and max(steps) > 1
+
+
 def test_one_that_is_looked_at_keeps_the_others_at_its_pace() -> None:
     engine = Engine(network_of(), keep=False)
     steps = counted(engine)
